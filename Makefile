@@ -1,0 +1,47 @@
+# make serve ARGS="model=gpt-oss-20b model.path=/models/gpt-oss-20b +tp=2"
+PYTHON ?= python3
+BIN := .venv/bin
+comma := ,
+GPU := $(shell command -v nvidia-smi)
+RUNTIME := .$(if $(GPU),[hopper])
+TESTS := .[test$(if $(GPU),$(comma)hopper)]
+
+
+.PHONY: help install serve test gpu-test lint bench-host bench-http clean
+
+help: ## what there is
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 14
+
+install: $(BIN)/.runtime ## the server and what it needs, into .venv (with the GPU packages where there is a GPU)
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+$(BIN)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/pip install -q -c constraints.txt -e '$(RUNTIME)'
+	@touch $@
+
+$(BIN)/.tests: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/pip install -q -c constraints.txt -e '$(TESTS)'
+	@touch $@ $(BIN)/.runtime
+
+serve: $(BIN)/.runtime ## run the server: make serve ARGS="model=gpt-oss-20b model.path=/models/gpt-oss-20b"
+	$(BIN)/python serve.py $(ARGS)
+
+test: $(BIN)/.tests ## everything that needs no GPU
+	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+gpu-test: $(BIN)/.tests ## what needs an H100
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: $(BIN)/.tests ## ruff
+	$(BIN)/ruff check .
+
+bench-host: $(BIN)/.tests ## host cost of a step, the model left out
+	$(BIN)/python -m tests.bench_host
+
+bench-http: $(BIN)/.tests ## tokens a second through the HTTP path, the engine faked
+	$(BIN)/python -m tests.bench_http
+
+clean: ## remove the virtual environment
+	rm -rf .venv *.egg-info

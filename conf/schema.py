@@ -1,0 +1,153 @@
+"""The typed configuration and its cross-field checks.
+
+Hydra composes the YAML files of this folder, `load` turns the result into these dataclasses. The YAML only
+overrides what stands here. Imports nothing of ours, so that every layer may import it.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+PAGE_TOKENS = 64  # tokens in a key/value page: one constant of the layout, never an option
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names the key, what was given and what is allowed."""
+
+
+class Weights(Enum):
+    checkpoint = "checkpoint"  # read `model.path`
+    random = "random"  # seeded values in the shapes of `model.random_shape`: speed without a checkpoint
+    demo = "demo"  # the model that ships with the project
+
+
+class Kernels(Enum):
+    reference = "reference"  # plain torch: the oracle, and what runs on a CPU
+
+
+class Device(Enum):
+    auto = "auto"  # cuda where there is a GPU
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Dtype(Enum):
+    bfloat16 = "bfloat16"
+    float32 = "float32"  # on a CPU, to compare with other implementations
+
+
+@dataclass
+class RandomShape:
+    """What `weights: random` builds, in config.json's words. A checkpoint brings its own."""
+
+    num_hidden_layers: int = 24
+    num_local_experts: int = 32
+    num_experts_per_tok: int = 4
+    hidden_size: int = 2880
+    intermediate_size: int = 2880
+    num_attention_heads: int = 64
+    num_key_value_heads: int = 8
+    head_dim: int = 64
+    vocab_size: int = 201088
+    sliding_window: int = 128
+
+
+@dataclass
+class ModelConfig:
+    name: str = MISSING  # as clients see it in /v1/models
+    weights: Weights = Weights.checkpoint
+    path: str | None = None  # checkpoint folder, Hugging Face or original layout
+    random_shape: RandomShape = field(default_factory=RandomShape)
+
+
+@dataclass
+class BucketsConfig:
+    decode_rows: list[int] = MISSING  # one graph each: running requests a decode step takes
+    prefill_tokens: list[int] = MISSING  # one graph each: packed prompt tokens a prefill step takes
+    prefill_sequences: int = MISSING  # prompts a prefill step packs at most
+    max_context: int = MISSING  # tokens of prompt and answer together
+    page_memory: float = 0.9  # share of the memory left after weights and graphs that becomes key/value pages
+    pages: int | None = None  # number of pages instead of a share of memory
+
+
+@dataclass
+class KernelsConfig:
+    name: Kernels = Kernels.reference
+    dtype: Dtype = Dtype.bfloat16
+    device: Device = Device.auto
+
+
+@dataclass
+class ServerConfig:
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key_file: str | None = None  # one key a line; every route but health and metrics then needs one
+    max_queue: int = 1024  # requests waiting or running; one more answers 429
+    max_body_bytes: int = 16 * 2**20
+    request_timeout: float = 3600.0  # seconds, then the request ends with an error
+    drain_seconds: float = 30.0  # after SIGTERM, for requests in flight
+    step_deadline: float = 120.0  # seconds without a finished step while work is pending: unhealthy, and exit
+    log_level: str = "info"
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    buckets: BucketsConfig = field(default_factory=BucketsConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+    tp: int | None = None  # tensor-parallel ranks, one a GPU; null means 1, so that tp=2 and +tp=2 both override
+
+
+def register() -> None:
+    """Make `Config` the base that conf/config.yaml builds on, so that Hydra knows every key and type."""
+    ConfigStore.instance().store("schema", Config)
+
+
+def load(composed: Any) -> Config:
+    """Composed Hydra configuration -> validated Config. Raises ConfigError with one line."""
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(composed)))
+    except OmegaConfBaseException as error:
+        key = error.full_key or "configuration"
+        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
+    config.tp = 1 if config.tp is None else config.tp
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Cross-field checks. Raises ConfigError at the first that fails."""
+    buckets, server, model = config.buckets, config.server, config.model
+
+    def require(holds: bool, key: str, given: Any, allowed: str) -> None:
+        if not holds:
+            raise ConfigError(f"{key}: got {given!r}, allowed: {allowed}")
+
+    require(config.tp in (1, 2, 4, 8), "tp", config.tp, "1, 2, 4 or 8")
+    require(model.weights is not Weights.checkpoint or bool(model.path), "model.path", model.path,
+            "a checkpoint folder, or model.weights=random")
+    for key in ("decode_rows", "prefill_tokens"):
+        sizes = getattr(buckets, key)
+        require(bool(sizes) and all(s > 0 for s in sizes) and sizes == sorted(set(sizes)),
+                f"buckets.{key}", sizes, "positive sizes in ascending order, each once")
+    require(buckets.decode_rows[-1] <= 1024, "buckets.decode_rows", buckets.decode_rows, "at most 1024 rows")
+    require(buckets.prefill_tokens[-1] >= PAGE_TOKENS, "buckets.prefill_tokens", buckets.prefill_tokens,
+            f"a largest bucket of at least one page ({PAGE_TOKENS} tokens)")
+    require(1 <= buckets.prefill_sequences <= 256, "buckets.prefill_sequences", buckets.prefill_sequences, "1 to 256")
+    require(buckets.max_context > 0 and buckets.max_context % PAGE_TOKENS == 0, "buckets.max_context",
+            buckets.max_context, f"a positive multiple of {PAGE_TOKENS}")
+    require(0 < buckets.page_memory <= 1, "buckets.page_memory", buckets.page_memory, "more than 0, at most 1")
+    require(buckets.pages is None or buckets.pages >= 2, "buckets.pages", buckets.pages, "null or at least 2")
+    require(config.kernels.dtype is Dtype.bfloat16 or config.kernels.device is not Device.cuda,
+            "kernels.dtype", config.kernels.dtype.name, "bfloat16 on cuda")
+    require(1 <= server.port <= 65535, "server.port", server.port, "1 to 65535")
+    for key in ("max_queue", "max_body_bytes", "request_timeout", "step_deadline"):
+        require(getattr(server, key) > 0, f"server.{key}", getattr(server, key), "more than 0")
+    require(server.drain_seconds >= 0, "server.drain_seconds", server.drain_seconds, "0 or more")
+    levels = ("critical", "error", "warning", "info", "debug")
+    require(server.log_level in levels, "server.log_level", server.log_level, ", ".join(levels))

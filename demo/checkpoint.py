@@ -1,0 +1,120 @@
+"""Writes GPT-OSS checkpoints with random weights in the published layouts; keeps the demo model in the user's cache.
+
+Knows which files a published checkpoint consists of. Does not know how they are read or which values are sensible:
+names, shapes and values come from `engine.checkpoint`.
+"""
+
+import fcntl
+import hashlib
+import inspect
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+
+from conf.schema import RandomShape
+from engine.checkpoint import Architecture, random_tensor, stored_names, tensor_specs
+
+EOS, PAD = 200002, 199999  # <|return|> and <|endoftext|> of o200k_harmony
+
+DEMO = Architecture.from_random_shape(RandomShape(
+    num_hidden_layers=4, num_local_experts=8, hidden_size=256, intermediate_size=256, num_attention_heads=16,
+    num_key_value_heads=2))
+
+
+def config_json(a: Architecture, layout: str) -> dict[str, Any]:
+    config = {
+        "num_hidden_layers": a.layers,
+        "hidden_size": a.hidden,
+        "intermediate_size": a.intermediate,
+        "num_attention_heads": a.heads,
+        "num_key_value_heads": a.kv_heads,
+        "head_dim": a.head_dim,
+        "vocab_size": a.vocab,
+        "experts_per_token": a.experts_per_token,
+        "sliding_window": next((window for window in a.windows if window is not None), None),
+        "swiglu_limit": a.swiglu_limit,
+        "rope_theta": a.rope_theta,
+        "initial_context_length": a.rope_original_context,
+    }
+    if layout == "original":  # NTK's beta is YaRN's fast bound, its alpha the slow one
+        return config | {"num_experts": a.experts, "rope_scaling_factor": a.rope_factor,
+                         "rope_ntk_beta": a.rope_beta_fast, "rope_ntk_alpha": a.rope_beta_slow}
+    config |= {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "num_local_experts": a.experts,
+        "num_experts_per_tok": a.experts_per_token,
+        "layer_types": ["full_attention" if window is None else "sliding_attention" for window in a.windows],
+        "rope_scaling": {"rope_type": "yarn", "factor": a.rope_factor, "truncate": a.rope_truncate,
+                         "beta_fast": a.rope_beta_fast, "beta_slow": a.rope_beta_slow,
+                         "original_max_position_embeddings": a.rope_original_context},
+        "max_position_embeddings": a.max_positions,
+        "rms_norm_eps": a.norm_eps,
+        "attention_bias": True,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": [
+            "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]},
+    }
+    # A smaller vocabulary has no such tokens, and transformers refuses ids outside of it.
+    return config | {"eos_token_id": EOS, "pad_token_id": PAD} if a.vocab > EOS else config
+
+
+def write_checkpoint(folder: Path, a: Architecture, seed: int = 0,
+                     layout: Literal["huggingface", "original"] = "huggingface", shards: int = 1) -> None:
+    """Write config.json and `shards` safetensors files, with an index if there are several. `folder` may exist.
+
+    On the CPU the values are those of `engine.checkpoint.random_weights(a, ..., seed=seed)`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    specs = tensor_specs(a)
+    parts: dict[str, list[str]] = {}  # stored name -> the tensors it consists of, one below the other
+    for name, (stored, _) in stored_names(specs, layout == "huggingface").items():
+        parts.setdefault(stored, []).append(name)
+
+    files: dict[str, list[str]] = {}  # file name -> stored names
+    for n, stored in enumerate(parts):
+        number = 1 + n * shards // len(parts)
+        file = "model.safetensors" if shards == 1 else f"model-{number:05}-of-{shards:05}.safetensors"
+        files.setdefault(file, []).append(stored)
+    for file, held in files.items():  # one file's tensors in memory at a time
+        save_file({stored: torch.cat([random_tensor(name, specs[name], a.layers, seed, "cpu")
+                                      for name in parts[stored]]) for stored in held},
+                  folder / file, metadata={"format": "pt"})
+    if shards > 1:
+        index = {"metadata": {"total_size": sum(spec.bytes for spec in specs.values())},
+                 "weight_map": {stored: file for file, held in files.items() for stored in held}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config_json(a, layout), indent=2), encoding="utf-8")
+
+
+def demo_folder() -> Path:
+    """The folder of the demo model, written into the user's cache by the first who asks: about 220 MB.
+
+    Its name holds a hash of the recipe, so that a changed recipe never meets old files. It appears complete, by a
+    rename; the lock keeps other processes waiting until then, and dies with its holder, whose leftovers the next
+    holder removes.
+    """
+    recipe = f"{DEMO} {inspect.getsource(random_tensor)}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mini-vllm"
+    folder = cache / f"demo-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    if folder.is_dir():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.is_dir():
+            partial = cache / f"{folder.name}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            write_checkpoint(partial, DEMO)
+            for file in partial.iterdir():  # a rename may reach the disk before the data does
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+            partial.rename(folder)
+    return folder

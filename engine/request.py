@@ -1,0 +1,125 @@
+"""Requests, sampling parameters and the messages that cross from the HTTP process to the engine and back.
+
+Knows token ids, not text, and no tensor. The structs are msgspec's: they are the wire format (msgpack) as well.
+"""
+
+from typing import Literal
+
+import msgspec
+
+MAX_TOP_LOGPROBS = 20
+MAX_LOGIT_BIAS = 300
+MAX_STOP_TOKENS = 20  # the model's own three included
+
+FinishReason = Literal["stop", "length", "error"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How one request's tokens are drawn; the HTTP layer has validated every field.
+
+    The order is: penalties and bias on the raw logits, then temperature, then top-k, top-p and min-p. Equal logits at
+    a filter's threshold are all kept.
+    """
+
+    max_tokens: int  # at least 1
+    seed: int  # 0 <= seed < 2**63; the random numbers of a token depend on (seed, its position) and nothing else
+    min_tokens: int = 0  # until then no token of stop_token_ids can be drawn
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}  # at most MAX_LOGIT_BIAS entries
+    stop_token_ids: tuple[int, ...] = ()  # the model's own end tokens included; at most MAX_STOP_TOKENS
+    logprobs: int | None = None  # the sampled token's log probability and this many of the most likely (0..20)
+
+    @property
+    def penalized(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    """HTTP -> engine: start a request. `id` is unique for the life of the server."""
+
+    id: int
+    prompt: list[int]
+    sampling: SamplingParams
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """HTTP -> engine: forget a request. No Delta follows; an unknown or finished id is ignored."""
+
+    id: int
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Natural-log probabilities under the model's own distribution (before penalties, bias and filters)."""
+
+    logprob: float
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+class Delta(msgspec.Struct, frozen=True, array_like=True):
+    """What one step brought one request: usually one token, or none with finish_reason "error".
+
+    The last token of a request that stopped on a stop token id is that id. `logprobs` is as long as `tokens` where the
+    request asked for it. `cached_tokens` and `queue_seconds` stand in the first Delta only.
+    """
+
+    id: int
+    tokens: list[int]
+    finish_reason: FinishReason | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    cached_tokens: int | None = None  # prompt tokens found in the prefix cache
+    queue_seconds: float | None = None  # from arrival in the engine to the first step
+    error: str | None = None  # with finish_reason "error": what went wrong, fit for the client
+
+
+class BucketStats(msgspec.Struct, frozen=True, array_like=True):
+    """Cumulative counts of one bucket; a "row" is a request in decode and a token in prefill."""
+
+    kind: Literal["decode", "prefill"]
+    size: int
+    steps: int
+    rows_used: int
+    rows_padded: int
+
+
+class Stats(msgspec.Struct, frozen=True):
+    """The engine's state after a step; counts are cumulative since start."""
+
+    running: int = 0
+    waiting: int = 0
+    pages_used: int = 0  # held by a request; cached pages that nobody holds are not counted
+    pages_total: int = 0
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+    buckets: list[BucketStats] = []
+
+
+class StepReport(msgspec.Struct, frozen=True, tag=True):
+    """Engine -> HTTP, after each step that finished, and once more when the engine turns idle."""
+
+    deltas: list[Delta]
+    stats: Stats
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """Engine -> HTTP, once: weights loaded, graphs captured, accepting. Figures for the start-up summary."""
+
+    vocab_size: int
+    max_context: int  # tokens of prompt and answer together
+    pages: int
+    device: str
+    tp: int
+    phases: dict[str, float]  # seconds by phase, in order
+    memory: dict[str, int]  # bytes by use
+    buckets: dict[str, list[int]]
+
+
+ToEngine = Submit | Abort
+FromEngine = StepReport | Ready

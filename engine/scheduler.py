@@ -1,0 +1,294 @@
+"""Which requests the next step computes: admission, chunked prefill, decode rows, preemption, finishing.
+
+Knows requests, slots, pages and positions. Does not know the model, tensors, text or time beyond the numbers it is
+given. It runs ahead of the device: `schedule` plans step n+1 before the tokens of step n are known, so decode rows
+are planned from positions alone and the sampled token travels on the device. What is freed while a step is in flight
+is safe to reuse at once, because steps run on the device in the order in which they were scheduled.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from conf.schema import PAGE_TOKENS
+from engine.pages import PagePool, extend_chain, pages_for
+from engine.request import Delta, SamplingParams, Submit, TokenLogprobs
+from graphs.buckets import Buckets
+from graphs.plan import NO_PAGE, Chunk, DecodeStep, PrefillStep, Step
+
+NO_SLOT = -1
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request from `add` until it finishes or is aborted. Written by the scheduler only."""
+
+    id: int
+    sampling: SamplingParams
+    tokens: list[int]  # prompt, then the answer as far as it is known
+    prompt_tokens: int
+    arrival: float
+    last_position: int  # of the last token it may draw: the only one whose key and value nobody needs
+    prefill_end: int  # positions before this one come by prefill: the prompt, after preemption the answer so far too
+    computed: int = 0  # positions before this one are in its pages once every scheduled step has run
+    slot: int = NO_SLOT  # held while it runs
+    pages: list[int] = field(default_factory=list)
+    offered: int = 0  # leading pages that the prefix cache has seen
+    digests: list[bytes] = field(default_factory=list)  # of the leading full pages of `tokens`; no page is hashed twice
+    cached_tokens: int | None = None  # found in the prefix cache at the first admission; None before it
+    queue_seconds: float = 0.0  # from arrival to the first admission
+    done: bool = False  # finished or aborted: whatever still arrives for it is dropped
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """A step to launch, and whose tokens it draws: `rows[i]` gets the token of row (chunk) i; None: it draws none."""
+
+    step: Step
+    rows: list[Request | None]
+
+
+class Scheduler:
+    """First come, first served over one pool of pages. Every Scheduled that it returns must be launched, in order.
+
+    Running requests are always older than waiting ones, and the youngest running one gives way where pages run out.
+    So the oldest request never waits for another, and every request ends.
+    """
+
+    def __init__(self, pool: PagePool, buckets: Buckets, max_context: int, prefix_cache: bool = True) -> None:
+        self.pool = pool
+        self.preemptions = 0
+        self.prefix_query_tokens = 0
+        self.prefix_hit_tokens = 0
+        self._max_context = max_context
+        self._prefix_cache = prefix_cache
+        self._largest = buckets.prefill[-1]
+        self._free_slots = list(range(buckets.max_rows - 1, -1, -1))
+        self._requests: dict[int, Request] = {}
+        self._running: list[Request] = []  # oldest first
+        self._waiting: deque[Request] = deque()  # oldest first
+        self._prefilled = False  # the last step was a prefill
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    def add(self, submit: Submit, now: float) -> None:
+        """Queues a request. Raises ValueError, in words for the client, for one that could never run."""
+        prompt, limit = len(submit.prompt), submit.sampling.max_tokens
+        if prompt < 1 or limit < 1:
+            raise ValueError(f"a prompt of {prompt} tokens and max_tokens {limit}: both must be at least 1")
+        if prompt + limit > self._max_context:
+            raise ValueError(
+                f"a prompt of {prompt} tokens and max_tokens {limit} exceed the context of {self._max_context} tokens"
+            )
+        last_position = prompt + limit - 1
+        if pages_for(last_position) > self.pool.total:
+            raise ValueError(
+                f"a prompt of {prompt} tokens and max_tokens {limit} need {pages_for(last_position)} pages of "
+                f"{PAGE_TOKENS} tokens; the server has {self.pool.total}"
+            )
+        request = Request(submit.id, submit.sampling, list(submit.prompt), prompt, now, last_position, prompt)
+        self._requests[submit.id] = request
+        self._waiting.append(request)
+
+    def abort(self, id: int) -> None:
+        """Forgets a request at any point of its life; tokens in flight for it are dropped when they arrive."""
+        if id in self._requests:
+            self._end(self._requests[id])
+
+    def schedule(self, now: float) -> Scheduled | None:
+        """The next step, or None where there is nothing to do before a token arrives or a request is added.
+
+        Prefill and decode alternate while there is work for both: a stream waits for one chunk, never for a prompt.
+        """
+        scheduled = self._decode() if self._prefilled else None
+        scheduled = scheduled or self._prefill(now) or self._decode()
+        self._prefilled = scheduled is not None and isinstance(scheduled.step, PrefillStep)
+        return scheduled
+
+    def update(
+        self, scheduled: Scheduled, tokens: list[int], logprobs: Callable[[int, int], TokenLogprobs]
+    ) -> list[Delta]:
+        """Takes in what a step drew, one token for each of its rows (any number where the row draws none).
+
+        `logprobs(row, count)` gives a row's log probabilities; it is asked only for requests that want them.
+        Steps are taken in in the order in which they were scheduled.
+        """
+        deltas = []
+        for row, (request, token) in enumerate(zip(scheduled.rows, tokens, strict=True)):
+            if request is None or request.done:
+                continue
+            request.tokens.append(token)
+            length, sampling = len(request.tokens), request.sampling
+            finish = None
+            if token in sampling.stop_token_ids:
+                finish = "stop"
+            elif length > request.last_position:
+                finish = "length"
+            first = length == request.prompt_tokens + 1
+            deltas.append(
+                Delta(
+                    request.id,
+                    [token],
+                    finish,
+                    None if sampling.logprobs is None else [logprobs(row, sampling.logprobs)],
+                    request.cached_tokens if first else None,
+                    request.queue_seconds if first else None,
+                )
+            )
+            if length >= (request.offered + 1) * PAGE_TOKENS:
+                self._offer(request)
+            if finish:
+                self._end(request)
+        return deltas
+
+    def _decode(self) -> Scheduled | None:
+        """One row for each running request whose prompt is done and whose last token is not drawn yet."""
+        rows, slots, positions, new_pages = [], [], [], []
+        for request in self._running:  # preemption only takes from the end: never a request that has its row
+            position = request.computed
+            if not request.prefill_end <= position < request.last_position:
+                continue
+            page = NO_PAGE
+            if position % PAGE_TOKENS == 0:
+                page = self._grow(request)
+                if page is None:
+                    break  # it was the youngest and gave way itself
+            request.computed = position + 1
+            rows.append(request)
+            slots.append(request.slot)
+            positions.append(position)
+            new_pages.append(page)
+        return Scheduled(DecodeStep(slots, positions, new_pages), rows) if rows else None
+
+    def _prefill(self, now: float) -> Scheduled | None:
+        """Chunks, oldest request first, until the largest bucket is full or the next request doesn't fit."""
+        budget = self._largest.tokens
+        chosen: list[Request] = []
+        chunks: list[Chunk] = []
+        unfinished = [request for request in self._running if request.computed < request.prefill_end]
+        while len(chunks) < self._largest.sequences:
+            request = unfinished[len(chunks)] if len(chunks) < len(unfinished) else self._admit(budget, now)
+            size = _chunk_size(request.prefill_end - request.computed, budget) if request else 0
+            if size == 0:
+                break
+            start, end = request.computed, request.computed + size
+            chunks.append(
+                Chunk(
+                    slot=request.slot,
+                    tokens=request.tokens[start:end],
+                    start=start,
+                    prompt_tokens=request.prompt_tokens,
+                    pages=request.pages[: pages_for(end)],
+                    samples=end == request.prefill_end,
+                    sampling=request.sampling,
+                )
+            )
+            chosen.append(request)
+            request.computed = end
+            budget -= size
+        for request in chosen:  # only now: chunks of one step don't read each other's pages
+            self._offer(request)
+        rows = [request if chunk.samples else None for request, chunk in zip(chosen, chunks, strict=True)]
+        return Scheduled(PrefillStep(chunks), rows) if chunks else None
+
+    def _admit(self, budget: int, now: float) -> Request | None:
+        """Moves the oldest waiting request to the running ones; None where it has to wait, and all behind it too.
+
+        It needs a slot, a first chunk that fits the budget, and pages for all its tokens. One page more for each
+        running request stays in reserve: without it an admission takes the page that the next decode step needs, and
+        is preempted right away (in simulations of a pool too small a third of all prefill was to no avail).
+        """
+        if not self._waiting or not self._free_slots:
+            return None
+        request = self._waiting[0]
+        if len(request.tokens) < request.prefill_end:
+            return None  # preempted, and a token drawn for it has not arrived
+        cached = self._cached_pages(request)
+        cached_tokens = len(cached) * PAGE_TOKENS
+        needed = pages_for(request.prefill_end) - len(cached)
+        fits = _chunk_size(request.prefill_end - cached_tokens, budget) > 0
+        if not fits or self.pool.available < needed + len(self._running):
+            self.pool.release(cached)
+            return None
+        self._running.append(self._waiting.popleft())
+        request.slot = self._free_slots.pop()
+        request.pages = cached + self.pool.allocate(needed)
+        request.offered = len(cached)
+        request.computed = cached_tokens
+        if request.cached_tokens is None:
+            request.cached_tokens = cached_tokens
+            request.queue_seconds = now - request.arrival
+            if self._reads_cache(request):
+                self.prefix_query_tokens += request.prompt_tokens
+                self.prefix_hit_tokens += cached_tokens
+        return request
+
+    def _reads_cache(self, request: Request) -> bool:
+        """Penalties count tokens on the device as they pass through prefill, so all of them have to pass."""
+        return self._prefix_cache and not request.sampling.penalized
+
+    def _cached_pages(self, request: Request) -> list[int]:
+        """The leading pages of a request that are in the prefix cache, at least one token short of all; now held."""
+        if not self._reads_cache(request):
+            return []
+        extend_chain(request.digests, request.tokens)
+        return self.pool.match(request.digests, (len(request.tokens) - 1) // PAGE_TOKENS)
+
+    def _offer(self, request: Request) -> None:
+        """Registers the pages whose tokens are all known and whose keys and values a scheduled step computes."""
+        full = min(len(request.tokens), request.computed) // PAGE_TOKENS
+        if not self._prefix_cache or full <= request.offered:
+            return
+        extend_chain(request.digests, request.tokens)
+        for index in range(request.offered, full):
+            self.pool.register(request.pages[index], request.digests[index])
+        request.offered = full
+
+    def _grow(self, request: Request) -> int | None:
+        """One more page for a running request, at the cost of the youngest ones; None if it gave way itself."""
+        while (pages := self.pool.allocate(1)) is None:
+            youngest = self._running[-1]
+            self._preempt(youngest)
+            if youngest is request:
+                return None
+        request.pages += pages
+        return pages[0]
+
+    def _preempt(self, request: Request) -> None:
+        """Back to the head of the queue, to compute its prompt and all tokens drawn so far again later."""
+        if request.computed >= request.prefill_end:
+            request.prefill_end = request.computed + 1  # with those that are drawn but have not arrived
+        self._stop(request)
+        self._waiting.appendleft(request)
+        self.preemptions += 1
+
+    def _stop(self, request: Request) -> None:
+        """Takes a running request off its slot and pages."""
+        self._running.remove(request)
+        self._free_slots.append(request.slot)
+        self.pool.release(request.pages)
+        request.slot, request.pages, request.offered, request.computed = NO_SLOT, [], 0, 0
+
+    def _end(self, request: Request) -> None:
+        """Forgets a request wherever it is: running, waiting, or preempted with tokens in flight."""
+        request.done = True
+        del self._requests[request.id]
+        if request.slot == NO_SLOT:
+            self._waiting.remove(request)
+        else:
+            self._stop(request)
+
+
+def _chunk_size(left: int, budget: int) -> int:
+    """Tokens of a next chunk: all that are `left` if they fit the budget, else up to a page boundary, else 0.
+
+    Chunks start and end at boundaries of the request's own pages, so what else is in the step only decides how many
+    pages a chunk covers, and a page is never computed in two parts.
+    """
+    return left if left <= budget else budget // PAGE_TOKENS * PAGE_TOKENS

@@ -1,0 +1,54 @@
+"""Bucket shapes as data, and the pure function that chooses one. Knows numbers only."""
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One captured shape.
+
+    decode: `tokens` == `sequences` == rows, one token each.
+    prefill: up to `sequences` prompts (or chunks of prompts) packed into `tokens` tokens.
+    """
+
+    kind: Literal["decode", "prefill"]
+    tokens: int
+    sequences: int
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The shapes of one server, ascending."""
+
+    decode: tuple[Bucket, ...]
+    prefill: tuple[Bucket, ...]
+
+    @classmethod
+    def of(cls, decode_rows: list[int], prefill_tokens: list[int], prefill_sequences: int) -> "Buckets":
+        return cls(
+            decode=tuple(Bucket("decode", rows, rows) for rows in decode_rows),
+            prefill=tuple(Bucket("prefill", tokens, min(tokens, prefill_sequences)) for tokens in prefill_tokens),
+        )
+
+    @property
+    def all(self) -> tuple[Bucket, ...]:
+        return self.decode + self.prefill
+
+    @property
+    def max_rows(self) -> int:
+        """Requests that can run at once."""
+        return self.decode[-1].tokens
+
+    @property
+    def max_sequences(self) -> int:
+        return max(bucket.sequences for bucket in self.all)
+
+    def choose(self, kind: Literal["decode", "prefill"], tokens: int) -> Bucket:
+        """The smallest bucket of `kind` that holds `tokens`. Raises ValueError where none does."""
+        shapes = self.decode if kind == "decode" else self.prefill
+        index = bisect_left(shapes, tokens, key=lambda bucket: bucket.tokens)
+        if tokens < 1 or index == len(shapes):
+            raise ValueError(f"no {kind} bucket holds {tokens} tokens; there are {[b.tokens for b in shapes]}")
+        return shapes[index]

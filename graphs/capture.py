@@ -1,0 +1,106 @@
+"""Steps as something to launch: CUDA graphs on a GPU, the same body run eagerly in order on a CPU.
+
+Both take a body for each bucket once (`capture`), then `launch` it over packed words without waiting, and hand back a
+ticket to wait on. Knows buffers and bodies; not what a body computes.
+"""
+
+import ctypes
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+
+from graphs.buckets import Bucket
+from graphs.buffers import Buffers, Staging
+
+Wait = Callable[[], None]  # returns once the step has run and its outputs lie in the staging; raises what it raised
+
+
+class Steps(Protocol):
+    def capture(self, bucket: Bucket, body: Callable[[], None]) -> None:
+        """Prepare a bucket's step. `body` reads and writes the buffers, and never waits for the device."""
+
+    def launch(self, bucket: Bucket, staging: Staging) -> Wait:
+        """Start a step behind all launched before: words to the device, body, outputs back.
+
+        The staging must not be touched until the returned function has been called and has returned.
+        """
+
+    def close(self) -> None: ...
+
+
+def steps_for(buffers: Buffers, cpu_threads: int) -> Steps:
+    return GraphSteps(buffers) if buffers.device.type == "cuda" else EagerSteps(buffers, cpu_threads)
+
+
+def prepare_cpu_process() -> None:
+    """Call first in a process whose EagerSteps should be fast; each line halves a small step's time on two cores.
+
+    OpenMP counts the helper threads of this thread and of the steps' thread: where together they outnumber the cores,
+    they sleep between operations. And glibc gives freed tensors back to the system, to fault them in again.
+    """
+    torch.set_num_threads(1)
+    libc = ctypes.CDLL(None)
+    for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        libc.mallopt(parameter, 2**30)
+
+
+class EagerSteps:
+    """One worker thread stands in for the stream: launches return at once and run in order."""
+
+    def __init__(self, buffers: Buffers, threads: int) -> None:
+        """`threads` for each operation; see `prepare_cpu_process`."""
+        self._buffers = buffers
+        self._bodies: dict[Bucket, Callable[[], None]] = {}
+        self._stream = ThreadPoolExecutor(1, "stream", torch.set_num_threads, (threads,))
+
+    def capture(self, bucket: Bucket, body: Callable[[], None]) -> None:
+        self._bodies[bucket] = body
+
+    def launch(self, bucket: Bucket, staging: Staging) -> Wait:
+        return self._stream.submit(self._run, bucket, staging).result
+
+    @torch.inference_mode()
+    def _run(self, bucket: Bucket, staging: Staging) -> None:
+        words = self._buffers.words_of(bucket)
+        self._buffers.words[:words].copy_(staging.words[:words])
+        self._bodies[bucket]()
+        staging.outputs[: bucket.sequences].copy_(self._buffers.outputs[: bucket.sequences])
+
+    def close(self) -> None:
+        self._stream.shutdown()
+
+
+class GraphSteps:
+    """One CUDA graph a bucket, all in one memory pool: capture the largest first, so that the others fit in it."""
+
+    def __init__(self, buffers: Buffers) -> None:
+        self._buffers = buffers
+        self._graphs: dict[Bucket, torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+
+    @torch.inference_mode()
+    def capture(self, bucket: Bucket, body: Callable[[], None]) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            body()  # once for real: libraries and lazily loaded kernels initialise, which a capture forbids
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            body()
+        self._graphs[bucket] = graph
+
+    @torch.inference_mode()
+    def launch(self, bucket: Bucket, staging: Staging) -> Wait:
+        words = self._buffers.words_of(bucket)
+        done = torch.cuda.Event()
+        with torch.cuda.stream(self._stream):
+            self._buffers.words[:words].copy_(staging.words[:words], non_blocking=True)
+            self._graphs[bucket].replay()
+            staging.outputs[: bucket.sequences].copy_(self._buffers.outputs[: bucket.sequences], non_blocking=True)
+            done.record()
+        return done.synchronize
+
+    def close(self) -> None:
+        self._stream.synchronize()

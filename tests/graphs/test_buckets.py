@@ -1,0 +1,105 @@
+"""Choosing a bucket, and what packing puts into it."""
+
+import pytest
+import torch
+
+from engine.request import SamplingParams
+from graphs.buckets import Bucket, Buckets
+from graphs.buffers import Buffers
+from graphs.plan import NO_PAGE, Chunk, DecodeStep, PrefillStep
+
+BUCKETS = Buckets.of([1, 4, 16], [64, 256], 3)
+SAMPLING = SamplingParams(max_tokens=4, seed=2**63 - 1, temperature=0.5, min_tokens=2, stop_token_ids=(7, 8),
+                          logit_bias={3: 1.5})
+
+
+@pytest.fixture
+def buffers():
+    return Buffers(buckets=BUCKETS, layers=1, kv_heads=1, head_dim=32, vocab=64, max_context=512, pages=10,
+                   device=torch.device("cpu"), dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("kind", "tokens", "size"), [
+    ("decode", 1, 1), ("decode", 2, 4), ("decode", 4, 4), ("decode", 16, 16), ("prefill", 1, 64), ("prefill", 65, 256),
+])
+def test_the_smallest_bucket_that_holds_the_step_is_chosen(kind, tokens, size):
+    assert BUCKETS.choose(kind, tokens).tokens == size
+
+
+@pytest.mark.parametrize(("kind", "tokens"), [("decode", 17), ("prefill", 257), ("decode", 0)])
+def test_a_step_that_fits_no_bucket_is_an_error(kind, tokens):
+    with pytest.raises(ValueError, match=str(tokens)):
+        BUCKETS.choose(kind, tokens)
+
+
+def test_spare_decode_rows_name_the_spare_slot_and_no_page(buffers):
+    bucket, staging = BUCKETS.decode[1], buffers.staging()
+    staging.words.fill_(12345)
+    buffers.fill(DecodeStep([5, 2], [70, 128], [NO_PAGE, 9]), bucket, staging)
+    inputs = staging.inputs[bucket]
+    assert inputs.slots.tolist() == [5, 2, 16, 16]
+    assert inputs.positions.tolist() == [70, 128, 0, 0]
+    assert inputs.new_pages.tolist() == [NO_PAGE, 9, NO_PAGE, NO_PAGE]
+
+
+def test_prefill_packs_chunks_and_installs_them_in_their_slots(buffers):
+    bucket, staging = BUCKETS.prefill[0], buffers.staging()
+    staging.words.fill_(12345)
+    step = PrefillStep([
+        Chunk(3, [10, 11, 12], 64, 66, [4, 5], True, SAMPLING),
+        Chunk(1, [20, 21], 0, 100, [6], False, SamplingParams(max_tokens=1, seed=0)),
+    ])
+    buffers.fill(step, bucket, staging)
+    inputs = staging.inputs[bucket]
+    assert inputs.tokens[:6].tolist() == [10, 11, 12, 20, 21, 0]
+    assert inputs.positions[:6].tolist() == [64, 65, 66, 0, 1, 0]
+    assert inputs.slots[:6].tolist() == [3, 3, 3, 1, 1, 16]
+    assert inputs.sequence_slots.tolist() == [3, 1, 16]
+    assert inputs.sample_slots.tolist() == [3, 16, 16]
+    assert inputs.last.tolist() == [2, 4, 0]
+
+    buffers.words.copy_(staging.words)
+    buffers.install(buffers.inputs[bucket])
+    assert buffers.page_table[3, :3].tolist() == [4, 5, 0]
+    assert buffers.sampling.temperature[3] == 0.5
+    assert buffers.sampling.seed[3].tolist() == [-1, 2**31 - 1]
+    assert buffers.sampling.bias_ids[3, :4].tolist() == [3, 7, 8, 0]
+    assert buffers.sampling.bias_until[3, :4].tolist() == [2**31 - 1, 68, 68, 0]
+    assert buffers.in_prompt[3].nonzero().flatten().tolist() == [10, 11]
+    assert buffers.output_counts[3].nonzero().flatten().tolist() == [12]
+    assert buffers.in_prompt[1].nonzero().flatten().tolist() == [20, 21]
+
+
+def test_a_slots_counts_are_forgotten_by_the_first_chunk_only(buffers):
+    bucket, staging = BUCKETS.prefill[0], buffers.staging()
+    for start, expected in ((0, [10]), (64, [10, 11]), (0, [12])):
+        chunk = Chunk(2, [10 + start // 64 if start or expected == [10] else 12], start, 100, [1, 2], False, SAMPLING)
+        buffers.fill(PrefillStep([chunk]), bucket, staging)
+        buffers.words.copy_(staging.words)
+        buffers.install(buffers.inputs[bucket])
+        assert buffers.in_prompt[2].nonzero().flatten().tolist() == expected
+
+
+def test_a_decode_step_notes_new_pages_and_reads_the_last_tokens(buffers):
+    bucket, staging = BUCKETS.decode[1], buffers.staging()
+    buffers.page_table[5, 1], buffers.last_token[5], buffers.last_token[2] = 8, 33, 44
+    buffers.fill(DecodeStep([5, 2], [70, 128], [NO_PAGE, 9]), bucket, staging)
+    buffers.words[: buffers.words_of(bucket)] = staging.words[: buffers.words_of(bucket)]
+    assert buffers.advance(buffers.inputs[bucket]).tolist() == [33, 44, 0, 0]
+    assert buffers.page_table[5, 1] == 8
+    assert buffers.page_table[2, 2] == 9
+
+
+@pytest.mark.parametrize(("step", "bucket"), [
+    (DecodeStep([0] * 5, [0] * 5, [0] * 5), BUCKETS.decode[1]),
+    (DecodeStep([0], [0], [0]), BUCKETS.prefill[0]),
+    (PrefillStep([Chunk(0, [1] * 65, 0, 65, [1, 2], True, SAMPLING)]), BUCKETS.prefill[0]),
+    (PrefillStep([Chunk(0, [1], 0, 1, [1], True, SAMPLING)] * 4), BUCKETS.prefill[0]),
+], ids=["rows", "kind", "tokens", "chunks"])
+def test_a_step_that_does_not_fit_its_bucket_is_never_cut(buffers, step, bucket):
+    with pytest.raises(ValueError, match="do not fit"):
+        buffers.fill(step, bucket, buffers.staging())
+
+
+def test_a_bucket_of_few_tokens_packs_no_more_sequences_than_tokens():
+    assert Buckets.of([1], [2, 64], 8).prefill[0] == Bucket("prefill", 2, 2)

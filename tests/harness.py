@@ -1,0 +1,118 @@
+"""A whole engine in the test's own process: real scheduler, buffers, steps and model; only the sockets are missing."""
+
+import itertools
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from conf.schema import RandomShape
+from engine import checkpoint
+from engine.core import Core
+from engine.model import Model
+from engine.pages import PagePool
+from engine.parallel import Ranks
+from engine.request import Abort, Delta, SamplingParams, StepReport, Submit
+from engine.scheduler import Scheduler
+from graphs.buckets import Buckets
+from graphs.buffers import Buffers
+from graphs.capture import steps_for
+from graphs.plan import Chunk, PrefillStep
+from kernels import reference
+
+GREEDY = {"max_tokens": 16, "seed": 0, "temperature": 0.0}
+CPU = torch.device("cpu")
+
+
+class InProcess:
+    """`poison` fills unwritten pages with NaN and unused page table entries with an index no pool has."""
+
+    def __init__(
+        self, folder: Path | str, *, dtype=torch.float32, decode_rows=(1, 2, 4, 8), prefill_tokens=(64, 256),
+        sequences=4, max_context=1024, pages=200, prefix_cache=True, poison=True, device=CPU,
+    ) -> None:
+        self.shape, weights = checkpoint.load(folder, 0, 1, device, dtype)
+        self.buckets = Buckets.of(list(decode_rows), list(prefill_tokens), sequences)
+        self.model = Model(self.shape, weights, reference, Ranks(0, 1, device, Path()), max_context)
+        self.buffers = Buffers(
+            buckets=self.buckets, layers=self.shape.layers, kv_heads=self.shape.kv_heads, head_dim=self.shape.head_dim,
+            vocab=self.shape.vocab, max_context=max_context, pages=pages, device=device, dtype=dtype,
+        )
+        if poison:
+            self.buffers.keys.fill_(float("nan"))
+            self.buffers.values.fill_(float("nan"))
+        self.steps = steps_for(self.buffers, os.cpu_count())
+        for bucket in sorted(self.buckets.all, key=lambda bucket: -bucket.tokens):
+            self.steps.capture(bucket, self.body(bucket, poison))
+        self.pool = PagePool(pages)
+        self.scheduler = Scheduler(self.pool, self.buckets, max_context, prefix_cache)
+        self.core = Core(self.scheduler, self.buffers, self.steps, lambda *_: None, self._published)
+        self.deltas: dict[int, list[Delta]] = {}
+        self.reports = 0
+        self._ids = itertools.count()
+
+    def body(self, bucket, poison):
+        step, inputs = self.model.step(bucket, self.buffers), self.buffers.inputs[bucket]
+
+        def run() -> None:
+            if poison and bucket.kind == "prefill":
+                real = inputs.page_table[:, :1] != 0
+                unused = (inputs.page_table == 0) & real
+                inputs.page_table.masked_fill_(unused, 10**9)
+            step()
+
+        return run
+
+    def _published(self, message) -> None:
+        assert isinstance(message, StepReport)
+        self.reports += 1
+        for delta in message.deltas:
+            self.deltas[delta.id].append(delta)
+
+    def submit(self, prompt: list[int], **sampling) -> int:
+        id = next(self._ids)
+        self.deltas[id] = []
+        self.core.handle(Submit(id, prompt, SamplingParams(**GREEDY | sampling)))
+        return id
+
+    def abort(self, id: int) -> None:
+        self.core.handle(Abort(id))
+
+    def run(self) -> None:
+        """Until nothing is left to do."""
+        while self.core.turn():
+            pass
+
+    def tokens(self, id: int) -> list[int]:
+        return [token for delta in self.deltas[id] for token in delta.tokens]
+
+    def generate(self, *prompts: list[int], **sampling) -> list[list[int]]:
+        """All at once; the tokens of each."""
+        ids = [self.submit(prompt, **sampling) for prompt in prompts]
+        self.run()
+        return [self.tokens(id) for id in ids]
+
+    def all_logits(self, prompt: list[int], chunk: int) -> torch.Tensor:
+        """Teacher-forced logits [tokens, V] of a prompt that comes in chunks, through plan, buffers and forward."""
+        pages, out = list(range(1, len(prompt) // 64 + 2)), []
+        sampling = SamplingParams(max_tokens=1, seed=0)
+        for start in range(0, len(prompt), chunk):
+            tokens = prompt[start : start + chunk]
+            step = PrefillStep([Chunk(0, tokens, start, len(prompt), pages, False, sampling)])
+            bucket, staging = self.buckets.choose("prefill", len(tokens)), self.buffers.staging()
+            self.buffers.fill(step, bucket, staging)
+            words = self.buffers.words_of(bucket)
+            self.buffers.words[:words] = staging.words[:words]
+            inputs = self.buffers.inputs[bucket]
+            self.buffers.install(inputs)
+            hidden = self.model.forward(self.buffers, inputs.tokens, inputs.positions, inputs.slots)
+            out.append(self.model.logits(hidden)[: len(tokens)])
+        return torch.cat(out)
+
+
+TINY = replace(
+    checkpoint.Architecture.from_random_shape(RandomShape()),
+    layers=4, hidden=96, intermediate=160, heads=8, kv_heads=4, head_dim=32, vocab=512, experts=6,
+    windows=(128, None, 128, None),
+)

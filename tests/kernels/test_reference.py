@@ -1,0 +1,267 @@
+"""The reference operations against their plain, whole-batch definitions, and against their own neighbours."""
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from kernels import reference as ops
+
+PAGE = 64
+ABSURD = 10**9  # a page id that no pool has
+
+
+def dense_attention(q, k, v, position, sinks, window):
+    """One query [heads, D] over its whole history k, v [kv_heads, keys, D], in float64."""
+    group = q.shape[0] // k.shape[0]
+    scores = torch.einsum("hd,hkd->hk", q.double(), k.double().repeat_interleave(group, 0)) / math.sqrt(q.shape[1])
+    at = torch.arange(k.shape[1])
+    seen = (at <= position) & (at > position - (window or 10**9))
+    scores = torch.cat([scores.masked_fill(~seen, -math.inf), sinks.double().unsqueeze(1)], dim=1)
+    return torch.einsum("hk,hkd->hd", scores.softmax(-1)[:, :-1], v.double().repeat_interleave(group, 0))
+
+
+def paged(history, pages, poison):
+    """Scatter [kv_heads, keys, D] over shuffled pages of a poisoned pool: the pool and the table row."""
+    kv_heads, keys, dim = history.shape
+    pool = torch.full((pages, kv_heads, PAGE, dim), poison)
+    used = torch.randperm(pages - 1)[: -(-keys // PAGE)] + 1
+    for entry, page in enumerate(used):
+        part = history[:, entry * PAGE : (entry + 1) * PAGE]
+        pool[page, :, : part.shape[1]] = part
+    return pool, used
+
+
+@pytest.mark.parametrize("window", [None, 1, 64, 128, 200])
+@pytest.mark.parametrize("keys", [1, 63, 64, 65, 128, 129, 700, 1024])
+def test_attention_over_pages_equals_dense_attention_whatever_lies_in_unused_places(window, keys):
+    torch.manual_seed(keys)
+    heads, kv_heads, dim, entries = 8, 2, 32, 16
+    k, v = torch.randn(2, kv_heads, keys, dim)
+    pool_k, used = paged(k, 40, math.nan)
+    pool_v = torch.full_like(pool_k, math.nan)
+    for entry, page in enumerate(used):
+        part = v[:, entry * PAGE : (entry + 1) * PAGE]
+        pool_v[page, :, : part.shape[1]] = part
+    table = torch.full((3, entries), ABSURD, dtype=torch.int32)
+    table[1, : len(used)] = used
+    positions = torch.arange(max(0, keys - 20), keys, dtype=torch.int32)
+    q = torch.randn(len(positions), heads, dim)
+    sinks = torch.randn(heads)
+    slots = torch.ones_like(positions)
+    out = ops.attention(q, pool_k, pool_v, table, slots, positions, sinks, window)
+    expected = torch.stack([
+        dense_attention(query, k, v, int(at), sinks, window) for query, at in zip(q, positions, strict=True)
+    ])
+    assert relative_error(out, expected.flatten(1)) < 1e-5
+
+
+def test_attention_with_a_large_sink_takes_no_value():
+    keys = torch.randn(2, 1, PAGE, 32)
+    one = torch.ones(1, dtype=torch.int32)
+    out = ops.attention(torch.randn(1, 4, 32), keys, keys, one.view(1, 1), one * 0, one, torch.full((4,), 1e4), None)
+    assert torch.equal(out, torch.zeros(1, 128))
+
+
+def relative_error(out, expected):
+    return float((out.double() - expected.double()).norm() / expected.double().norm())
+
+
+def random_experts(experts, rows, columns, dtype=torch.float32):
+    blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8)
+    scales = torch.randint(120, 126, (experts, rows, columns // 32), dtype=torch.uint8)
+    return blocks, scales, torch.randn(experts, rows).to(dtype)
+
+
+def plain_mxfp4(blocks, scales):
+    """Value by value, from the format's definition."""
+    values = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    out = torch.empty(*blocks.shape[:-1], 32)
+    for byte in range(16):
+        for half in range(2):
+            nibble = (blocks[..., byte].int() >> (4 * half)) & 0xF
+            magnitude = torch.tensor(values)[nibble & 7]
+            out[..., 2 * byte + half] = torch.where(nibble >= 8, -magnitude, magnitude)
+    return (out * 2.0 ** (scales.float() - 127).unsqueeze(-1)).flatten(-2)
+
+
+def test_dequantised_mxfp4_is_exact():
+    blocks, scales, _ = random_experts(3, 10, 96)
+    assert torch.equal(ops.dequantize(blocks, scales, torch.float32), plain_mxfp4(blocks, scales))
+    assert torch.equal(ops.dequantize(blocks, scales, torch.bfloat16).float(), plain_mxfp4(blocks, scales))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8, 33])
+@pytest.mark.parametrize("routing", ["random", "all to one expert"])
+def test_experts_equal_a_dense_mixture(tokens, routing):
+    torch.manual_seed(tokens)
+    experts, active, hidden, inner, limit = 6, 4, 96, 64, 7.0
+    gate_up, down = random_experts(experts, 2 * inner, hidden), random_experts(experts, hidden, inner)
+    x = torch.randn(tokens, hidden) * 3
+    if routing == "random":
+        chosen = torch.stack([torch.randperm(experts)[:active] for _ in range(tokens)])
+    else:
+        chosen = torch.full((tokens, active), 5)
+    shares = torch.rand(tokens, active)
+    out = ops.experts(x, chosen, shares, gate_up, down, limit)
+    w1, w2 = plain_mxfp4(*gate_up[:2]).double(), plain_mxfp4(*down[:2]).double()
+    expected = torch.zeros(tokens, hidden, dtype=torch.float64)
+    for token in range(tokens):
+        for expert, share in zip(chosen[token], shares[token], strict=True):
+            h = w1[expert] @ x[token].double() + gate_up[2][expert]
+            gate, up = h[0::2].clamp(max=limit), h[1::2].clamp(-limit, limit)
+            h = gate * torch.sigmoid(1.702 * gate) * (up + 1)
+            expected[token] += share * (w2[expert] @ h + down[2][expert])
+    assert relative_error(out, expected) < 1e-5
+
+
+def test_router_takes_the_softmax_of_the_chosen_and_the_lower_id_of_equals():
+    weight, bias = torch.zeros(6, 32), torch.tensor([1.0, 2.0, 2.0, 0.0, 2.0, 3.0])
+    chosen, shares = ops.route(torch.randn(2, 32), weight, bias, 3)
+    assert chosen.tolist() == [[5, 1, 2]] * 2
+    torch.testing.assert_close(shares[0], torch.tensor([3.0, 2.0, 2.0]).softmax(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_has_the_same_bytes_alone_and_in_any_company(dtype):
+    torch.manual_seed(0)
+    tokens, hidden = 37, 96
+    x = torch.randn(tokens, hidden).to(dtype)
+    weight, bias = torch.randn(200, hidden).to(dtype), torch.randn(200).to(dtype)
+    gate_up, down = random_experts(8, 128, hidden, dtype), random_experts(8, hidden, 64, dtype)
+    router = torch.randn(8, hidden).to(dtype), torch.randn(8).to(dtype)
+    keys, values = torch.randn(2, 20, 2, PAGE, 32).to(dtype)
+    table = torch.randint(0, 20, (5, 12), dtype=torch.int32)
+    slots = torch.randint(0, 5, (tokens,), dtype=torch.int32)
+    positions = torch.randint(0, 12 * PAGE, (tokens,), dtype=torch.int32)
+    q, sinks = torch.randn(tokens, 8, 32).to(dtype), torch.randn(8)
+
+    def everything(rows):
+        chosen, shares = ops.route(x[rows], *router, 4)
+        return torch.cat([
+            ops.rms_norm(x[rows], torch.ones(hidden), 1e-5),
+            ops.linear(x[rows], weight, bias),
+            ops.experts(x[rows], chosen, shares, gate_up, down, 7.0),
+            ops.attention(q[rows], keys, values, table, slots[rows], positions[rows], sinks, None),
+            ops.attention(q[rows], keys, values, table, slots[rows], positions[rows], sinks, 128),
+        ], dim=1)
+
+    together = everything(torch.arange(tokens))
+    for token in range(tokens):
+        assert torch.equal(everything(torch.tensor([token]))[0], together[token])
+    shuffled = torch.randperm(tokens)
+    assert torch.equal(everything(shuffled), together[shuffled])
+
+
+# The sampler's filters ------------------------------------------------------------------------------------------------
+
+VOCAB = 12
+DRAWS = 1500
+
+
+def draw_many(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    def rows(value, dtype):
+        return torch.full((DRAWS,), value, dtype=dtype)
+
+    numbers = torch.arange(DRAWS, dtype=torch.int32)
+    return ops.draw(
+        logits.expand(DRAWS, -1), rows(temperature, torch.float32), rows(top_k, torch.int32),
+        rows(top_p, torch.float32), rows(min_p, torch.float32), torch.stack((numbers % 50, numbers % 7), dim=1),
+        numbers // 50,
+    )
+
+
+def plain_filter(probabilities, top_k=0, top_p=1.0, min_p=0.0):
+    """The definition, by sorting; the logits of the test have no ties."""
+    order = probabilities.argsort(descending=True)
+    keep = torch.zeros(VOCAB, dtype=torch.bool)
+    limit = top_k or VOCAB
+    reached, total = 0.0, float(probabilities[order[:limit]].sum())
+    for token in order[:limit]:
+        if reached >= top_p * total:
+            break
+        keep[token] = True
+        reached += float(probabilities[token])
+    keep &= probabilities >= min_p * probabilities.max()
+    kept = torch.where(keep, probabilities, 0.0)
+    return kept / kept.sum()
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"temperature": 0.5}, {"temperature": 1.7}, {"top_k": 1}, {"top_k": 4}, {"top_p": 0.3}, {"top_p": 0.8},
+    {"min_p": 0.2}, {"top_k": 6, "top_p": 0.7, "min_p": 0.05, "temperature": 1.3},
+], ids=str)
+def test_draws_follow_the_filtered_distribution(options):
+    logits = torch.tensor([0.3, 2.0, -1.0, 0.9, 1.4, -0.2, 0.0, 1.1, -3.0, 0.6, 1.8, -0.7])
+    filters = {name: value for name, value in options.items() if name != "temperature"}
+    expected = plain_filter((logits.double() / options.get("temperature", 1.0)).softmax(0), **filters)
+    counts = torch.bincount(draw_many(logits, **options).long(), minlength=VOCAB)
+    assert int(counts[expected == 0].sum()) == 0
+    kept = expected > 0
+    if kept.sum() > 1:
+        assert stats.chisquare(counts[kept].numpy(), (expected[kept] * DRAWS).numpy()).pvalue > 1e-4
+
+
+def test_temperature_zero_takes_the_largest_logit():
+    logits = torch.randn(VOCAB)
+    assert set(draw_many(logits, temperature=0.0, top_k=3).tolist()) == {int(logits.argmax())}
+
+
+def test_logits_equal_to_the_threshold_all_stay():
+    drawn = set(draw_many(torch.tensor([1.0, 1.0, 1.0] + [0.0] * 9), top_k=2).tolist())
+    assert drawn == {0, 1, 2}
+
+
+def test_a_draw_depends_on_seed_and_position_alone():
+    logits = torch.randn(5, VOCAB)
+    one = torch.ones(5)
+    options = one, (one * 0).int(), one, one * 0
+    seeds = torch.randint(-(2**31), 2**31, (5, 2)).int()
+    positions = torch.arange(5, dtype=torch.int32)
+    together = ops.draw(logits, *options, seeds, positions)
+    for row in range(5):
+        part = slice(row, row + 1)
+        alone = ops.draw(logits[part], *(value[part] for value in options), seeds[part], positions[part])
+        assert alone.item() == together[row].item()
+
+
+def test_gumbel_noise_is_standard_gumbel_and_uncorrelated_across_positions_and_seeds():
+    at = torch.tensor(3, dtype=torch.int32)
+    seed = torch.tensor([12345, -7], dtype=torch.int32)
+    noise = ops.gumbel(20000, seed, at)
+    assert stats.kstest(noise.numpy(), "gumbel_r").pvalue > 1e-4
+    for others in ((seed, at + 1), (seed + 1, at), (seed.flip(0), at)):
+        other = ops.gumbel(20000, *others)
+        assert abs(stats.spearmanr(noise.numpy(), other.numpy()).statistic) < 0.03
+
+
+def test_penalties_follow_their_definitions():
+    logits = torch.tensor([[2.0, -2.0, 1.0, 1.0]])
+    counts = torch.tensor([[0, 3, 1, 0]], dtype=torch.int32)
+    prompt = torch.tensor([[1, 0, 0, 0]], dtype=torch.uint8)
+    out = ops.penalize(logits, counts, prompt, torch.tensor([2.0]), torch.tensor([0.5]), torch.tensor([0.25]))
+    torch.testing.assert_close(out, torch.tensor([[1.0, -4.0 - 1.5 - 0.25, 0.5 - 0.5 - 0.25, 1.0]]))
+
+
+def test_bias_counts_only_before_its_position():
+    until = torch.tensor([[10, 5, 0]], dtype=torch.int32)
+    ids = torch.tensor([[1, 2, 0]], dtype=torch.int32)
+    values = torch.tensor([[4.0, -math.inf, 0.0]])
+
+    def biased(position):
+        return ops.add_bias(torch.zeros(1, 3), ids, values, until, torch.tensor([position], dtype=torch.int32))
+
+    assert biased(4).tolist() == [[0.0, 4.0, -math.inf]]
+    assert biased(5).tolist() == [[0.0, 4.0, 0.0]]
+    assert biased(10).tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_log_probabilities_are_those_of_the_raw_logits():
+    logits = torch.randn(3, 50)
+    tokens = torch.tensor([4, 0, 49], dtype=torch.int32)
+    chosen, ids, values = ops.top_logprobs(logits, tokens, 20)
+    expected = logits.double().log_softmax(-1)
+    torch.testing.assert_close(chosen.double(), expected[torch.arange(3), tokens.long()], atol=1e-5, rtol=0)
+    torch.testing.assert_close(values.double(), expected.topk(20).values, atol=1e-5, rtol=0)
+    assert torch.equal(ids, expected.topk(20).indices)

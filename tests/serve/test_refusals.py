@@ -1,0 +1,231 @@
+"""What is refused, with which status and which field; and what is accepted because it changes nothing."""
+
+import http.client
+import json
+import logging
+
+import pytest
+
+from conf.schema import ServerConfig
+from serve.app import create_app
+from tests.fakes import FakeEngine
+from tests.serve.conftest import MODEL
+
+USER = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture
+def live(serve):
+    return serve(FakeEngine([1, 2, 200002]))
+
+
+def error(response, status: int) -> dict:
+    assert response.status_code == status, response.text
+    told = response.json()["error"]
+    assert set(told) == {"message", "type", "param", "code"}
+    assert told["message"]
+    return told
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("max_tokens", 0), ("max_tokens", "5"), ("max_tokens", 1.5), ("max_tokens", True), ("max_completion_tokens", 0),
+    ("temperature", -0.1), ("temperature", 2.1), ("top_p", 0), ("top_p", 1.1), ("top_k", -2), ("min_p", 1.1),
+    ("repetition_penalty", 0), ("repetition_penalty", 2.1), ("frequency_penalty", 2.1), ("presence_penalty", -2.1),
+    ("n", 0), ("n", 17), ("seed", 2**63), ("seed", -(2**63) - 1), ("seed", 1.0), ("stop", ""), ("stop", ["a", ""]),
+    ("stop", ["a"] * 17), ("stop", "a" * 257), ("stop_token_ids", [1] * 17), ("stop_token_ids", [-1]),
+    ("stop_token_ids", [201088]), ("logit_bias", {"201088": 1}), ("logit_bias", {"1": 101}), ("logit_bias", {"a": 1}),
+    ("logit_bias", {str(i): 1 for i in range(301)}), ("min_tokens", 17), ("min_tokens", -1), ("stream", "yes"),
+    ("stream_options", {"include_usage": True}), ("logprobs", 21), ("logprobs", -1), ("model", 5),
+])
+def test_a_value_out_of_range_or_of_the_wrong_type_is_named(live, field, value):
+    told = error(live.complete(**{field: value}), 400)
+    assert told["type"] == "invalid_request_error"
+    assert told["param"].split("[")[0] == field
+    assert live.engine.submitted == []
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("messages", []), ("messages", "Hello"), ("messages", [{"role": "robot", "content": "x"}]),
+    ("messages", [{"content": "x"}]), ("messages", [{"role": "user"}]), ("messages", [{"role": "user", "content": 5}]),
+    ("messages", [{"role": "assistant", "content": None}]), ("reasoning_effort", "extreme"), ("top_logprobs", 21),
+    ("top_logprobs", 3), ("logprobs", 3), ("include_reasoning", "no"), ("stop", ""), ("n", 17),
+])
+def test_a_chat_value_that_is_wrong_is_named(live, field, value):
+    assert field in error(live.chat(**{field: value}), 400)["param"]
+
+
+def test_a_missing_field_is_named(live):
+    assert error(live.http.post("/v1/completions", json={}), 400)["param"] == "prompt"
+    assert error(live.http.post("/v1/chat/completions", json={}), 400)["param"] == "messages"
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", [], [[]], ["a", ""], ["a", 1], [1, [2]], [-1], [201088], [[1], [201088]], None, 5]
+)
+def test_a_prompt_that_cannot_be_run_is_refused(live, prompt):
+    assert error(live.complete(prompt=prompt), 400)["param"].split("[")[0] == "prompt"
+
+
+def test_text_outside_a_small_vocabulary_is_refused(serve):
+    live = serve(FakeEngine([1], vocab_size=1000))
+    assert "vocabulary of 1000" in error(live.complete(prompt="\u4e2d\u6587\u5b57"), 400)["message"]
+    assert error(live.chat(), 400)["param"] == "messages"
+
+
+def test_a_prompt_that_does_not_fit_is_refused_with_all_numbers(live):
+    told = error(live.complete(prompt=[1] * 1000, max_tokens=25), 400)
+    assert told["code"] == "context_length_exceeded"
+    assert [number in told["message"] for number in ("1000", "25", "1024")] == [True] * 3
+    assert error(live.complete(prompt=[1] * 1024), 400)["param"] == "prompt"
+    assert error(live.chat(messages=[{"role": "user", "content": "word " * 2000}]), 400)["param"] == "messages"
+    assert live.complete(prompt=[1] * 999, max_tokens=25).status_code == 200
+
+
+def test_n_times_prompts_is_capped(live):
+    assert error(live.complete(prompt=["a"] * 5, n=13), 400)["param"] == "n"
+    assert live.complete(prompt=["a"] * 4, n=16).status_code == 200
+
+
+@pytest.mark.parametrize("body", [
+    b"", b"{", b"[]", b"5", b'"text"', b"{'prompt': 1}", b'{"prompt": "\xff"}', b'{"prompt": "\\ud800"}',
+    b'{"prompt": NaN}', b"[" * 100_000, b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+    b'{"metadata": ' + b'{"a":' * 50_000 + b"1" + b"}" * 50_001,
+])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
+def test_a_body_that_is_no_json_object_is_refused(live, path, body):
+    assert error(live.http.post(path, content=body), 400)["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("suffix", "x"), ("best_of", 2), ("response_format", {"type": "json_object"}),
+    ("response_format", {"type": "json_schema", "json_schema": {}}), ("modalities", ["audio"]), ("audio", {}),
+    ("functions", [{}]), ("prompt_logprobs", 1), ("store", True), ("guided_json", {}), ("chat_template", "x"),
+    ("use_beam_search", True), ("truncate_prompt_tokens", 5), ("prediction", {}), ("bad_words", ["a"]),
+])
+def test_what_this_server_cannot_do_is_refused_not_ignored(live, field, value):
+    for response in (live.complete(**{field: value}), live.chat(**{field: value})):
+        told = error(response, 400)
+        assert (told["param"], told["code"]) == (field, "unsupported_parameter")
+    assert live.engine.submitted == []
+
+
+def test_echo_with_logprobs_is_refused(live):
+    assert error(live.complete(echo=True, logprobs=1), 400)["param"] == "logprobs"
+
+
+def test_images_are_refused(live):
+    image = [{"type": "image_url", "image_url": {"url": "data:,"}}]
+    told = error(live.chat(messages=[{"role": "user", "content": image}]), 400)
+    assert told["param"] == "messages[0].content"
+    assert "image_url" in told["message"]
+
+
+def test_values_that_change_nothing_are_accepted(live):
+    neutral = {"suffix": None, "best_of": 1, "response_format": {"type": "text"}, "user": "me", "metadata": {"a": "b"},
+               "store": False, "service_tier": "auto", "functions": [], "length_penalty": 1.0, "modalities": ["text"]}
+    for response in (live.complete(**neutral), live.chat(**neutral, tools=[], tool_choice="auto")):
+        assert response.status_code == 200
+        assert "x-ignored-parameters" not in response.headers
+
+
+@pytest.mark.parametrize("given", [
+    {"tools": [{"type": "function", "function": {"name": "f"}}]}, {"tool_choice": "required"},
+    {"tool_choice": {"type": "function", "function": {"name": "f"}}},
+    {"messages": [*USER, {"role": "tool", "tool_call_id": "1", "content": "x"}]},
+    {"messages": [*USER, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
+])
+def test_tools_are_not_implemented(live, given):
+    assert error(live.chat(**given), 501)["code"] == "tools_not_supported"
+
+
+def test_unknown_fields_are_ignored_and_named(live):
+    response = live.complete(**{"flavour": 1, "also\r\nevil: 1": 2}, stream=False)
+    assert response.status_code == 200
+    assert response.headers["x-ignored-parameters"] == "also??evil??1, flavour"
+    assert live.complete(flavour=1, stream=True).headers["x-ignored-parameters"] == "flavour"
+
+
+def test_unknown_fields_inside_messages_and_options_are_named_too(live):
+    messages = [{"role": "assistant", "content": "x", "refusal": None, "annotations": []},
+                {"role": "user", "content": "x", "name": "me"}]
+    response = live.chat(messages=messages, stream=True, stream_options={"include_usage": True, "every": 1})
+    assert response.headers["x-ignored-parameters"] == "messages.name, stream_options.every"
+
+
+def test_another_model_is_not_found(live):
+    told = error(live.complete(model="other"), 404)
+    assert (told["param"], told["code"]) == ("model", "model_not_found")
+    assert live.complete(model=MODEL).status_code == 200
+
+
+def test_an_unknown_path_and_a_wrong_method_get_the_error_object_too(live):
+    assert "/v2" in error(live.http.get("/v2"), 404)["message"]
+    wrong = live.http.get("/v1/completions")
+    error(wrong, 405)
+    assert wrong.headers["allow"] == "POST"
+
+
+def test_detokenize_refuses_ids_outside_the_vocabulary(live):
+    assert error(live.http.post("/detokenize", json={"tokens": [201088]}), 400)["param"] == "tokens"
+
+
+@pytest.mark.parametrize("body", [
+    {}, {"prompt": "a", "messages": USER}, {"prompt": "a " * 2000},
+    {"messages": [{"role": "user", "content": "a " * 2000}]},
+])
+def test_tokenize_takes_a_prompt_or_messages_of_at_most_the_context(live, body):
+    error(live.http.post("/tokenize", json=body), 400)
+
+
+# --- the guard ---
+
+
+def test_a_body_over_the_limit_is_refused_announced_or_not(serve):
+    live = serve(FakeEngine([1]), max_body_bytes=1000)
+    body = json.dumps({"prompt": "x" * 2000}).encode()
+    assert error(live.http.post("/v1/completions", content=body), 413)["code"] == "body_too_large"
+    chunks = (body[i : i + 100] for i in range(0, len(body), 100))
+    assert error(live.http.post("/v1/completions", content=chunks), 413)["code"] == "body_too_large"
+    assert live.complete().status_code == 200
+
+
+def test_a_chunked_body_is_refused_before_all_of_it_has_come(serve):
+    live = serve(FakeEngine([1]), max_body_bytes=1000)
+    client = http.client.HTTPConnection("127.0.0.1", live.port, timeout=5)
+    client.putrequest("POST", "/v1/completions")
+    client.putheader("Transfer-Encoding", "chunked")
+    client.endheaders()
+    client.send(b"7d0\r\n" + b"x" * 2000 + b"\r\n")  # the end never follows
+    assert client.getresponse().status == 413
+
+
+def test_with_a_key_file_every_route_but_health_and_metrics_needs_a_key(serve, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("first\n\n second \n")
+    live = serve(FakeEngine([1, 200002]), api_key_file=str(keys))
+    for path in ("/v1/models", "/version", "/nowhere", "/healthy", "/metrics/x"):
+        assert error(live.http.get(path), 401)["code"] == "invalid_api_key"
+    for header in ("Bearer wrong", "Bearer", "first", "Basic first", "Bearer firstsecond", ""):
+        assert live.http.get("/v1/models", headers={"Authorization": header}).status_code == 401
+    assert error(live.complete(), 401)["type"] == "authentication_error"
+    for path in ("/health", "/health/ready", "/metrics"):
+        assert live.http.get(path).status_code == 200
+    for key in ("first", "second"):
+        assert live.openai(key).completions.create(model=MODEL, prompt="x").choices[0].finish_reason == "stop"
+
+
+def test_a_key_file_without_a_key_stops_the_start(tmp_path):
+    (tmp_path / "keys").write_text("\n")
+    with pytest.raises(ValueError, match="holds no key"):
+        create_app(FakeEngine([]), ServerConfig(api_key_file=str(tmp_path / "keys")), MODEL)
+
+
+def test_an_unexpected_exception_is_logged_and_not_told(serve, caplog):
+    def script(prompt, sampling):
+        raise KeyError("secret detail")
+
+    live = serve(FakeEngine(script))
+    with caplog.at_level(logging.ERROR, "serve"):
+        told = error(live.complete(), 500)
+    assert told["message"] == "internal error"
+    assert "secret detail" in caplog.text

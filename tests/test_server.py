@@ -1,0 +1,201 @@
+"""`python serve.py` as a user runs it: a real process, real sockets, real signals."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from openai import OpenAI
+
+from demo.checkpoint import write_checkpoint
+from tests.harness import TINY
+
+ROOT = Path(__file__).parents[1]
+START_SECONDS = 120
+GREEDY = {"model": "demo", "prompt": [1, 2, 3], "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(path, TINY, seed=7)
+    return path
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Served:
+    def __init__(self, *arguments):
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.process = subprocess.Popen(
+            [sys.executable, "serve.py", f"server.port={self.port}", *arguments],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+
+    def wait_ready(self):
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                if httpx.get(f"{self.url}/health/ready").status_code == 200:
+                    return self
+            except httpx.ConnectError:
+                pass
+            time.sleep(0.1)
+        raise AssertionError(f"not ready: {self.process.stdout.read() if self.process.poll() is not None else 'slow'}")
+
+    def ranks(self):
+        """The rank processes, in order; the interpreter's own helper processes are not among them."""
+        children = psutil.Process(self.process.pid).children()
+        return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+
+    def complete(self, **body):
+        body = GREEDY | {"max_tokens": 8, "return_token_ids": True} | body
+        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=60)
+
+
+def served(folder, *arguments):
+    return Served(
+        "model.weights=checkpoint", f"model.path={folder}", "kernels.dtype=float32", "kernels.device=cpu",
+        "buckets.max_context=512", *arguments,
+    )
+
+
+def test_the_demo_model_answers_the_official_client():
+    with Served().wait_ready() as server:
+        client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        assert [model.id for model in client.models.list()] == ["demo"]
+        messages = [{"role": "user", "content": "What is the capital of France?"}]
+        whole = client.chat.completions.create(model="demo", messages=messages, max_tokens=12, temperature=0)
+        assert whole.usage.completion_tokens == 12
+        parts = list(client.chat.completions.create(
+            model="demo", messages=messages, max_tokens=12, temperature=0, stream=True
+        ))
+        streamed = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+        assert streamed == (whole.choices[0].message.content or "")
+
+
+def test_ranks_hold_one_model_and_a_killed_one_ends_the_server(folder):
+    prompts = [[5, 6, 7], list(range(200)), [9] * 70]
+    answers = {}
+    for tp in (1, 2, 4):
+        with served(folder, f"tp={tp}").wait_ready() as server:
+            answers[tp] = [server.complete(prompt=prompt).json()["choices"][0]["token_ids"] for prompt in prompts]
+            ranks = server.ranks()
+            assert len(ranks) == tp
+            if tp == 1:
+                continue
+            ranks[-1].kill()
+            output, _ = server.process.communicate(timeout=20)
+            assert server.process.returncode == 1
+            assert f"rank {tp - 1} ended with signal SIGKILL" in output
+            assert not any(rank.is_running() for rank in ranks)
+    assert answers[1] == answers[2] == answers[4]
+
+
+def stream(server, lines, **body):
+    body = GREEDY | {"max_tokens": 200, "stream": True} | body
+    with (
+        suppress(httpx.HTTPError),  # a server that stops at once breaks the connection
+        httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response,
+    ):
+        for line in response.iter_lines():
+            lines += [line.removeprefix("data: ")] if line else []
+
+
+def test_a_signal_lets_streams_finish_refuses_new_requests_and_exits_with_0(folder):
+    with served(folder).wait_ready() as server:
+        lines = []
+        thread = threading.Thread(target=stream, args=(server, lines), kwargs={"ignore_eos": True})
+        thread.start()
+        while "num_requests_running{model_name=\"demo\"} 1" not in httpx.get(f"{server.url}/metrics").text:
+            time.sleep(0.01)
+        server.process.send_signal(signal.SIGTERM)
+        while httpx.get(f"{server.url}/health/ready").status_code == 200:
+            time.sleep(0.01)
+        refused = server.complete()
+        assert refused.status_code == 503
+        assert "Retry-After" in refused.headers
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        thread.join()
+        assert server.process.wait(timeout=20) == 0
+    assert lines[-1] == "[DONE]"
+    assert json.loads(lines[-2])["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_second_signal_stops_at_once_and_leaves_no_process(folder):
+    with served(folder).wait_ready() as server:
+        ranks = server.ranks()
+        lines = []
+        thread = threading.Thread(target=stream, args=(server, lines), kwargs={"max_tokens": 500})
+        thread.start()
+        while "num_requests_running{model_name=\"demo\"} 1" not in httpx.get(f"{server.url}/metrics").text:
+            time.sleep(0.01)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        server.process.send_signal(signal.SIGTERM)
+        server.process.wait(timeout=10)
+        thread.join()
+        assert "[DONE]" not in lines
+        assert not any(rank.is_running() for rank in ranks)
+
+
+def test_ranks_do_not_outlive_a_killed_server(folder):
+    with served(folder, "tp=2").wait_ready() as server:
+        ranks = server.ranks()
+        os.kill(server.process.pid, signal.SIGKILL)
+        _, alive = psutil.wait_procs(ranks, timeout=10)
+        assert not alive
+
+
+def test_a_hung_engine_is_noticed_within_the_deadline(folder):
+    with served(folder, "server.step_deadline=1").wait_ready() as server:
+        (rank,) = server.ranks()
+        rank.suspend()
+        answer = server.complete()
+        assert answer.status_code == 503
+        assert "no step finished within 1 s" in answer.json()["error"]["message"]
+        assert server.process.wait(timeout=20) == 1
+        assert not rank.is_running()
+
+
+def test_a_checkpoint_that_cannot_be_read_ends_the_start_with_its_reason(tmp_path):
+    with served(tmp_path) as server:
+        output, _ = server.process.communicate(timeout=START_SECONDS)
+    assert server.process.returncode == 1
+    assert str(tmp_path) in output
+    assert "Traceback" not in output
+
+
+def test_a_port_in_use_is_noticed_before_the_model_is_loaded():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = subprocess.run(
+            [sys.executable, "serve.py", f"server.port={port}"], cwd=ROOT, capture_output=True, text=True, timeout=60,
+            check=False,
+        )
+    assert result.returncode != 0
+    (line,) = result.stderr.strip().splitlines()
+    assert f"127.0.0.1:{port}" in line
