@@ -44,6 +44,8 @@ def test_every_bucket_is_captured_and_replays_the_eager_step(folder, monkeypatch
 
 def test_one_bucket_after_the_other_equals_its_eager_twin_tensor_by_tensor(folder):
     engine = InProcess(folder, dtype=torch.bfloat16, device=CUDA, poison=False)
+    engine.buffers.keys.normal_()
+    engine.buffers.values.normal_()
     engine.generate(*prompts(), max_tokens=3)
     table = torch.arange(1, 1 + 8 * engine.buffers.context_pages).view(8, -1)  # no two slots share a page
     engine.buffers.page_table[:8] = table
