@@ -7,7 +7,7 @@ RUNTIME := .$(if $(GPU),[hopper])
 TESTS := .[test$(if $(GPU),$(comma)hopper)]
 
 
-.PHONY: help install serve test gpu-test lint bench-host bench-http clean
+.PHONY: help install serve test gpu-test gpu-bench lint bench-host bench-http clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -33,6 +33,9 @@ test: $(BIN)/.tests ## everything that needs no GPU
 
 gpu-test: $(BIN)/.tests ## what needs an H100
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+gpu-bench: $(BIN)/.tests ## steps and kernels on an H100 against the memory floor; writes benchmarks/h100.json
+	$(BIN)/python -m tests.gpu.bench $(ARGS)
 
 lint: $(BIN)/.tests ## ruff
 	$(BIN)/ruff check .

@@ -166,7 +166,7 @@ def summarize(config: Config):
         memory = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in ready.memory.items())
         buckets = ", ".join(f"{kind} {sizes}" for kind, sizes in ready.buckets.items())
         log.info("model    %s, %s weights, %s", config.model.name, config.model.weights.name, config.kernels.dtype.name)
-        log.info("ranks    %d on %s, kernels %s", ready.tp, ready.device, config.kernels.name.name)
+        log.info("ranks    %d on %s, kernels %s", ready.tp, ready.device, ready.kernels)
         log.info("buckets  %s", buckets)
         log.info("pages    %d of 64 tokens, context %d", ready.pages, ready.max_context)
         log.info("memory   %s", memory)

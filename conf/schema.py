@@ -26,6 +26,8 @@ class Weights(Enum):
 
 
 class Kernels(Enum):
+    auto = "auto"  # hopper on a GPU, reference on a CPU
+    hopper = "hopper"  # the H100's
     reference = "reference"  # plain torch: the oracle, and what runs on a CPU
 
 
@@ -76,7 +78,7 @@ class BucketsConfig:
 
 @dataclass
 class KernelsConfig:
-    name: Kernels = Kernels.reference
+    name: Kernels = Kernels.auto
     dtype: Dtype = Dtype.bfloat16
     device: Device = Device.auto
 

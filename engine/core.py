@@ -144,13 +144,16 @@ def build(config: Config, ranks: Ranks, device: torch.device) -> Engine:
             torch.cuda.synchronize()
         phases[name], began = time.perf_counter() - began, time.perf_counter()
 
+    ops = kernels.choose(config.kernels.name, device)
     dtype = getattr(torch, config.kernels.dtype.name)
     shape, weights = _weights(config, ranks, device, dtype)
     buckets = Buckets.of(config.buckets.decode_rows, config.buckets.prefill_tokens, config.buckets.prefill_sequences)
     context = config.buckets.max_context
     if context > shape.max_positions:
         raise ConfigError(f"buckets.max_context: got {context}, allowed: at most the model's {shape.max_positions}")
-    model = Model(shape, weights, kernels.choose(config.kernels.name), ranks, context)
+    tensors = [tensor for part in (weights, *weights.layers) for tensor in vars(part).values()]
+    weights_bytes = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
+    model = Model(shape, weights, ops, ranks, context)
     phase("weights")
 
     dimensions = {
@@ -169,13 +172,12 @@ def build(config: Config, ranks: Ranks, device: torch.device) -> Engine:
         steps.capture(bucket, model.step(bucket, buffers))
     phase("capture")
 
-    tensors = [tensor for part in (weights, *weights.layers) for tensor in vars(part).values()]
-    size = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
-    memory = {"weights": size, "pages": pages * page_bytes}
+    memory = {"weights": weights_bytes, "pages": pages * page_bytes}
     if device.type == "cuda":
         memory["free"] = torch.cuda.mem_get_info()[0]
     ready = Ready(
-        shape.vocab, context, pages, torch.cuda.get_device_name() if device.type == "cuda" else "cpu", ranks.size,
+        shape.vocab, context, pages, torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        ops.__name__.removeprefix("kernels."), ranks.size,
         phases, memory,
         {"decode": [b.tokens for b in buckets.decode], "prefill": [b.tokens for b in buckets.prefill]},
     )

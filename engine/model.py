@@ -6,26 +6,46 @@ Knows tensors of static shapes; no requests, no graphs. `ops` is the module that
 import math
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from engine.checkpoint import Architecture, ModelWeights
+from engine.checkpoint import Architecture, LayerWeights, ModelWeights
 from engine.parallel import Ranks
-from engine.sampler import sample
 from graphs.buckets import Bucket
-from graphs.buffers import Buffers
+from graphs.buffers import TOP_LOGPROBS, Buffers
+
+
+class Layer(NamedTuple):
+    """One layer's weights in the form in which the operations want them; shapes are those of `LayerWeights`."""
+
+    attention_norm: Tensor
+    qkv: Any
+    qkv_bias: Tensor
+    sinks: Tensor
+    o: Any
+    o_bias: Tensor
+    mlp_norm: Tensor
+    router: Tensor
+    router_bias: Tensor
+    gate_up: Any
+    down: Any
 
 
 class Model:
     def __init__(
         self, architecture: Architecture, weights: ModelWeights, ops: ModuleType, ranks: Ranks, max_context: int
     ) -> None:
+        """Takes `weights` over: its layers are packed one by one, and what was packed is let go."""
         self.architecture = architecture
-        self.weights = weights
         self.ops = ops
         self.ranks = ranks
         self.cos, self.sin = rope_tables(architecture, max_context, weights.embedding.device)
+        self.embedding = weights.embedding
+        self.norm = weights.norm
+        self.layers = [pack(ops, weights.layers.pop(0)) for _ in range(architecture.layers)]
+        self.lm_head = ops.pack_linear(weights.lm_head)
 
     def step(self, bucket: Bucket, buffers: Buffers) -> Callable[[], None]:
         """The work of one step of a bucket, from packed words to packed words: what a graph captures."""
@@ -34,40 +54,55 @@ class Model:
         def decode() -> None:
             tokens = buffers.advance(inputs)  # [rows]
             hidden = self.forward(buffers, tokens, inputs.positions, inputs.slots)  # [rows, H]
-            sample(self.ops, buffers, self.logits(hidden), inputs.slots, inputs.positions + 1)
+            self.sample(buffers, self.logits(hidden), inputs.slots, inputs.positions + 1)
 
         def prefill() -> None:
             buffers.install(inputs)
             hidden = self.forward(buffers, inputs.tokens, inputs.positions, inputs.slots)  # [tokens, H]
             logits = self.logits(hidden[inputs.last])  # [sequences, V]
-            sample(self.ops, buffers, logits, inputs.sample_slots, inputs.positions[inputs.last] + 1)
+            self.sample(buffers, logits, inputs.sample_slots, inputs.positions[inputs.last] + 1)
 
         return decode if bucket.kind == "decode" else prefill
 
     def forward(self, buffers: Buffers, tokens: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
-        """tokens, positions, slots [T] int32 -> hidden states [T, H]; appends their keys and values to the pages."""
+        """tokens, positions, slots [T] int32 -> normed hidden states [T, H]; appends keys and values to the pages."""
         ops, ranks, shape, table = self.ops, self.ranks, self.architecture, buffers.page_table
-        x = ops.embed(tokens, self.weights.embedding)  # [T, H]
-        for layer, window, keys, values in zip(
-            self.weights.layers, shape.windows, buffers.keys, buffers.values, strict=True
+        norms = [layer.attention_norm for layer in self.layers[1:]] + [self.norm]  # that follow each layer
+        x = ops.embed(tokens, self.embedding)  # [T, H]
+        h = ops.rms_norm(x, self.layers[0].attention_norm, shape.norm_eps)
+        for layer, window, keys, values, norm in zip(
+            self.layers, shape.windows, buffers.keys, buffers.values, norms, strict=True
         ):
-            h = ops.rms_norm(x, layer.attention_norm, shape.norm_eps)
-            qkv = ops.linear(h, layer.qkv_weight, layer.qkv_bias)  # [T, (q + 2 kv) heads * D]
+            qkv = ops.linear(h, layer.qkv, layer.qkv_bias)  # [T, (q + 2 kv) heads * D]
             q = ops.rope_append(qkv, self.cos, self.sin, positions, slots, table, keys, values)  # [T, q heads, D]
             h = ops.attention(q, keys, values, table, slots, positions, layer.sinks, window)  # [T, q heads * D]
-            x = x + ranks.all_reduce(ops.linear(h, layer.o_weight, layer.o_bias))
-            h = ops.rms_norm(x, layer.mlp_norm, shape.norm_eps)
-            chosen, shares = ops.route(h, layer.router_weight, layer.router_bias, shape.experts_per_token)
-            gate_up = (layer.gate_up_blocks, layer.gate_up_scales, layer.gate_up_bias)
-            down = (layer.down_blocks, layer.down_scales, layer.down_bias)
-            x = x + ranks.all_reduce(ops.experts(h, chosen, shares, gate_up, down, shape.swiglu_limit))
-        return x
+            delta = ranks.all_reduce(ops.linear(h, layer.o, layer.o_bias))
+            x, h = ops.add_rms_norm(x, delta, layer.mlp_norm, shape.norm_eps)
+            chosen, shares = ops.route(h, layer.router, layer.router_bias, shape.experts_per_token)
+            delta = ranks.all_reduce(ops.experts(h, chosen, shares, layer.gate_up, layer.down, shape.swiglu_limit))
+            x, h = ops.add_rms_norm(x, delta, norm, shape.norm_eps)
+        return h
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[R, H] -> [R, V] float32, whole on every rank."""
-        h = self.ops.rms_norm(hidden, self.weights.norm, self.architecture.norm_eps)
-        shard = self.ops.linear(h, self.weights.lm_head)  # [R, V / ranks]
-        return self.ranks.all_gather(shard)[:, : self.architecture.vocab].float()
+        """Normed hidden states [R, H] -> [R, V], whole on every rank."""
+        shard = self.ops.linear(hidden, self.lm_head)  # [R, V / ranks]
+        return self.ranks.all_gather(shard)[:, : self.architecture.vocab].contiguous()
+
+    def sample(self, buffers: Buffers, logits: Tensor, slots: Tensor, positions: Tensor) -> None:
+        """Draw and emit one token a row. Every option is a value in the state of the row's slot: one graph for all."""
+        top = min(TOP_LOGPROBS, logits.shape[1])
+        buffers.emit(slots, *self.ops.sample(
+            logits, slots, positions, buffers.sampling, buffers.output_counts, buffers.in_prompt, top
+        ))
+
+
+def pack(ops: ModuleType, layer: LayerWeights) -> Layer:
+    return Layer(
+        layer.attention_norm, ops.pack_linear(layer.qkv_weight), layer.qkv_bias, layer.sinks,
+        ops.pack_linear(layer.o_weight), layer.o_bias, layer.mlp_norm, layer.router_weight, layer.router_bias,
+        ops.pack_experts(layer.gate_up_blocks, layer.gate_up_scales, layer.gate_up_bias, interleaved=True),
+        ops.pack_experts(layer.down_blocks, layer.down_scales, layer.down_bias, interleaved=False),
+    )
 
 
 def rope_tables(shape: Architecture, positions: int, device: torch.device) -> tuple[Tensor, Tensor]:

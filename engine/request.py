@@ -115,6 +115,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     max_context: int  # tokens of prompt and answer together
     pages: int
     device: str
+    kernels: str
     tp: int
     phases: dict[str, float]  # seconds by phase, in order
     memory: dict[str, int]  # bytes by use

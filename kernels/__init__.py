@@ -2,9 +2,22 @@
 
 from types import ModuleType
 
-from conf.schema import Kernels
-from kernels import reference
+import torch
+
+from conf.schema import ConfigError, Kernels
+
+HOPPER = (9, 0)  # compute capability
 
 
-def choose(name: Kernels) -> ModuleType:
-    return {Kernels.reference: reference}[name]
+def choose(name: Kernels, device: torch.device) -> ModuleType:
+    """Raises ConfigError for kernels that cannot run on the device."""
+    if name is Kernels.reference or (name is Kernels.auto and device.type == "cpu"):
+        from kernels import reference
+
+        return reference
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != HOPPER:
+        found = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
+        raise ConfigError(f"kernels.name: {name.name} needs an NVIDIA Hopper GPU, found {found}; allowed: reference")
+    from kernels import hopper
+
+    return hopper

@@ -9,6 +9,7 @@ sees one shape whatever the batch, and attention reads keys in blocks that begin
 """
 
 import math
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -19,10 +20,26 @@ KEY_BLOCK_PAGES = 8  # pages of keys attention reads at once
 ATTENTION_TOKENS = 16  # queries attention holds keys for at once: bounds its scratch memory
 
 
+def pack_linear(weight: Tensor) -> Tensor:
+    """The form in which `linear` wants a weight [N, K]; here, as it is."""
+    return weight
+
+
+def pack_experts(blocks: Tensor, scales: Tensor, bias: Tensor, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The form in which `experts` wants its weights; here, as they are. `interleaved`: gate and up rows alternate."""
+    return blocks, scales, bias
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [T, H], weight [H] float32 -> x / rms(x) * weight, in x's dtype; float32 inside."""
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x, delta [T, H] -> their sum in x's dtype, and its `rms_norm`."""
+    x = x + delta
+    return x, rms_norm(x, weight, eps)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -190,6 +207,29 @@ def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     """GPT-OSS's clamped gate, float32: gate * sigmoid(1.702 gate) * (up + 1) with gate <= limit, |up| <= limit."""
     gate, up = gate.float().clamp(max=limit), up.float().clamp(-limit, limit)
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
+def sample(
+    logits: Tensor, slots: Tensor, positions: Tensor, state: SimpleNamespace, output_counts: Tensor, in_prompt: Tensor,
+    top: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draw a token for each row: logits [R, V], slots [R], positions [R] of the tokens to be drawn.
+
+    state: the sampling parameters by slot, with the names of graphs.buffers.SAMPLING; output_counts [slots, V] int32;
+    in_prompt [slots, V] uint8. Penalties and bias first, then temperature, then the filters. -> tokens [R] int32, their
+    log probability [R] under the raw logits, and ids and values [R, top] of the likeliest tokens.
+    """
+    raw = logits.float()
+    adjusted = penalize(
+        raw, output_counts[slots], in_prompt[slots], state.repetition_penalty[slots], state.frequency_penalty[slots],
+        state.presence_penalty[slots],
+    )
+    adjusted = add_bias(adjusted, state.bias_ids[slots], state.bias_values[slots], state.bias_until[slots], positions)
+    tokens = draw(
+        adjusted, state.temperature[slots], state.top_k[slots], state.top_p[slots], state.min_p[slots],
+        state.seed[slots], positions,
+    )
+    return tokens, *top_logprobs(raw, tokens, top)
 
 
 def penalize(

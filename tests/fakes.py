@@ -10,7 +10,9 @@ Script = Callable[[list[int], SamplingParams], list[int]]
 
 
 def ready(vocab_size: int = 201088, max_context: int = 1024) -> Ready:
-    return Ready(vocab_size, max_context, pages=16, device="fake", tp=1, phases={}, memory={}, buckets={})
+    return Ready(
+        vocab_size, max_context, pages=16, device="fake", kernels="none", tp=1, phases={}, memory={}, buckets={}
+    )
 
 
 class FakeEngine:

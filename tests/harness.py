@@ -26,15 +26,21 @@ CPU = torch.device("cpu")
 
 
 class InProcess:
-    """`poison` fills unwritten pages with NaN and unused page table entries with an index no pool has."""
+    """`source`: a checkpoint's folder, or a shape to fill with random weights. `poison`: unwritten pages hold NaN, and
+    unused page table entries an index no pool has.
+    """
 
     def __init__(
-        self, folder: Path | str, *, dtype=torch.float32, decode_rows=(1, 2, 4, 8), prefill_tokens=(64, 256),
-        sequences=4, max_context=1024, pages=200, prefix_cache=True, poison=True, device=CPU,
+        self, source: Path | checkpoint.Architecture, *, dtype=torch.float32, decode_rows=(1, 2, 4, 8),
+        prefill_tokens=(64, 256), sequences=4, max_context=1024, pages=200, prefix_cache=True, poison=True, device=CPU,
+        ops=reference,
     ) -> None:
-        self.shape, weights = checkpoint.load(folder, 0, 1, device, dtype)
+        if isinstance(source, checkpoint.Architecture):
+            self.shape, weights = source, checkpoint.random_weights(source, 0, 1, device, dtype)
+        else:
+            self.shape, weights = checkpoint.load(source, 0, 1, device, dtype)
         self.buckets = Buckets.of(list(decode_rows), list(prefill_tokens), sequences)
-        self.model = Model(self.shape, weights, reference, Ranks(0, 1, device, Path()), max_context)
+        self.model = Model(self.shape, weights, ops, Ranks(0, 1, device, Path()), max_context)
         self.buffers = Buffers(
             buckets=self.buckets, layers=self.shape.layers, kv_heads=self.shape.kv_heads, head_dim=self.shape.head_dim,
             vocab=self.shape.vocab, max_context=max_context, pages=pages, device=device, dtype=dtype,
@@ -107,7 +113,7 @@ class InProcess:
             inputs = self.buffers.inputs[bucket]
             self.buffers.install(inputs)
             hidden = self.model.forward(self.buffers, inputs.tokens, inputs.positions, inputs.slots)
-            out.append(self.model.logits(hidden)[: len(tokens)])
+            out.append(self.model.logits(hidden)[: len(tokens)].float())
         return torch.cat(out)
 
 

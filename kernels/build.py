@@ -1,0 +1,155 @@
+"""CUDA C++ to cubins for sm_90a, cached by content; and how they are launched.
+
+Compiles with nvcc where there is one, with NVRTC where there is not. A cubin is named by a hash of everything that
+went into it and published by a rename, so that ranks and servers may build at once. Launches go straight to the driver
+on torch's current stream: kernels are launched only while a graph is captured, so this path need not be fast.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ARCHITECTURE = "90a"  # Hopper, with wgmma and setmaxnreg
+OPTIONS = ("-std=c++17", "-O3")
+STATIC_SHARED_LIMIT = 48 * 1024  # bytes of shared memory a kernel may use without asking
+
+
+Argument = torch.Tensor | int | float | None
+
+
+class BuildError(RuntimeError):
+    """A kernel that does not compile, or no compiler; the message holds the compiler's words."""
+
+
+class Kernel:
+    """One `extern "C" __global__` function."""
+
+    def __init__(self, function: Any, shared_bytes: int) -> None:
+        self._function = function
+        self._shared_bytes = shared_bytes
+
+    def launch(self, grid: tuple[int, int, int], block: int, args: tuple["Argument", ...]) -> None:
+        """On torch's current stream. Tensors and None are passed as pointers, int as int32, float as float32.
+
+        The launch is programmatic: the kernel may start before its predecessor has ended, and must execute
+        `griddepcontrol.wait` before it touches what others write or read.
+        """
+        from cuda.bindings import driver
+
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
+        config.sharedMemBytes = self._shared_bytes
+        config.hStream = torch.cuda.current_stream().cuda_stream
+        overlap = driver.CUlaunchAttribute()
+        overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        overlap.value.programmaticStreamSerializationAllowed = 1
+        config.attrs, config.numAttrs = [overlap], 1
+        values, types = zip(*map(_argument, args), strict=True)
+        _check(driver.cuLaunchKernelEx(config, self._function, (values, types), 0))
+
+
+class Module:
+    """A compiled file."""
+
+    def __init__(self, cubin: bytes) -> None:
+        from cuda.bindings import driver
+
+        torch.cuda.current_stream()  # the device's context is made by torch
+        self._module = _check(driver.cuModuleLoadData(cubin))
+
+    def kernel(self, name: str, shared_bytes: int = 0) -> Kernel:
+        """`shared_bytes` of dynamic shared memory for every launch."""
+        from cuda.bindings import driver
+
+        function = _check(driver.cuModuleGetFunction(self._module, name.encode()))
+        if shared_bytes > STATIC_SHARED_LIMIT:
+            limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _check(driver.cuFuncSetAttribute(function, limit, shared_bytes))
+        return Kernel(function, shared_bytes)
+
+
+def compile_module(source: Path, defines: Mapping[str, int] | None = None) -> Module:
+    """The module of a .cu file for the current device; compiled once per process, device and set of defines."""
+    return _module(source, tuple(sorted((defines or {}).items())), torch.cuda.current_device())
+
+
+@functools.cache
+def _module(source: Path, defines: tuple[tuple[str, int], ...], device: int) -> Module:
+    return Module(cubin(source, dict(defines)))
+
+
+def cubin(source: Path, defines: Mapping[str, int]) -> bytes:
+    """Compile, or take from the cache. Raises BuildError."""
+    options = [*OPTIONS, *(f"-D{name}={value}" for name, value in sorted(defines.items()))]
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    compiler = _version(nvcc) if nvcc else "nvrtc"
+    parts = [source.read_text(), *options, ARCHITECTURE, compiler]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    cached = cache_folder() / f"{source.stem}-{key}.cubin"
+    if not cached.exists():
+        made = _nvcc(nvcc, source, options) if nvcc else _nvrtc(source, options)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as file:
+            file.write(made)
+        os.replace(file.name, cached)
+    return cached.read_bytes()
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mini-vllm" / "kernels"
+
+
+@functools.cache
+def _version(nvcc: str) -> str:
+    return subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def _nvcc(nvcc: str, source: Path, options: list[str]) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "out.cubin")
+        target = f"-gencode=arch=compute_{ARCHITECTURE},code=sm_{ARCHITECTURE}"
+        command = [nvcc, "-cubin", target, *options, "-o", str(out), str(source)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise BuildError(f"{source.name} does not compile:\n{result.stderr}")
+        return out.read_bytes()
+
+
+def _nvrtc(source: Path, options: list[str]) -> bytes:
+    try:
+        from cuda.core import Program, ProgramOptions
+    except ImportError as error:
+        raise BuildError(f"{source.name}: neither nvcc nor NVRTC (cuda-core) is installed") from error
+    defines = [tuple(option[2:].split("=")) for option in options if option.startswith("-D")]
+    settings = ProgramOptions(arch=f"sm_{ARCHITECTURE}", std="c++17", define_macro=defines, name=source.name)
+    try:
+        return bytes(Program(source.read_text(), "c++", settings).compile("cubin").code)
+    except Exception as error:  # cuda-core raises several kinds; all of them carry the compiler's log
+        raise BuildError(f"{source.name} does not compile:\n{error}") from error
+
+
+def _argument(value: Argument) -> tuple[Any, Any]:
+    if value is None:
+        return 0, ctypes.c_void_p
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr(), ctypes.c_void_p
+    return value, ctypes.c_int if isinstance(value, int) else ctypes.c_float
+
+
+def _check(result: tuple[Any, ...]) -> Any:
+    from cuda.bindings import driver
+
+    status, *values = result
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"CUDA driver: {driver.cuGetErrorString(status)[1].decode()}")
+    return values[0] if values else None

@@ -1,0 +1,188 @@
+"""The MXFP4 mixture of experts on Hopper: packing the weights once, and launching experts.cu.
+
+`experts` means what `kernels.reference.experts` means. Knows shapes and launches; the layout of the packed words is
+explained in experts.cu, which reads them.
+"""
+
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.build import Kernel, compile_module
+
+WARPS = 8
+THREADS = 32 * WARPS
+LARGE_TOKENS = 64  # pairs of one expert in a block of the large kernels
+SMALL_BATCH = 64  # tokens the small kernels take, and
+SMALL_PAIRS = THREADS  # pairs: a thread looks at one
+MAX_EXPERTS = 1024
+MAX_COLUMNS = 4096  # a warp holds an eighth of a strip's columns in registers
+SCALE_OFFSET = 94  # 126 for the position of the value's bits, less 32 that the epilogue multiplies back
+MAX_SCALE = 254 - SCALE_OFFSET
+COLUMN_BLOCK, TILE_COLUMNS, STRIP_ROWS = 32, 64, 16
+
+
+class PackedExperts(NamedTuple):
+    """One projection of every expert, in the order of experts.cu: lane (g, t) = (lane // 4, lane % 4)."""
+
+    values: Tensor  # [E, strips, tiles, 32 lanes, 4 words] int32, 8 values a word
+    scales: Tensor  # [E, strips, tiles, 8 g, 2 blocks, 2 row halves] uint8, the bf16 exponent of the multiplier
+    bias: Tensor  # [E, rows] bf16, in the order of the checkpoint
+    rows: int
+    columns: int
+    interleaved: bool
+
+
+def pack(blocks: Tensor, scales: Tensor, bias: Tensor, interleaved: bool) -> PackedExperts:
+    """MXFP4 as in a checkpoint -> the order in which a warp reads it, on the same device.
+
+    blocks [E, N, K/32, 16] uint8, scales [E, N, K/32] uint8, bias [E, N] bf16; interleaved: even rows are gates, odd
+    rows ups, and a pair is to land in one lane. Takes one expert's memory besides the result. Every value is kept
+    exactly for scale bytes 27..160; below, in effect, it rounds to a multiple of 2^-101. Raises ValueError for a scale
+    above 2^33 or NaN (no checkpoint of sense has one), and for shapes the kernels do not take.
+    """
+    count, rows, column_blocks, _ = blocks.shape
+    columns = column_blocks * COLUMN_BLOCK
+    if rows % STRIP_ROWS or not COLUMN_BLOCK <= columns <= MAX_COLUMNS or count > MAX_EXPERTS:
+        raise ValueError(
+            f"{count} experts of {rows} x {columns}: rows must be a multiple of {STRIP_ROWS}, columns "
+            f"{COLUMN_BLOCK}..{MAX_COLUMNS}, experts at most {MAX_EXPERTS}"
+        )
+    if int(scales.max()) > MAX_SCALE:
+        raise ValueError(f"MXFP4 scale byte {int(scales.max())}: at most {MAX_SCALE} (2^{MAX_SCALE - 127}) is taken")
+    strips, tiles = rows // STRIP_ROWS, -(-columns // TILE_COLUMNS)
+    lookups = _word_parts(blocks.device)
+    values = torch.empty(count, strips, tiles, 32, 4, dtype=torch.int32, device=blocks.device)
+    packed_scales = torch.empty(count, strips, tiles, 8, 2, 2, dtype=torch.uint8, device=blocks.device)
+    spare = tiles * 2 - column_blocks  # half a tile of zeros, with any scale
+    split_rows = (strips, 8, 2) if interleaved else (strips, 2, 8)
+    for expert in range(count):
+        pairs = torch.nn.functional.pad(blocks[expert], (0, 0, 0, spare))  # [N, 2 tiles, 16]: bytes of two columns
+        pairs = pairs.view(*split_rows, tiles, 4, 4, 2)  # rows, tile, t, step, which pair of the step
+        by_row = pairs.transpose(1, 2) if interleaved else pairs  # [strips, half, g, tiles, t, step, which]
+        words = values[expert].view(strips, tiles, 8, 4, 4).permute(0, 2, 1, 3, 4)  # [strips, g, tiles, t, step]
+        words.zero_()
+        for which in range(2):
+            for half in range(2):
+                part = by_row[:, half, ..., which]
+                found = lookups[2 * which + half].index_select(0, part.flatten().int())
+                words |= found.view(part.shape)
+        exponents = torch.nn.functional.pad(scales[expert], (0, spare)) + SCALE_OFFSET
+        exponents = exponents.view(*split_rows, tiles, 2)
+        by_row = exponents if interleaved else exponents.transpose(1, 2)  # [strips, g, half, tiles, block]
+        packed_scales[expert] = by_row.permute(0, 3, 1, 4, 2)
+    return PackedExperts(values, packed_scales, bias.contiguous(), rows, columns, interleaved)
+
+
+def _word_parts(device: torch.device) -> list[Tensor]:
+    """For each of the four places in a word, what a byte of two columns adds to it: [256] int32.
+
+    The low half of the word holds even columns, the high half odd ones.
+    """
+    byte = torch.arange(256, dtype=torch.int64, device=device)
+
+    def halves(sign_bit: int, rest_bit: int) -> Tensor:
+        def place(code: Tensor) -> Tensor:
+            return (code >> 3) << sign_bit | (code & 7) << rest_bit
+
+        word = place(byte & 15) | place(byte >> 4) << 16
+        return torch.where(word < 2**31, word, word - 2**32).int()
+
+    return [halves(15, 6), halves(12, 3), halves(13, 0), halves(14, 9)]
+
+
+def experts(
+    x: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: PackedExperts, down: PackedExperts, limit: float
+) -> Tensor:
+    """Each token through its chosen experts, weighted and summed in the order of its choice.
+
+    x [T, H] bf16, expert_ids [T, active] int64, expert_weights [T, active] float32, gate_up interleaved -> [T, H] bf16.
+    A token's bytes depend on its own row, ids and weights only.
+    """
+    count, active = expert_ids.shape
+    pairs, total = count * active, gate_up.bias.shape[0]
+    hidden, inner = gate_up.columns, down.columns
+    if x.shape != (count, hidden) or gate_up.rows != 2 * inner or down.rows != hidden or not gate_up.interleaved:
+        raise ValueError(
+            f"x {tuple(x.shape)}, gate_up {gate_up.rows} x {gate_up.columns}, down {down.rows} x {down.columns} for "
+            f"{count} tokens do not fit together"
+        )
+    x, expert_ids, expert_weights = x.contiguous(), expert_ids.contiguous(), expert_weights.contiguous()
+    h = torch.empty(pairs, inner, dtype=torch.bfloat16, device=x.device)
+    y = torch.empty(pairs, hidden, dtype=torch.bfloat16, device=x.device)
+    out = torch.empty_like(x)
+
+    if count <= SMALL_BATCH and pairs <= SMALL_PAIRS:
+        # Rows of 16 cost a block a multiprocessor; past a mean of 4 pairs an expert, more than 8 are common.
+        tokens = 8 if count <= 8 or pairs <= 4 * total else 16
+        for name, source, packed, result in (("up", x, gate_up, h), ("down", h, down, y)):
+            _kernel(f"experts_{name}_{tokens}", hidden, inner, _small_shared_bytes(packed.columns, tokens)).launch(
+                grid=(*_small_grid(packed, tokens, min(pairs, total)), 1), block=THREADS,
+                args=(
+                    source, result, packed.values, packed.scales, packed.bias, expert_ids, expert_weights, pairs,
+                    active, limit,
+                ),
+            )
+    else:
+        order = torch.empty(pairs, dtype=torch.int32, device=x.device)
+        max_tiles = min(pairs, pairs // LARGE_TOKENS + total)  # every expert may leave one tile partly empty
+        tiles = torch.empty(max_tiles, 4, dtype=torch.int32, device=x.device)
+        _kernel("experts_group", hidden, inner, 0).launch(
+            grid=(total, 1, 1), block=1024, args=(expert_ids, order, tiles, pairs, total, max_tiles)
+        )
+        for name, source, packed, result in (("up", x, gate_up, h), ("down", h, down, y)):
+            strips = packed.rows // STRIP_ROWS
+            _kernel(f"experts_{name}_64", hidden, inner, _large_shared_bytes(packed.columns)).launch(
+                grid=(-(-strips // WARPS), max_tiles, 1), block=THREADS,
+                args=(
+                    source, result, packed.values, packed.scales, packed.bias, tiles, order, expert_weights, active,
+                    limit,
+                ),
+            )
+    _kernel("experts_combine", hidden, inner, 0).launch(
+        grid=(-(-count * (hidden // 8) // THREADS), 1, 1), block=THREADS, args=(y, out, count, active)
+    )
+    return out
+
+
+@functools.cache
+def _kernel(name: str, hidden: int, inner: int, shared_bytes: int) -> Kernel:
+    module = compile_module(Path(__file__).with_name("experts.cu"), {"HIDDEN": hidden, "INTER": inner})
+    return module.kernel(name, shared_bytes=shared_bytes)
+
+
+@functools.cache
+def _multiprocessors() -> int:
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+
+
+def split_of(columns: int) -> tuple[int, int]:
+    """Parts that K is cut into, and tiles in the longest: shares_of and DEPTH of experts.cu."""
+    tiles, shares = -(-columns // TILE_COLUMNS), 1
+    while shares < WARPS and -(-tiles // shares) > 6:
+        shares *= 2
+    return shares, -(-tiles // shares)
+
+
+def _small_shared_bytes(columns: int, tokens: int) -> int:
+    pitch = -(-columns // TILE_COLUMNS) * 128 + 16
+    return tokens * pitch + 2 * THREADS * (tokens // 8) * 16  # activations, and two turns' partial sums
+
+
+def _large_shared_bytes(columns: int) -> int:
+    return 2 * LARGE_TOKENS * (split_of(columns)[1] * 128 + 16)
+
+
+def _small_grid(packed: PackedExperts, tokens: int, distinct: int) -> tuple[int, int]:
+    """Blocks along the strips, and one row of blocks for each expert there may be.
+
+    All blocks at once where that leaves a block up to 8 strips to stream, each with as many. Changes no result.
+    """
+    shares, _ = split_of(packed.columns)
+    groups = -(-(packed.rows // STRIP_ROWS) // (WARPS // shares))
+    resident = _multiprocessors() * (3 if tokens == 8 else 2)
+    each = min(max(-(-groups * distinct // resident), 1), 8)
+    return -(-groups // each), distinct

@@ -1,0 +1,105 @@
+"""Dense layers on Hopper: `kernels.reference.linear` over weights packed once, when they are loaded.
+
+The layout and the reasons for it are in linear.cu. Knows tensors; which layer they belong to is the caller's business.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROWS = 16  # rows of a strip: M of the multiply
+STEP = 32  # columns of a packed tile: two fragments
+SHARES = 4  # runs of columns that are added up apart: warps of a narrow block, blocks of a wide cluster
+WIDE_STRIPS = 8
+PITCH = ROWS + 4  # floats from one token's partial sums to the next
+
+NARROW_TOKENS = (8, 16)  # for each there is a kernel narrow_8, ...
+WIDE_TOKENS = (16, 32, 64)  # and wide_16, ...; above 64 the grid tiles tokens by 64
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """tiles [strips of 16 rows, steps of 32 columns, 2 fragments, 32 lanes, 8] bf16, zero past the last row; rows is N.
+
+    Row 8h + g and column 8t + 4s + 2p + e of a tile lie in fragment s, lane 4g + t, at 4p + 2h + e: the A operand of
+    mma.m16n8k16 (PTX ISA), with the columns of each token's B operand in the order in which they come.
+    """
+
+    tiles: Tensor
+    rows: int
+
+    @property
+    def columns(self) -> int:
+        return self.tiles.shape[1] * STEP
+
+
+def pack(weight: Tensor) -> PackedLinear:
+    """weight [N, K] bf16 on any device -> its packed copy on the same device, made without any other scratch memory."""
+    if weight.dim() != 2 or weight.dtype != torch.bfloat16 or weight.shape[1] % STEP:
+        raise ValueError(f"weight {tuple(weight.shape)} {weight.dtype}: [N, K] bfloat16 with K a multiple of {STEP} is "
+                         "what can be packed")
+    rows, columns = weight.shape
+    whole = rows // ROWS  # strips without padding
+    tiles = torch.empty(-(-rows // ROWS), columns // STEP, 2, 32, 8, dtype=weight.dtype, device=weight.device)
+    as_given = tiles.view(*tiles.shape[:3], 8, 4, 2, 2, 2).permute(0, 6, 3, 1, 4, 2, 5, 7)  # strip h g step t s p e
+    columns_apart = weight.view(rows, -1, 4, 2, 2, 2)  # step t s p e
+    as_given[:whole] = columns_apart[: whole * ROWS].unflatten(0, (-1, 2, 8))
+    for row in range(rows % ROWS):
+        as_given[whole, row // 8, row % 8] = columns_apart[whole * ROWS + row]
+    for row in range(rows % ROWS or ROWS, ROWS):
+        as_given[whole, row // 8, row % 8] = 0
+    return PackedLinear(tiles, rows)
+
+
+def linear(x: Tensor, weight: PackedLinear, bias: Tensor | None = None) -> Tensor:
+    """x [T, K] bf16, bias [N] bf16 -> [T, N] bf16. A token's bytes do not depend on the others nor on T."""
+    return launch(kernel_for(x.shape[0]), x, weight, bias)
+
+
+def kernel_for(tokens: int) -> str:
+    """Up to 8 tokens x is small beside a strip of weights and is read for each; above, a cluster shares it."""
+    if tokens <= 8:
+        return "narrow_8"
+    return f"wide_{next((tile for tile in WIDE_TOKENS if tokens <= tile), WIDE_TOKENS[-1])}"
+
+
+def launch(name: str, x: Tensor, weight: PackedLinear, bias: Tensor | None) -> Tensor:
+    """`linear` by the kernel of that name: every one gives the same bytes."""
+    tokens, tile = x.shape[0], int(name.split("_")[1])
+    if x.dtype != torch.bfloat16 or not x.is_contiguous() or x.shape != (tokens, weight.columns) or x.data_ptr() % 16:
+        raise ValueError(f"x {tuple(x.shape)} {x.dtype}: a contiguous, 16-byte aligned [T, {weight.columns}] bfloat16 "
+                         "is what this layer takes")
+    if bias is not None and (bias.dtype != torch.bfloat16 or bias.shape != (weight.rows,)):
+        raise ValueError(f"bias {tuple(bias.shape)} {bias.dtype}: [{weight.rows}] bfloat16 is what this layer takes")
+    out = torch.empty(tokens, weight.rows, dtype=torch.bfloat16, device=x.device)
+    strips = weight.tiles.shape[0]
+    if name.startswith("narrow"):
+        if tokens > tile:
+            raise ValueError(f"{name} takes up to {tile} tokens, not {tokens}")
+        grid, threads = (strips, 1, 1), SHARES * 32
+    else:
+        grid, threads = (SHARES, -(-tokens // tile), -(-strips // WIDE_STRIPS)), WIDE_STRIPS * 32
+    if tokens:
+        arguments = (weight.tiles, x, bias, out, weight.rows, tokens)
+        _kernel(name, weight.columns).launch(grid=grid, block=threads, args=arguments)
+    return out
+
+
+def shared_bytes(name: str, columns: int) -> int:
+    """Dynamic shared memory: a wide block's share of x, and later its partial sums in the same place."""
+    kind, tile = name.split("_")
+    if kind == "narrow":
+        return 0
+    steps = -(-(columns // STEP) // SHARES)  # of the longest share
+    return int(tile) * max(steps * STEP * 2, WIDE_STRIPS * PITCH * 4)
+
+
+@cache
+def _kernel(name: str, columns: int):
+    from kernels.build import compile_module  # where there is no GPU, packing still works
+
+    module = compile_module(Path(__file__).with_name("linear.cu"), {"COLUMNS": columns})
+    return module.kernel(name, shared_bytes=shared_bytes(name, columns))

@@ -1,0 +1,457 @@
+// From logits [R, V] to a token, its log probability and the TOP likeliest tokens of each row, in one kernel, with no
+// sort. Logits are bf16 (macro BF16 1) or float32 (0). The mathematics is kernels.reference's: penalties, bias,
+// temperature, top_k, top_p, min_p, Gumbel noise and argmax; log probabilities are those of the raw logits.
+//
+// Bytes: a row of logits once, 402 KB in bf16 at V = 201088, and 5 V of counts where the row has penalties. The floors
+// at 3.08 TB/s, 0.13 us for one row and 8.4 for 64, are far away: what counts is instructions, about 30 a logit for the
+// log probabilities, 60 more for noise, 10 and an atomic for each level of a filter's search.
+//
+// A row is a cluster of 8 blocks: its instructions are spread over 8 multiprocessors, and 16 rows run at once. A block
+// keeps its part of the adjusted logits (100 KB) in shared memory, so filters search there and no scratch memory is
+// written; blocks meet through distributed shared memory. What a row needs is decided from its parameters, alike in
+// every block of the cluster. Thread t owns logits t, t + 1024, ... of its block's part, and every reduction has one
+// order, so the same row gives the same bytes in any batch.
+//
+// The likeliest tokens: each thread remembers its own best. The TOP best of these name the only threads that can own
+// one of the block's TOP best tokens, so just their logits are read again; places in the order are found by counting
+// who is greater, exactly, because a key is the logit and the token: the lower id goes first among equals.
+//
+// Filters: a threshold is the largest t such that the logits >= t have a count, or a mass in units of 2^-40, of at
+// least the target: a search over histograms of integers. Its first digit is the distance from the best in eighths,
+// which spreads logits over many bins and so over many banks; the other four are those of the logit's order.
+
+#include <cuda_bf16.h>
+
+#include <cfloat>
+#include <cstdint>
+
+namespace {
+
+constexpr int BLOCKS = 8;  // of a row
+constexpr int THREADS = 1024;
+constexpr int WARPS = THREADS / 32;
+constexpr int UNROLL = 4;   // logits a thread loads at once
+constexpr int BINS = 256;   // of a histogram: a digit of 8 bits
+constexpr int LEVELS = 5;   // digits of a search: the distance from the best, then 32 bits of order
+constexpr float PER_UNIT = 8.0f;  // bins of the first digit to a difference of 1
+constexpr uint32_t ALL = 0xFFFFFFFF;
+
+static_assert(TOP <= WARPS, "the bound on a block's best tokens comes from the best of its warps");
+static_assert(BIAS_ENTRIES <= THREADS, "a thread takes one bias entry");
+
+#if BF16
+using Logit = __nv_bfloat16;
+#else
+using Logit = float;
+#endif
+
+struct Search {
+    int digit;
+    uint64_t target;
+};
+
+struct Shared {
+    uint64_t top[BLOCKS][TOP];  // in block 0: the best tokens of every block
+    uint64_t drawn[BLOCKS];     // in block 0: the token every block would draw
+    float2 sums[BLOCKS];        // in block 0: every block's largest logit and sum of exp(logit - largest)
+    float peaks[BLOCKS];        // in every block: every block's largest scaled logit
+    uint2 histogram[2][BINS];   // low and high words; a level's is read by others while the next one is filled
+    uint64_t warp_keys[WARPS];
+    float2 warp_sums[WARPS];
+    uint64_t groups[TOP * 32];  // best tokens of threads that may own one of the block's best
+    uint64_t owners[TOP];       // of them those that do
+    uint64_t bound;             // what such a token must reach
+    int group_count, best_count;
+    Search search;
+    int bias_ids[BIAS_ENTRIES];
+    float bias_values[BIAS_ENTRIES];
+};
+
+// A block's part of a row.
+struct Part {
+    const Logit* logits;
+    int begin, count;  // first token and number of tokens
+    int block;
+};
+
+__device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+__device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+
+__device__ __forceinline__ void cluster_sync() {
+    cluster_arrive();
+    cluster_wait();
+}
+
+// Where `here`, in this block's shared memory, lies in that of another block of the cluster.
+template <typename T>
+__device__ __forceinline__ T* in_block(T* here, int block) {
+    T* there;
+    asm volatile("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(here), "r"(block));
+    return there;
+}
+
+__device__ __forceinline__ float load(const Logit* at) {
+#if BF16
+    return __bfloat162float(*at);
+#else
+    return *at;
+#endif
+}
+
+// 0 .. 2^32 - 1 in the order of the floats.
+__device__ __forceinline__ uint32_t order_of(float x) {
+    const uint32_t bits = __float_as_uint(x);
+    return bits ^ (bits >> 31 ? 0xFFFFFFFF : 0x80000000);
+}
+
+__device__ __forceinline__ float of_order(uint32_t order) {
+    return __uint_as_float(order ^ (order >> 31 ? 0x80000000 : 0xFFFFFFFF));
+}
+
+// Greater for the greater value (-0 counts as 0), then for the lower token; never 0, which stands for no token.
+__device__ __forceinline__ uint64_t key_of(float value, int token) {
+    return uint64_t(order_of(value + 0.0f)) << 32 | uint32_t(~token);
+}
+
+__device__ __forceinline__ int token_of(uint64_t key) { return int(~uint32_t(key)); }
+
+__device__ __forceinline__ uint64_t warp_max(uint64_t key) {
+    const uint32_t high = __reduce_max_sync(ALL, uint32_t(key >> 32));
+    const uint32_t low = __reduce_max_sync(ALL, uint32_t(key >> 32) == high ? uint32_t(key) : 0);
+    return uint64_t(high) << 32 | low;
+}
+
+__device__ uint64_t block_max(Shared& shared, uint64_t key) {
+    key = warp_max(key);
+    __syncthreads();  // others may still read the words of the reduction before
+    if (threadIdx.x % 32 == 0) shared.warp_keys[threadIdx.x / 32] = key;
+    __syncthreads();
+    return warp_max(shared.warp_keys[threadIdx.x % 32]);
+}
+
+// Of two sets: the largest x, and the sum of exp(x - largest).
+__device__ __forceinline__ float2 merge(float2 a, float2 b) {
+    const float largest = fmaxf(a.x, b.x);
+    return make_float2(largest, a.y * expf(a.x - largest) + b.y * expf(b.x - largest));
+}
+
+__device__ float2 warp_merge(float2 sum) {
+    for (int apart = 16; apart > 0; apart /= 2)
+        sum = merge(sum, make_float2(__shfl_xor_sync(ALL, sum.x, apart), __shfl_xor_sync(ALL, sum.y, apart)));
+    return sum;
+}
+
+__device__ int greater_than(uint64_t key, const uint64_t* keys, int count) {
+    int greater = 0;
+    for (int i = 0; i < count; i++) greater += keys[i] > key;
+    return greater;
+}
+
+// Put the part's TOP best tokens, in order, into block 0. `best` is the thread's best token, 0 where it has none;
+// `candidates` has room for all tokens of TOP threads.
+__device__ void find_top(Shared& shared, uint64_t* candidates, const Part& part, uint64_t best) {
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+    const uint64_t of_warp = warp_max(best);
+    if (lane == 0) shared.warp_keys[warp] = of_warp;
+    if (thread == 0) shared.group_count = shared.best_count = 0;
+    if (thread < TOP) shared.owners[thread] = 0;
+    __syncthreads();
+    if (warp == 0) {  // a first bound: the TOP-th best of the warps, 0 where fewer have tokens
+        const uint64_t key = shared.warp_keys[lane];
+        const uint32_t found = __ballot_sync(ALL, greater_than(key, shared.warp_keys, WARPS) == TOP - 1);
+        const uint64_t bound = __shfl_sync(ALL, key, found ? __ffs(found) - 1 : 0);
+        if (lane == 0) shared.bound = found ? bound : 0;
+    }
+    __syncthreads();
+    if (best != 0 && best >= shared.bound) shared.groups[atomicAdd(&shared.group_count, 1)] = best;
+    __syncthreads();
+    const int groups = shared.group_count;
+    if (thread == 0 && groups < TOP) shared.bound = 0;
+    if (thread < groups) {
+        const uint64_t key = shared.groups[thread];
+        const int place = greater_than(key, shared.groups, groups);
+        if (place < TOP) shared.owners[place] = key;
+        if (place == TOP - 1) shared.bound = key;  // TOP threads reach it, so the block's TOP best do
+    }
+    __syncthreads();
+    if (warp < TOP && shared.owners[warp] != 0) {
+        const int owner = (token_of(shared.owners[warp]) - part.begin) % THREADS;
+        for (int at = owner + lane * THREADS; at < part.count; at += 32 * THREADS) {
+            const uint64_t key = key_of(load(part.logits + at), part.begin + at);
+            if (key >= shared.bound) candidates[atomicAdd(&shared.best_count, 1)] = key;
+        }
+    }
+    __syncthreads();
+    const int count = shared.best_count;
+    uint64_t* out = in_block(shared.top[part.block], 0);
+    if (thread < TOP && thread >= count) out[thread] = 0;
+    for (int i = thread; i < count; i += THREADS) {
+        const int place = greater_than(candidates[i], candidates, count);
+        if (place < TOP) out[place] = candidates[i];
+    }
+}
+
+// Add to the part's logits the bias entries collected in `shared`; `mine`: this thread's entry is one of them. Entries
+// of one token are added in order, by the thread of the first.
+__device__ void add_bias(const Shared& shared, float* values, bool mine) {
+    if (!mine) return;
+    const int entry = threadIdx.x, at = shared.bias_ids[entry];
+    for (int i = 0; i < entry; i++)
+        if (shared.bias_ids[i] == at) return;
+    float value = values[at];
+    for (int i = entry; i < BIAS_ENTRIES; i++)
+        if (shared.bias_ids[i] == at) value += shared.bias_values[i];
+    values[at] = value;
+}
+
+// The order of the distance from the row's largest logit: a float operation rounds monotonically, so a larger digit
+// means a larger logit.
+__device__ __forceinline__ int distance_digit(float x, float peak) {
+    return BINS - 1 - int(fminf((peak - x) * PER_UNIT, float(BINS - 1)));
+}
+
+// The largest t such that the row's logits of order >= t have a count of at least top_k, or (MASS) a mass of at least
+// the share top_p of the mass of all of order >= least. `turn` is the histogram to fill first.
+template <bool MASS>
+__device__ uint32_t threshold(
+    Shared& shared, const float* values, int count, float peak, uint32_t least, int top_k, float top_p, int& turn
+) {
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+    uint64_t target = MASS ? 0 : top_k;
+    uint32_t prefix = 0;  // digits of the order found so far
+    int nearest = 0;      // the first digit
+    for (int level = 0; level < LEVELS; level++, turn ^= 1) {
+        uint2* const histogram = shared.histogram[turn];
+        const int shift = 32 - 8 * level;  // of the level's digit in the order
+        if (thread < BINS) histogram[thread] = make_uint2(0, 0);
+        __syncthreads();
+        for (int at = thread; at < count; at += THREADS) {
+            const float x = values[at];
+            const uint32_t order = order_of(x);
+            int digit = distance_digit(x, peak);
+            if (level > 0) {
+                if (digit != nearest || (level > 1 && order >> (shift + 8) != prefix)) continue;
+                digit = order >> shift & BINS - 1;
+            }
+            if (!MASS) {
+                atomicAdd(&histogram[digit].x, 1u);
+            } else if (order >= least) {
+                const uint64_t mass = uint64_t(expf(x - peak) * 0x1p40f);
+                const uint32_t low = uint32_t(mass);
+                uint32_t high = uint32_t(mass >> 32);
+                if (mass == 0) continue;
+                if (atomicAdd(&histogram[digit].x, low) > ~low) high++;  // the low word wrapped
+                if (high != 0) atomicAdd(&histogram[digit].y, high);
+            }
+        }
+        cluster_sync();
+        uint64_t here = 0, reached = 0;  // the row's mass in this thread's bin, and from the top down to it
+        if (thread < BINS) {
+            for (int block = 0; block < BLOCKS; block++) {
+                const uint2 bin = *in_block(&histogram[BINS - 1 - thread], block);
+                here += uint64_t(bin.y) << 32 | bin.x;
+            }
+            reached = here;
+            for (int apart = 1; apart < 32; apart *= 2) {
+                const uint64_t above = __shfl_up_sync(ALL, reached, apart);
+                if (lane >= apart) reached += above;
+            }
+            if (lane == 31) shared.warp_keys[warp] = reached;
+        }
+        if (thread == 0) shared.search = {0, 1};  // for a row of NaN, whose token nobody reads
+        __syncthreads();
+        uint64_t total = 0;
+        for (int i = 0; i < BINS / 32; i++) {
+            if (i < warp) reached += shared.warp_keys[i];
+            total += shared.warp_keys[i];
+        }
+        if (MASS && level == 0) target = max(int64_t(ceil(double(top_p) * double(total))), int64_t(1));
+        if (thread < BINS && reached >= target && reached - here < target)
+            shared.search = {BINS - 1 - thread, target - (reached - here)};
+        __syncthreads();
+        target = shared.search.target;
+        if (level == 0)
+            nearest = shared.search.digit;
+        else
+            prefix = prefix << 8 | shared.search.digit;
+    }
+    return prefix;
+}
+
+__device__ __forceinline__ uint32_t mix(uint32_t x) {
+    x = (x ^ x >> 16) * 0x21F0AAADu;
+    x = (x ^ x >> 15) * 0x735A2D97u;
+    return x ^ x >> 15;
+}
+
+}  // namespace
+
+// A cluster a row: grid (BLOCKS, R). Row r's parameters are those of slot slots[r]. `values` in shared memory takes the
+// block's part, and behind it the candidates for the best tokens.
+extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THREADS, 1) sample(
+    const Logit* logits, const int* slots, const int* positions,
+    const float* temperatures, const int* top_ks, const float* top_ps,
+    const float* min_ps, const float* repetitions, const float* frequencies,
+    const float* presences, const uint32_t* seeds, const int* bias_ids,
+    const float* bias_values, const int* bias_until, const int* output_counts,
+    const uint8_t* in_prompt, int* tokens, float* logprobs,
+    int* top_ids, float* top_logprobs, int vocab, int part_size
+) {
+    extern __shared__ __align__(16) float values[];  // [part_size]
+    __shared__ Shared shared;
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+    Part part;
+    part.block = blockIdx.x;
+    part.begin = min(part.block * part_size, vocab);
+    part.count = min(part_size, vocab - part.begin);
+    part.logits = logits + size_t(blockIdx.y) * vocab + part.begin;
+    uint64_t* const candidates = reinterpret_cast<uint64_t*>(values + part_size);
+    cluster_arrive();  // waited for before the first write to another block: by then all have started
+    wait_for_previous();
+    let_next_start();
+
+    const int slot = slots[blockIdx.y], position = positions[blockIdx.y];
+    const float temperature = temperatures[slot], top_p = top_ps[slot], min_p = min_ps[slot];
+    const float repetition = repetitions[slot], frequency = frequencies[slot], presence = presences[slot];
+    const int top_k = top_ks[slot];
+    const bool drawn = temperature > 0.0f;
+    const bool by_count = drawn && top_k > 0 && top_k < vocab, by_share = drawn && top_p < 1.0f;
+    // The spare slot's repetition is 0.
+    const bool penalized = (repetition > 0.0f && repetition != 1.0f) || frequency != 0.0f || presence != 0.0f;
+    const size_t state = size_t(slot) * vocab + part.begin;
+
+    bool biased = false;
+    if (thread < BIAS_ENTRIES) {
+        const int entry = slot * BIAS_ENTRIES + thread, at = bias_ids[entry] - part.begin;
+        biased = position < bias_until[entry] && at >= 0 && at < part.count;
+        shared.bias_ids[thread] = biased ? at : -1;
+        shared.bias_values[thread] = bias_values[entry];
+    }
+
+    // Read the part once: the sum of exp, the thread's best token, the penalties.
+    float2 sum = make_float2(-FLT_MAX, 0.0f);  // finite: exp of a difference of infinities is not a number
+    float best = -INFINITY;
+    int best_at = thread;
+    for (int first = thread; first < part.count; first += UNROLL * THREADS) {
+        float x[UNROLL];
+        float largest = sum.x;
+#pragma unroll
+        for (int i = 0; i < UNROLL; i++) {
+            const int at = first + i * THREADS;
+            x[i] = at < part.count ? load(part.logits + at) : -INFINITY;
+        }
+#pragma unroll
+        for (int i = 0; i < UNROLL; i++) largest = fmaxf(largest, x[i]);
+        sum = make_float2(largest, sum.y * expf(sum.x - largest));
+#pragma unroll
+        for (int i = 0; i < UNROLL; i++) {
+            const int at = first + i * THREADS;
+            sum.y += expf(x[i] - largest);
+            if (x[i] > best) {
+                best = x[i];
+                best_at = at;
+            }
+            if (at >= part.count) continue;
+            float value = x[i];
+            if (penalized) {
+                const int written = output_counts[state + at];
+                if (written > 0 || in_prompt[state + at] > 0)
+                    value = value > 0.0f ? value / repetition : value * repetition;
+                // No fused multiply-add: equal logits of the reference stay equal.
+                value = __fsub_rn(value, __fmul_rn(frequency, float(written)));
+                value = __fsub_rn(value, written > 0 ? presence : 0.0f);
+            }
+            values[at] = value;
+        }
+    }
+    cluster_wait();
+
+    sum = warp_merge(sum);
+    if (lane == 0) shared.warp_sums[warp] = sum;
+    find_top(shared, candidates, part, thread < part.count ? key_of(best, part.begin + best_at) : 0);
+    if (warp == 0) {  // the barriers of find_top lie between
+        sum = warp_merge(shared.warp_sums[lane]);
+        if (lane == 0) *in_block(&shared.sums[part.block], 0) = sum;
+    }
+    if (__syncthreads_or(biased)) {
+        add_bias(shared, values, biased);
+        __syncthreads();
+    }
+
+    // Temperature and filters: what is left are logits of an order of at least `least`.
+    uint32_t least = 0;
+    float peak = 0.0f;
+    if (drawn) {
+        float largest = -INFINITY;
+        for (int at = thread; at < part.count; at += THREADS) {
+            const float scaled = values[at] / temperature;
+            values[at] = scaled;
+            largest = fmaxf(largest, scaled);
+        }
+        if (by_count || by_share || min_p > 0.0f) {
+            largest = of_order(uint32_t(block_max(shared, uint64_t(order_of(largest)) << 32) >> 32));
+            if (thread < BLOCKS) *in_block(&shared.peaks[part.block], thread) = largest;
+            cluster_sync();
+            peak = shared.peaks[0];
+            for (int block = 1; block < BLOCKS; block++) peak = fmaxf(peak, shared.peaks[block]);
+        }
+        int turn = 0;
+        if (by_count) least = threshold<false>(shared, values, part.count, peak, 0, top_k, 1.0f, turn);
+        // Nothing below the threshold of top_k can be the threshold of a share of what top_k left.
+        if (by_share) least = threshold<true>(shared, values, part.count, peak, least, 0, top_p, turn);
+    }
+
+    // The largest logit, with noise where one is drawn. Most logits cannot win whatever the fine print of their noise:
+    // noise = -log(-log1p(-u)) <= -log(u), which costs little when approximate.
+    const uint32_t key = mix(mix(seeds[2 * slot] + uint32_t(position) * 0x1E3779B1u) ^ seeds[2 * slot + 1]);
+    const uint32_t second = mix(key ^ 0x5BD1E995u);
+    float to_beat = -INFINITY;  // the warp's best
+    best = -INFINITY;
+    best_at = thread;
+    for (int first = 0; first < part.count; first += THREADS) {
+        const int at = first + thread;
+        float value = at < part.count ? values[at] : -INFINITY;
+        if (drawn) {
+            const uint32_t bits = mix(mix(uint32_t(part.begin + at) ^ key) + second);
+            const float uniform = (float(bits) + 0.5f) * 0x1p-32f;
+            const bool kept = order_of(value) >= least && (min_p <= 0.0f || expf(value - peak) >= min_p);
+            if (kept && value + (1e-3f - __logf(uniform)) >= to_beat)
+                value += -logf(-log1pf(-uniform));
+            else
+                value = -INFINITY;
+        }
+        if (value > best) {
+            best = value;
+            best_at = at;
+        }
+        if (drawn) to_beat = of_order(__reduce_max_sync(ALL, order_of(best)));
+    }
+    const uint64_t winner = block_max(shared, thread < part.count ? key_of(best, part.begin + best_at) : 0);
+    if (thread == 0) *in_block(&shared.drawn[part.block], 0) = winner;
+    cluster_sync();
+    if (part.block != 0) return;
+
+    sum = shared.sums[0];
+    for (int block = 1; block < BLOCKS; block++) sum = merge(sum, shared.sums[block]);
+    const float log_sum = sum.x + logf(sum.y);
+    if (thread == 0) {
+        uint64_t all = shared.drawn[0];
+        for (int block = 1; block < BLOCKS; block++) all = max(all, shared.drawn[block]);
+        const int token = token_of(all);
+        tokens[blockIdx.y] = token;
+        logprobs[blockIdx.y] = load(logits + size_t(blockIdx.y) * vocab + token) - log_sum;
+    }
+    if (thread < BLOCKS * TOP) {
+        const uint64_t candidate = (&shared.top[0][0])[thread];
+        const int place = greater_than(candidate, &shared.top[0][0], BLOCKS * TOP);
+        if (candidate != 0 && place < TOP) {
+            top_ids[blockIdx.y * TOP + place] = token_of(candidate);
+            top_logprobs[blockIdx.y * TOP + place] = of_order(uint32_t(candidate >> 32)) - log_sum;
+        }
+    }
+}

@@ -1,0 +1,162 @@
+"""Whole steps on one H100, through graphs: `make gpu-bench`. Prints tables and writes benchmarks/h100.json.
+
+The floor of a decode step is the bytes it must read once over the read bandwidth measured in the same run; experts
+touched are the expectation under uniform routing.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+
+from conf.schema import BucketsConfig, Config, KernelsConfig, ModelConfig, RandomShape, Weights
+from engine.core import build
+from engine.parallel import Ranks
+
+SHAPES = {
+    "20b": RandomShape(),
+    "120b": RandomShape(num_hidden_layers=36, num_local_experts=128),
+}
+OUT = Path(__file__).parents[2] / "benchmarks" / "h100.json"
+
+
+@triton.jit
+def read(source, out, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    base = tl.program_id(0).to(tl.int64) * BLOCK * COUNT
+    total = tl.zeros((BLOCK,), tl.float32)
+    for step in range(COUNT):
+        total += tl.load(source + base + step * BLOCK + tl.arange(0, BLOCK)).to(tl.float32)
+    tl.store(out + tl.program_id(0), tl.sum(total))
+
+
+def read_bandwidth() -> float:
+    """Bytes a second of a streaming read of 4 GiB; the best of three block shapes, each a median."""
+    source = torch.randn(2**31, device="cuda", dtype=torch.bfloat16)
+    rates = []
+    for block, count, warps in ((8192, 16, 8), (16384, 8, 8), (4096, 32, 8)):
+        programs = source.numel() // (block * count)
+        out = torch.empty(programs, device="cuda")
+        times = []
+        for _ in range(12):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            read[(programs,)](source, out, count, block, num_warps=warps)
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
+        rates.append(source.nbytes / statistics.median(times))
+    return max(rates)
+
+
+def decode_bytes(shape: RandomShape, rows: int, context: int) -> float:
+    """Bytes that a decode step must read once."""
+    width = shape.head_dim * (2 * shape.num_attention_heads + 2 * shape.num_key_value_heads)
+    expert = 3 * shape.hidden_size * shape.intermediate_size * 4.25 / 8
+    share = shape.num_experts_per_tok / shape.num_local_experts
+    touched = shape.num_local_experts * (1 - (1 - share) ** rows)
+    token = 2 * 2 * shape.num_key_value_heads * shape.head_dim
+    cache = rows * token * (context + min(context, shape.sliding_window)) / 2
+    layer = 2 * shape.hidden_size * width + touched * expert + cache
+    return shape.num_hidden_layers * layer + 2 * shape.hidden_size * shape.vocab_size
+
+
+def engine(shape, decode_rows, prefill_tokens, max_context):
+    config = Config(
+        model=ModelConfig(name="bench", weights=Weights.random, random_shape=shape),
+        buckets=BucketsConfig(decode_rows, prefill_tokens, 16, max_context, page_memory=0.8),
+        kernels=KernelsConfig(),
+        tp=1,
+    )
+    device = torch.device("cuda", 0)
+    built = build(config, Ranks(0, 1, device, Path()), device)
+    built.buffers.keys.normal_()
+    built.buffers.values.normal_()
+    return built
+
+
+def step_ms(built, bucket, context, launches=40) -> float:
+    """Milliseconds a launch of a bucket's step, back to back; the rows hold random tokens at `context`."""
+    buffers = built.buffers
+    staging = buffers.staging()
+    inputs = staging.inputs[bucket]
+    slots, width = buffers.buckets.max_rows, -(-context // 64)
+    pages = torch.randperm(buffers.keys.shape[1] - 1, device="cuda")[: slots * width] + 1
+    short = slots * width - len(pages)
+    pages = torch.cat([pages, pages[:short]]) if short else pages
+    buffers.page_table[:slots, :width] = pages.view(slots, width)
+    buffers.last_token[:slots] = torch.randint(0, 200000, (slots,), device="cuda")
+    if bucket.kind == "decode":
+        inputs.slots[:] = range(bucket.tokens)
+        inputs.positions[:], inputs.new_pages[:] = context - 1, -1
+    else:
+        count = bucket.tokens // context  # prompts of `context` tokens
+        inputs.tokens[:] = torch.randint(0, 200000, (bucket.tokens,)).numpy()
+        inputs.positions[:] = list(range(context)) * count
+        inputs.slots[:] = [slot for slot in range(count) for _ in range(context)]
+        inputs.sequence_slots[:] = inputs.sample_slots[:] = buffers.spare_slot
+        inputs.sequence_slots[:count] = inputs.sample_slots[:count] = range(count)
+        inputs.page_table[:count, :width] = buffers.page_table[:count, :width].cpu().numpy()
+        inputs.last[:count] = [context * (n + 1) - 1 for n in range(count)]
+        inputs.repetition_penalty[:] = inputs.top_p[:] = 1
+    torch.cuda.synchronize()
+    if bucket.kind == "decode":
+        buffers.sampling.repetition_penalty.fill_(1)
+        buffers.sampling.top_p.fill_(1)
+    samples = []
+    for _ in range(5):
+        built.steps.launch(bucket, staging)()
+        begin = time.perf_counter()
+        for _ in range(launches):
+            wait = built.steps.launch(bucket, staging)
+        wait()
+        samples.append(1e3 * (time.perf_counter() - begin) / launches)
+    return statistics.median(samples)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=SHAPES, default="20b")
+    parser.add_argument("--rows", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--prefill", type=int, nargs="*", default=[2048])
+    parser.add_argument("--contexts", type=int, nargs="*", default=[1024], help="longer ones at one row only")
+    arguments = parser.parse_args()
+    shape, rate = SHAPES[arguments.model], read_bandwidth()
+    torch.cuda.empty_cache()
+    built = engine(shape, arguments.rows, arguments.prefill, max(32768, *arguments.contexts))
+    rows = []
+    print(f"read bandwidth {rate / 1e12:.2f} TB/s; phases {built.ready.phases}")
+    print(f"{'bucket':>14} {'context':>8} {'ms':>8} {'GB':>7} {'GB/s':>6} {'of floor':>9}")
+    for context in arguments.contexts:
+        for bucket in built.buffers.buckets.decode:
+            if context > 1024 and bucket.tokens > 1:
+                continue
+            ms, size = step_ms(built, bucket, context), decode_bytes(shape, bucket.tokens, context)
+            share = size / rate / (ms / 1e3)
+            rows.append({"kind": "decode", "rows": bucket.tokens, "context": context, "ms": ms, "bytes": size,
+                         "share_of_floor": share})
+            print(f"{'decode':>9} {bucket.tokens:>4} {context:>8} {ms:>8.3f} {size / 1e9:>7.2f} "
+                  f"{size / ms / 1e6:>6.0f} {share:>8.1%}", flush=True)
+    for bucket in built.buffers.buckets.prefill:
+        for context in {bucket.tokens, min(1024, bucket.tokens)}:
+            ms = step_ms(built, bucket, context, launches=3)
+            rows.append({"kind": "prefill", "tokens": bucket.tokens, "context": context, "ms": ms})
+            speed = f"{bucket.tokens / ms * 1e3:>10.0f} tokens/s"
+            print(f"{'prefill':>9} {bucket.tokens:>4} {context:>8} {ms:>8.2f} {speed}", flush=True)
+    OUT.parent.mkdir(exist_ok=True)
+    known = json.loads(OUT.read_text()) if OUT.exists() else {}
+    known[arguments.model] = {
+        "date": datetime.now(UTC).date().isoformat(), "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda,
+        "read_bandwidth": rate, "phases": built.ready.phases, "steps": rows,
+    }
+    OUT.write_text(json.dumps(known, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

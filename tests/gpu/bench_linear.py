@@ -1,0 +1,89 @@
+"""Times dense layers, norms and routing on a Hopper GPU: `python -m tests.gpu.bench_linear`.
+
+Medians of graph replays over rotating copies of the weights, more than 400 MB of them, so that none comes from L2.
+"""
+
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from torch.nn import functional as F
+
+from kernels.hopper.linear import kernel_for, launch, pack
+from kernels.hopper.norm import add_rms_norm, embed, rms_norm, route
+
+PEAK = 3.08e12  # bytes a second: a streaming read, measured
+ROTATING = 400e6
+SHAPES = {
+    "qkv": (5120, 2880), "qkv tp2": (2560, 2880), "qkv tp8": (640, 2880), "o": (2880, 4096), "o tp2": (2880, 2048),
+    "o tp8": (2880, 512), "lm_head": (201088, 2880),
+}
+TOKENS = (1, 2, 4, 8, 16, 32, 64)
+PREFILL = 2048
+REPLAYS = 15
+
+
+def microseconds(calls: list[Callable[[], object]]) -> float:
+    """Of one call, when a graph of all of them in order is replayed."""
+    for call in calls[:2]:
+        call()  # compiles, and lets libraries choose
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(REPLAYS + 2):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / len(calls))
+    return median(times[2:])
+
+
+def bench() -> None:
+    print(f"{'layer':10}{'tokens':>7}  {'kernel':10}{'us':>8}{'GB/s':>7}{'of peak':>9}{'cuBLAS us':>11}")
+    for name, (rows, columns) in SHAPES.items():
+        copies = -(-int(ROTATING) // (2 * rows * columns))
+        weights = [torch.randn(rows, columns, device="cuda").bfloat16() for _ in range(copies)]
+        packed = [pack(weight) for weight in weights]
+        bias = torch.randn(rows, device="cuda").bfloat16()
+        for tokens in TOKENS if rows > 10**5 else (*TOKENS, PREFILL):
+            x = torch.randn(tokens, columns, device="cuda").bfloat16()
+            library = microseconds([lambda w=weight, x=x, bias=bias: F.linear(x, w, bias) for weight in weights])
+            kernels = ["narrow_16", "wide_16"] if 8 < tokens <= 16 else [kernel_for(tokens)]
+            for kernel in kernels:
+                ours = microseconds(
+                    [lambda w=weight, k=kernel, x=x, bias=bias: launch(k, x, w, bias) for weight in packed]
+                )
+                moved = 2 * (rows * columns + tokens * (rows + columns))
+                rate = moved / ours * 1e6
+                print(f"{name:10}{tokens:7}  {kernel:10}{ours:8.2f}{rate / 1e9:7.0f}{rate / PEAK:9.1%}{library:11.2f}",
+                      flush=True)
+    bench_rows()
+
+
+def bench_rows(layers: int = 36) -> None:
+    """Norms and routing, a chain of `layers` calls, each layer with weights of its own."""
+    print(f"\n{'tokens':>7}{'rms_norm':>10}{'add_rms':>10}{'embed':>10}{'route 32':>10}{'route 128':>10}   us")
+    scales = torch.ones(layers, 2880, device="cuda")
+    table = torch.randn(201088, 2880, device="cuda", dtype=torch.bfloat16)
+    for tokens in (*TOKENS, 256, PREFILL):
+        x = torch.randn(tokens, 2880, device="cuda").bfloat16()
+        ids = torch.randint(0, 201088, (tokens,), dtype=torch.int32, device="cuda")
+        cells = [
+            microseconds([lambda s=s, x=x: rms_norm(x, s, 1e-5) for s in scales]),
+            microseconds([lambda s=s, x=x: add_rms_norm(x, x, s, 1e-5) for s in scales]),
+            microseconds([lambda ids=ids: embed(ids, table)] * layers),
+        ]
+        for experts in (32, 128):
+            routers = torch.randn(layers, experts, 2880, device="cuda").bfloat16()
+            bias = torch.randn(experts, device="cuda").bfloat16()
+            cells.append(microseconds([lambda r=r, x=x, bias=bias: route(x, r, bias, 4) for r in routers]))
+        print(f"{tokens:7}" + "".join(f"{cell:10.2f}" for cell in cells), flush=True)
+
+
+if __name__ == "__main__":
+    bench()

@@ -1,0 +1,77 @@
+"""Microseconds of one call of the Hopper sampler: `python -m tests.gpu.bench_sampler`.
+
+Medians of graph replays over rotating logits larger than L2; the floor is the logits' bytes, and the counts' where
+there are penalties. Log probabilities are part of every call.
+"""
+
+import statistics
+from types import SimpleNamespace
+
+import torch
+
+from graphs.buffers import SAMPLING
+from kernels.hopper.sampler import sample
+
+VOCAB = 201088
+RATE = 3.08e12  # bytes a second
+ROWS = (1, 4, 16, 64)
+MODES = {
+    "greedy": {},
+    "greedy, penalties": {"repetition_penalty": 1.2, "frequency_penalty": 0.1},
+    "temperature": {"temperature": 0.8},
+    "top_p": {"temperature": 0.8, "top_p": 0.95},
+    "top_p + top_k": {"temperature": 0.8, "top_p": 0.95, "top_k": 50},
+}
+
+
+def state_of(rows: int, options: dict) -> SimpleNamespace:
+    state = SimpleNamespace(**{
+        name: torch.zeros(rows, *shape, dtype=getattr(torch, kind), device="cuda")
+        for name, (shape, kind) in SAMPLING.items()
+    })
+    for name, value in {"top_p": 1.0, "repetition_penalty": 1.0, **options}.items():
+        getattr(state, name).fill_(value)
+    return state
+
+
+def microseconds(rows: int, options: dict, dtype: torch.dtype) -> float:
+    copies = max(4, int(400e6 // (rows * VOCAB * dtype.itemsize)))
+    logits = (torch.randn(copies, rows, VOCAB, device="cuda") * 3).to(dtype)
+    slots = torch.arange(rows, dtype=torch.int32, device="cuda")
+    counts = torch.zeros(rows, VOCAB, dtype=torch.int32, device="cuda")
+    prompt = torch.zeros(rows, VOCAB, dtype=torch.uint8, device="cuda")
+    state = state_of(rows, options)
+
+    def calls() -> None:
+        for part in logits:
+            sample(part, slots, slots, state, counts, prompt, 20)
+
+    calls()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        calls()
+    times = []
+    for _ in range(12):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / copies)
+    return statistics.median(times)
+
+
+def bench() -> None:
+    print(f"{'dtype':>15} {'rows':>4} {'mode':>18} {'us':>8} {'GB/s':>6} {'of 3.08 TB/s':>12}")
+    for dtype in (torch.bfloat16, torch.float32):
+        for mode, options in MODES.items():
+            for rows in ROWS:
+                us = microseconds(rows, options, dtype)
+                size = rows * VOCAB * (dtype.itemsize + (5 if "frequency_penalty" in options else 0))
+                rate = size / us * 1e6
+                speed = f"{rate / 1e9:>6.0f} {rate / RATE:>12.1%}"
+                print(f"{dtype!s:>15} {rows:>4} {mode:>18} {us:>8.1f} {speed}", flush=True)
+
+
+if __name__ == "__main__":
+    bench()

@@ -1,0 +1,70 @@
+"""The whole model on the Hopper kernels: against the reference, through graphs, and alone against among others."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conf.schema import RandomShape
+from engine.checkpoint import Architecture
+from kernels import reference
+from tests.harness import InProcess
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+SMALL = replace(
+    Architecture.from_random_shape(RandomShape()), layers=4, hidden=256, intermediate=256, heads=16, kv_heads=2,
+    vocab=4096, experts=8, windows=(128, None, 128, None),
+)
+FULL_WIDTH = replace(Architecture.from_random_shape(RandomShape()), layers=2, windows=(128, None))
+
+
+def engine(shape, **options):
+    from kernels import hopper
+
+    return InProcess(shape, **{"dtype": torch.bfloat16, "device": CUDA, "ops": hopper, "poison": False} | options)
+
+
+def prompt_of(length, vocab, seed=0):
+    draw = torch.Generator().manual_seed(1000 * seed + length)
+    return torch.randint(0, vocab, (length,), generator=draw).tolist()
+
+
+@pytest.mark.parametrize("shape", [SMALL, FULL_WIDTH], ids=["small", "full width"])
+def test_logits_are_as_close_to_float32_as_the_references(shape):
+    prompt = prompt_of(300, shape.vocab)
+    with torch.inference_mode():
+        hopper = engine(shape).all_logits(prompt, chunk=256)
+        plain = engine(shape, ops=reference).all_logits(prompt, chunk=256)
+        exact = engine(shape, ops=reference, dtype=torch.float32).all_logits(prompt, chunk=256)
+
+    def error(logits):
+        return float(((logits - exact).norm(dim=1) / exact.norm(dim=1)).median())
+
+    assert error(hopper) <= 1.2 * error(plain), (error(hopper), error(plain))
+
+
+def test_tokens_through_graphs_are_the_same_bytes_alone_and_among_63_others():
+    options = {
+        "decode_rows": (1, 2, 4, 8, 16, 32, 64), "prefill_tokens": (64, 256, 1024), "sequences": 16, "pages": 700,
+    }
+    prompts = [prompt_of(1 + (n * 37) % 300, SMALL.vocab, n) for n in range(64)]
+    sampled = {"temperature": 0.9, "top_p": 0.95, "top_k": 200}
+    together = engine(SMALL, **options)
+    ids = [
+        together.submit(prompt, max_tokens=8 + n % 30, **(sampled | {"seed": n} if n % 2 else {}))
+        for n, prompt in enumerate(prompts)
+    ]
+    together.run()
+    used = {(b.kind, b.size) for b in together.core.stats().buckets if b.steps}
+    assert {("decode", rows) for rows in (8, 16, 32, 64)} <= used
+    alone = engine(SMALL, prefix_cache=False, **options)
+    for n, (id, prompt) in enumerate(zip(ids, prompts, strict=True)):
+        extra = sampled | {"seed": n} if n % 2 else {}
+        assert alone.generate(prompt, max_tokens=8 + n % 30, **extra)[0] == together.tokens(id), n
+
+
+def test_unused_pages_and_table_entries_are_never_read():
+    prompts = [prompt_of(length, SMALL.vocab) for length in (1, 63, 64, 65, 200, 300)]
+    clean, poisoned = engine(SMALL), engine(SMALL, poison=True)
+    assert clean.generate(*prompts, max_tokens=70) == poisoned.generate(*prompts, max_tokens=70)

@@ -1,0 +1,124 @@
+"""Dense layers on a Hopper GPU against the reference in float32, and byte for byte against themselves."""
+
+import pytest
+import torch
+
+from kernels import reference
+from kernels.hopper.linear import NARROW_TOKENS, WIDE_TOKENS, launch, linear, pack
+from kernels.hopper.norm import add_rms_norm, rms_norm
+
+pytestmark = pytest.mark.gpu
+
+QKV = [(5120, 2880), (2560, 2880), (640, 2880)]  # at tp 1, 2, 8
+OUT = [(2880, 4096), (2880, 2048), (2880, 512)]
+ODD = [(1, 32), (5, 64), (17, 96), (130, 512), (1000, 2880)]
+TOKENS = [1, 2, 3, 8, 17, 64, 100, 256]
+
+
+def random(*shape, seed=0, scale=1.0):
+    draw = torch.Generator("cuda").manual_seed(seed)
+    return (torch.randn(*shape, generator=draw, device="cuda") * scale).bfloat16()
+
+
+def poison(*shape):
+    """Leave NaN in the memory that the next allocation of this shape gets."""
+    torch.full(shape, torch.nan, dtype=torch.bfloat16, device="cuda")
+
+
+def error(out, expected):
+    return ((out.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def check(tokens, rows, columns, with_bias=True):
+    x, weight = random(tokens, columns), random(rows, columns, seed=1, scale=columns**-0.5)
+    bias = random(rows, seed=2) if with_bias else None
+    packed = pack(weight)
+    expected = reference.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    poison(tokens, rows)
+    out = linear(x, packed, bias)
+    assert out.shape == (tokens, rows)
+    assert out.dtype == torch.bfloat16
+    assert error(out, expected) < 1e-2
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize(("rows", "columns"), QKV + OUT + ODD)
+def test_linear_is_the_reference(tokens, rows, columns):
+    check(tokens, rows, columns)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [QKV[0], OUT[0]])
+def test_linear_is_the_reference_for_a_prefill(rows, columns):
+    check(2048, rows, columns)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 17, 64])
+@pytest.mark.parametrize("rows", [201088, 100544])
+def test_the_language_model_head_is_the_reference(tokens, rows):
+    check(tokens, rows, 2880, with_bias=False)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [*QKV, *OUT, (1000, 2880)])
+def test_a_token_alone_has_the_bytes_it_has_among_others(rows, columns):
+    x, packed, bias = random(300, columns), pack(random(rows, columns, seed=1)), random(rows, seed=2)
+    whole = linear(x, packed, bias)
+    for start, end in [(0, 1), (299, 300), (5, 7), (3, 11), (64, 80), (61, 93), (100, 164), (10, 275)]:
+        assert torch.equal(linear(x[start:end].clone(), packed, bias), whole[start:end]), (start, end)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [QKV[0], OUT[2], (17, 96)])
+def test_every_kernel_gives_the_same_bytes(rows, columns):
+    x, packed, bias = random(16, columns), pack(random(rows, columns, seed=1)), random(rows, seed=2)
+    names = [f"narrow_{tile}" for tile in NARROW_TOKENS] + [f"wide_{tile}" for tile in WIDE_TOKENS]
+    for tokens in (1, 5, 8, 16):
+        outs = [launch(n, x[:tokens], packed, bias) for n in names if tokens <= int(n.split("_")[1])]
+        assert all(torch.equal(out, outs[0]) for out in outs[1:])
+
+
+def test_neighbours_full_of_nan_leave_a_token_alone():
+    x, packed = random(64, 2880), pack(random(640, 2880, seed=1))
+    clean = linear(x, packed)
+    for tokens in (8, 64):
+        dirty = x[:tokens].clone()
+        dirty[1:] = torch.nan
+        assert torch.equal(linear(dirty, packed)[0], clean[0])
+
+
+def test_packing_on_the_device_needs_no_scratch_memory():
+    weight = random(20000, 2880)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    packed = pack(weight)
+    assert torch.cuda.max_memory_allocated() - before < packed.tiles.nbytes + 2**21
+    assert torch.equal(packed.tiles.cpu(), pack(weight.cpu()).tiles)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 16, 64])
+def test_a_captured_chain_replays_what_runs_one_by_one(tokens):
+    """Each kernel starts before its predecessor has ended: none may read too early or write too soon."""
+    qkv, o = pack(random(5120, 2880, seed=1, scale=0.02)), pack(random(2880, 4096, seed=2, scale=0.02))
+    scale = torch.ones(2880, device="cuda")
+    x = random(tokens, 2880)
+
+    def chain(pause):
+        residual, h = x, rms_norm(x, scale, 1e-5)
+        for _ in range(12):
+            wide = linear(h, qkv)
+            pause()
+            delta = linear(wide[:, :4096].contiguous(), o)
+            pause()
+            residual, h = add_rms_norm(residual, delta, scale, 1e-5)
+            pause()
+        return residual
+
+    expected = chain(torch.cuda.synchronize)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = chain(lambda: None)
+    for _ in range(20):
+        out.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, expected)

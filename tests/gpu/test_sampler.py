@@ -1,0 +1,170 @@
+"""The sampler on a GPU: the tokens and log probabilities of kernels.reference, row by row."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from graphs.buffers import BIAS_ENTRIES, SAMPLING
+from kernels import reference
+from kernels.hopper.sampler import sample
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = torch.device("cuda")
+VOCABS = [20, 512, 1000, 201088]
+NEUTRAL = {"top_p": 1.0, "repetition_penalty": 1.0}
+OPTIONS = {
+    "greedy": {},
+    "plain": {"temperature": 0.8},
+    "hot": {"temperature": 2.0},
+    "top_k": {"temperature": 1.0, "top_k": 7},
+    "many": {"temperature": 1.5, "top_k": 400},
+    "top_p": {"temperature": 0.7, "top_p": 0.9},
+    "low_p": {"temperature": 1.0, "top_p": 0.1},
+    "high_p": {"temperature": 1.3, "top_p": 0.9999},
+    "min_p": {"temperature": 1.2, "min_p": 0.05},
+    "filters": {"temperature": 1.1, "top_k": 50, "top_p": 0.8, "min_p": 0.01},
+    "penalties": {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "presence_penalty": -0.25},
+    "repetition": {"temperature": 1.0, "repetition_penalty": 0.7},
+    "everything": {
+        "temperature": 0.9, "top_k": 300, "top_p": 0.95, "min_p": 0.001, "repetition_penalty": 1.1,
+        "frequency_penalty": 0.3, "presence_penalty": 0.2,
+    },
+}
+
+
+def case(vocab, names, dtype=torch.float32, spread=3.0, bias=True):
+    """Arguments of `sample` for one row an option name, in shuffled slots; the last slot is the spare one, zeros."""
+    rows = len(names)
+    draw = torch.Generator().manual_seed(vocab + rows)
+    state = SimpleNamespace(**{
+        name: torch.zeros(rows + 1, *shape, dtype=getattr(torch, kind)) for name, (shape, kind) in SAMPLING.items()
+    })
+    slots = torch.randperm(rows, generator=draw).int()
+    for slot, option in zip(slots.tolist(), names, strict=True):
+        for name, value in {**NEUTRAL, **OPTIONS[option]}.items():
+            getattr(state, name)[slot] = value
+    state.seed[:rows] = torch.randint(-(2**31), 2**31, (rows, 2), generator=draw).int()
+    positions = torch.randint(0, 5000, (rows,), generator=draw).int()
+    logits = (torch.randn(rows, vocab, generator=draw) * spread).to(dtype)
+    if bias:  # several of one token, some no longer in force, some that forbid
+        state.bias_ids[:rows, :40] = torch.randint(0, vocab, (rows, 40), generator=draw).int()
+        state.bias_ids[:rows, 300:] = state.bias_ids[:rows, :20]
+        values = torch.randint(-8, 9, (rows, BIAS_ENTRIES), generator=draw) / 4
+        values[:, 10:14] = -math.inf
+        state.bias_values[:rows] = values
+        active = torch.randint(0, 2, values.shape, generator=draw).int()
+        state.bias_until[slots.long()] = positions.unsqueeze(1) + active
+        state.bias_until[:, 40:300] = 0
+        state.bias_ids[slots.long(), 1] = logits.argmax(-1).int()  # of the likeliest token, three times
+        state.bias_ids[slots.long(), 2] = logits.argmax(-1).int()
+        state.bias_ids[slots.long(), 10] = logits.argmax(-1).int()
+    counts = torch.randint(-6, 4, (rows + 1, vocab), generator=draw).clamp(min=0).int()
+    prompt = (torch.rand(rows + 1, vocab, generator=draw) < 0.1).byte()
+    state = SimpleNamespace(**{name: value.to(DEVICE) for name, value in vars(state).items()})
+    tensors = (tensor.to(DEVICE) for tensor in (logits, slots, positions, counts, prompt))
+    logits, slots, positions, counts, prompt = tensors
+    return logits, slots, positions, state, counts, prompt, min(20, vocab)
+
+
+def check_logprobs(arguments, sampled):
+    """Everything but the choice of the token."""
+    logits, top = arguments[0].float(), arguments[-1]
+    tokens, logprob, ids, values = sampled
+    expected, _, best = reference.top_logprobs(logits, tokens, top)
+    torch.testing.assert_close(logprob, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(values, best, atol=1e-4, rtol=0)
+    order = logits.cpu().sort(dim=-1, descending=True, stable=True).indices[:, :top]  # lower ids first among equals
+    assert torch.equal(ids.cpu().long(), order)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_rows_of_every_kind_draw_what_the_reference_draws(rows, vocab, dtype):
+    names = [list(OPTIONS)[(row + 3 * rows) % len(OPTIONS)] for row in range(rows)]
+    arguments = case(vocab, names, dtype)
+    sampled = sample(*arguments)
+    assert [out.dtype for out in sampled] == [torch.int32, torch.float32, torch.int32, torch.float32]
+    expected = reference.sample(*arguments)[0]
+    assert (sampled[0] != expected).sum() == 0
+    check_logprobs(arguments, sampled)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_draws_the_references_tokens_at_many_positions(option):
+    arguments = list(case(1000, [option] * 64, bias=False))
+    different = 0
+    for _ in range(4):
+        arguments[2] = arguments[2] + 1
+        different += int((sample(*arguments)[0] != reference.sample(*arguments)[0]).sum())
+    assert different <= 1  # exp and log may round one tie the other way
+
+
+@pytest.mark.parametrize("option", ["top_k", "top_p", "many", "filters"])
+@pytest.mark.parametrize("spread", [0.0, 0.01, 30.0])
+def test_filters_of_flat_and_of_steep_rows(option, spread):
+    arguments = case(5000, [option] * 3, spread=spread, bias=False)
+    assert torch.equal(sample(*arguments)[0], reference.sample(*arguments)[0])
+
+
+def test_top_p_counts_a_crowd_of_unlikely_tokens():
+    arguments = case(20000, ["low_p", "top_p"] * 8, spread=0.01, bias=False)
+    arguments[0][:, 1:] -= 6 * arguments[3].temperature[arguments[1]].unsqueeze(1)  # 1/400 of the best, each of them
+    sampled = sample(*arguments)
+    assert len(set(sampled[0].tolist())) > 8
+    assert torch.equal(sampled[0], reference.sample(*arguments)[0])
+
+
+def test_ties_go_to_the_lower_id_and_all_stay_at_a_threshold():
+    arguments = case(20000, ["greedy", "top_k", "top_p", "min_p"], bias=False)
+    logits = arguments[0]
+    logits.copy_((logits * 2).round() / 2)  # few different values
+    logits[0, ::2], logits[0, 1::2] = 0.0, -0.0  # equal, all of them
+    sampled = sample(*arguments)
+    assert int(sampled[0][0]) == 0
+    assert sampled[2][0].tolist() == list(range(20))
+    assert torch.equal(sampled[0], reference.sample(*arguments)[0])
+    check_logprobs(arguments, sampled)
+
+
+@pytest.mark.parametrize("descending", [False, True])
+def test_the_likeliest_tokens_of_a_sorted_row(descending):
+    arguments = case(201088, ["greedy"], bias=False)
+    arguments[0].copy_(torch.linspace(-20, 20, 201088).sort(descending=descending).values)
+    sampled = sample(*arguments)
+    assert int(sampled[0][0]) == (0 if descending else 201087)
+    check_logprobs(arguments, sampled)
+
+
+@pytest.mark.parametrize("top", [1, 5])
+def test_fewer_likeliest_tokens(top):
+    arguments = (*case(1000, ["greedy", "plain", "top_p"])[:-1], top)
+    sampled = sample(*arguments)
+    assert sampled[2].shape == sampled[3].shape == (3, top)
+    assert torch.equal(sampled[0], reference.sample(*arguments)[0])
+    check_logprobs(arguments, sampled)
+
+
+@pytest.mark.parametrize("value", [1.0, math.nan, math.inf, -math.inf])
+def test_the_spare_slot_draws_some_token_whatever_its_logits(value):
+    logits, slots, *rest = case(1000, ["plain", "filters", "plain"])
+    logits[1:] = value
+    slots[2] = 3
+    tokens, _, ids, _ = sample(logits, slots, *rest)
+    for some in (tokens, ids):
+        assert int(some.min()) >= 0
+        assert int(some.max()) < 1000
+
+
+@pytest.mark.parametrize("vocab", [1000, 201088])
+def test_a_row_alone_gives_the_bytes_it_gives_among_others(vocab):
+    logits, slots, positions, *rest = case(vocab, [list(OPTIONS)[row % len(OPTIONS)] for row in range(64)])
+    together = sample(logits, slots, positions, *rest)
+    for row in range(0, 64, 5):
+        part = slice(row, row + 1)
+        alone = sample(logits[part], slots[part], positions[part], *rest)
+        for one, all_rows in zip(alone, together, strict=True):
+            assert torch.equal(one[0], all_rows[row])
