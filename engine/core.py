@@ -128,6 +128,7 @@ def _logprobs(sampled: Sampled, row: int, count: int) -> TokenLogprobs:
 class Engine(NamedTuple):
     """One rank, ready to run steps."""
 
+    model: Model
     buffers: Buffers
     steps: Steps
     ready: Ready
@@ -181,7 +182,7 @@ def build(config: Config, ranks: Ranks, device: torch.device) -> Engine:
         phases, memory,
         {"decode": [b.tokens for b in buckets.decode], "prefill": [b.tokens for b in buckets.prefill]},
     )
-    return Engine(buffers, steps, ready)
+    return Engine(model, buffers, steps, ready)
 
 
 def _weights(

@@ -1,4 +1,5 @@
 // out [T, N] = x [T, K] * weight [N, K]^T + bias [N], bf16 in and out, float32 inside. K is the macro COLUMNS.
+// SHARES, a macro too, is the number of runs into which K is cut.
 //
 // Bytes: 2 N K of weights, once, and 2 T (K + N). Floors at 3.08 TB/s: QKV (5120 x 2880) 9.6 us, O (2880 x 4096) 7.7,
 // lm_head (201088 x 2880) 376. Up to 64 tokens the weights are all that counts.
@@ -11,9 +12,10 @@
 //
 // Every dot product is cut into SHARES runs of columns, each added up in order by one warp, and the runs are added in
 // order: whatever the number of tokens, and whichever kernel runs. The two kernels differ in where warps stand:
-//   narrow, up to 16 tokens: a block is one strip, its warps the shares, each reading its columns of x from L2.
-//     All blocks of the projections are resident at once, and a multiprocessor with more of them has more loads in
-//     flight, so the memory itself evens out what 320 or 180 strips on 132 multiprocessors leave uneven.
+//   narrow, up to 8 tokens: a block is one strip, its warps the shares. x lies in shared memory: loads of it in the
+//     loop would queue behind those of the weights, and their latency be paid at every turn. All blocks of the
+//     projections are resident at once, and a multiprocessor with more of them has more loads in flight, so the memory
+//     itself evens out what 320 or 180 strips on 132 multiprocessors leave uneven.
 //   wide: a cluster of SHARES blocks takes 8 strips, a block one share of each and that share of x in shared memory
 //     (92 KB for 64 tokens of 2880): else 64 tokens of x, read for each strip, would be four times the weights' bytes.
 //     The partial sums meet through distributed shared memory. Above 64 tokens the grid tiles them by 64.
@@ -30,9 +32,11 @@ constexpr int STEP = 32;                // columns of a packed tile: two k16 mul
 constexpr int STEPS = COLUMNS / STEP;
 constexpr int ROWS = 16;                // rows of a strip
 constexpr int TILE = ROWS * STEP / 8;   // 16-byte pieces of a packed tile
-constexpr int SHARES = 4;               // runs of columns: warps of a narrow block, blocks of a wide cluster
-constexpr int WIDE_WARPS = 8;           // strips of a wide cluster
+constexpr int WIDE_STRIPS = 8;          // of a wide cluster
+constexpr int WARP_STRIPS = 2;          // of a warp in it
+constexpr int WIDE_THREADS = WIDE_STRIPS / WARP_STRIPS * 32;
 constexpr int PITCH = ROWS + 4;         // floats from one token's partial sums to the next: lanes meet no bank twice
+constexpr int X_PITCH = (COLUMNS * 2 + 127) / 128 * 128 + 64;  // bytes of a token: two tokens' 64 bytes miss each other
 
 static_assert(COLUMNS % STEP == 0, "columns come in steps of 32");
 
@@ -42,14 +46,6 @@ __device__ __forceinline__ uint4 load_weight(const uint4* at) {
     asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(piece.x), "=r"(piece.y), "=r"(piece.z), "=r"(piece.w) : "l"(at));
     return piece;
-}
-
-// Leaves `piece` as it was where `there` is false. Relaxed, that is from L2: while this kernel waits, an earlier one
-// may bring what x's place held before into this multiprocessor's L1.
-__device__ __forceinline__ void load_token(uint4& piece, const bf16* at, bool there) {
-    asm volatile("{\n .reg .pred p;\n setp.ne.s32 p, %5, 0;\n"
-                 " @p ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
-                 : "+r"(piece.x), "+r"(piece.y), "+r"(piece.z), "+r"(piece.w) : "l"(at), "r"(int(there)) : "memory");
 }
 
 __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
@@ -81,15 +77,10 @@ __device__ __forceinline__ void multiply(float (&sums)[4], uint4 a, unsigned b0,
                  : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
-// One step of 32 columns: a lane's two fragments of weights, and columns 8t ... 8t + 7 of token g of each tile.
-template <int TILES>
-__device__ __forceinline__ void multiply_step(
-    float (&sums)[TILES][4], const uint4 (&fragments)[2], const uint4 (&tokens)[TILES]
-) {
-#pragma unroll
-    for (int tile = 0; tile < TILES; ++tile) multiply(sums[tile], fragments[0], tokens[tile].x, tokens[tile].y);
-#pragma unroll
-    for (int tile = 0; tile < TILES; ++tile) multiply(sums[tile], fragments[1], tokens[tile].z, tokens[tile].w);
+// One step of 32 columns: a lane's fragments of its two multiplies, and its 16 bytes of token g = lane / 4.
+__device__ __forceinline__ void multiply_step(float (&sums)[4], const uint4 (&fragments)[2], const uint4& token) {
+    multiply(sums, fragments[0], token.x, token.y);
+    multiply(sums, fragments[1], token.z, token.w);
 }
 
 // A warp's sums to partial [8 TILES tokens][PITCH]: sums 0 and 1 are row g of tokens 2t and 2t + 1 (t = lane % 4), sums
@@ -112,11 +103,11 @@ __device__ __forceinline__ void store_output(bf16* out, const bf16* bias, float 
 
 __device__ __forceinline__ int share_begin(int share) { return STEPS * share / SHARES; }
 
-// Grid (strips), SHARES warps.
-template <int TILES, int DEPTH, int TOKEN_DEPTH>
+// Grid (strips), SHARES warps. Shared memory: x [tokens][X_PITCH], all of its columns.
+template <int DEPTH>
 __device__ __forceinline__ void narrow(ARGUMENTS) {
-    static_assert(DEPTH % TOKEN_DEPTH == 0, "a place in one ring decides the place in the other");
-    __shared__ float partial[SHARES][TILES * 8 * PITCH];
+    extern __shared__ uint4 shared[];
+    __shared__ float partial[SHARES][8 * PITCH];
     let_next_start();
     const int lane = threadIdx.x % 32, share = threadIdx.x / 32, strip = blockIdx.x;
     const int begin = share_begin(share), steps = share_begin(share + 1) - begin;
@@ -129,44 +120,35 @@ __device__ __forceinline__ void narrow(ARGUMENTS) {
             for (int half = 0; half < 2; ++half) a[i][half] = load_weight(tile_at + i * TILE + half * 32);
 
     wait_for_previous();
-    const bf16* token_at[TILES];
-    bool there[TILES];
-    uint4 b[TOKEN_DEPTH][TILES];  // stays zero for tokens past the last
-#pragma unroll
-    for (int tile = 0; tile < TILES; ++tile) {
-        const int token = tile * 8 + lane / 4;
-        there[tile] = token < tokens;
-        token_at[tile] = x + size_t(there[tile] ? token : 0) * COLUMNS + begin * STEP + lane % 4 * 8;
-    }
-#pragma unroll
-    for (int i = 0; i < TOKEN_DEPTH; ++i)
-#pragma unroll
-        for (int tile = 0; tile < TILES; ++tile) {
-            b[i][tile] = make_uint4(0, 0, 0, 0);
-            load_token(b[i][tile], token_at[tile] + i * STEP, there[tile] && i < steps);
-        }
+    const unsigned shared_at = unsigned(__cvta_generic_to_shared(shared));
+    for (int i = threadIdx.x; i < tokens * (COLUMNS / 8); i += SHARES * 32)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+                     :: "r"(shared_at + i / (COLUMNS / 8) * X_PITCH + i % (COLUMNS / 8) * 16), "l"(x + size_t(i) * 8)
+                     : "memory");
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncthreads();
+    const bool there = lane / 4 < tokens;
+    const uint4* token_at = shared + (lane / 4 * X_PITCH + begin * STEP * 2) / 16 + lane % 4;
 
-    float sums[TILES][4] = {};
+    float sums[1][4] = {};
     for (int base = 0; base < steps; base += DEPTH)
 #pragma unroll
         for (int i = 0; i < DEPTH; ++i) {
             const int step = base + i;
             if (step < steps) {
-                multiply_step<TILES>(sums, a[i], b[i % TOKEN_DEPTH]);
+                uint4 b = make_uint4(0, 0, 0, 0);  // zeros for tokens past the last
+                if (there) b = token_at[step * (STEP / 8)];
+                multiply_step(sums[0], a[i], b);
                 if (step + DEPTH < steps)
 #pragma unroll
                     for (int half = 0; half < 2; ++half)
                         a[i][half] = load_weight(tile_at + (step + DEPTH) * TILE + half * 32);
-#pragma unroll
-                for (int tile = 0; tile < TILES; ++tile)
-                    load_token(b[i % TOKEN_DEPTH][tile], token_at[tile] + (step + TOKEN_DEPTH) * STEP,
-                               there[tile] && step + TOKEN_DEPTH < steps);
             }
         }
 
-    store_partial<TILES>(partial[share], sums, lane);
+    store_partial<1>(partial[share], sums, lane);
     __syncthreads();
-    for (int i = threadIdx.x; i < TILES * 8 * ROWS; i += SHARES * 32) {
+    for (int i = threadIdx.x; i < 8 * ROWS; i += SHARES * 32) {
         const int row = i % ROWS, token = i / ROWS, at = token * PITCH + row;
         if (token < tokens && strip * ROWS + row < rows) {
             float sum = partial[0][at];
@@ -177,28 +159,34 @@ __device__ __forceinline__ void narrow(ARGUMENTS) {
     }
 }
 
-// Grid (SHARES, tiles of 8 TILES tokens, groups of WIDE_WARPS strips): neighbours in time share a group's weights.
+// Grid (SHARES, tiles of 8 TILES tokens, groups of WIDE_STRIPS strips): neighbours in time share a group's weights. A
+// warp takes two strips, so that what it reads of x from shared memory serves twice.
 template <int TILES, int DEPTH>
 __device__ __forceinline__ void wide(ARGUMENTS) {
-    constexpr int TOKENS = TILES * 8, THREADS = WIDE_WARPS * 32;
-    extern __shared__ uint4 shared[];  // [steps of the share][TOKENS][32] of x, later [WIDE_WARPS][TOKENS][PITCH] sums
+    constexpr int TOKENS = TILES * 8;
+    extern __shared__ uint4 shared[];  // [steps of the share][TOKENS][32] of x, later [WIDE_STRIPS][TOKENS][PITCH] sums
     let_next_start();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, share = blockIdx.x;
     const int begin = share_begin(share), steps = share_begin(share + 1) - begin;
-    const int strip = blockIdx.z * WIDE_WARPS + warp;
-    const int own_steps = strip * ROWS < rows ? steps : 0;  // the last group may have fewer strips than warps
-    const uint4* tile_at = weight + (size_t(strip) * STEPS + begin) * TILE + lane;
-    uint4 a[DEPTH][2];
+    const uint4* tile_at[WARP_STRIPS];
+#pragma unroll
+    for (int s = 0; s < WARP_STRIPS; ++s) {  // past the last strip: that one again, and its sums are not stored
+        const int strip = min(int(blockIdx.z) * WIDE_STRIPS + warp * WARP_STRIPS + s, (rows - 1) / ROWS);
+        tile_at[s] = weight + (size_t(strip) * STEPS + begin) * TILE + lane;
+    }
+    uint4 a[DEPTH][WARP_STRIPS][2];
 #pragma unroll
     for (int i = 0; i < DEPTH; ++i)
-        if (i < own_steps)
+        if (i < steps)
 #pragma unroll
-            for (int half = 0; half < 2; ++half) a[i][half] = load_weight(tile_at + i * TILE + half * 32);
+            for (int s = 0; s < WARP_STRIPS; ++s)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) a[i][s][half] = load_weight(tile_at[s] + i * TILE + half * 32);
 
     wait_for_previous();
     const int first = blockIdx.y * TOKENS;
     const unsigned shared_at = unsigned(__cvta_generic_to_shared(shared));
-    for (int i = threadIdx.x; i < steps * TOKENS * 4; i += THREADS) {
+    for (int i = threadIdx.x; i < steps * TOKENS * 4; i += WIDE_THREADS) {
         const int token = first + i / 4 % TOKENS, step = i / 4 / TOKENS;
         const bool there = token < tokens;  // zeros for tokens past the last
         const bf16* from = x + size_t(there ? token : 0) * COLUMNS + (begin + step) * STEP + i % 4 * 8;
@@ -208,29 +196,36 @@ __device__ __forceinline__ void wide(ARGUMENTS) {
     asm volatile("cp.async.wait_all;" ::: "memory");
     __syncthreads();
 
-    float sums[TILES][4] = {};
-    for (int base = 0; base < own_steps; base += DEPTH)
+    float sums[WARP_STRIPS][TILES][4] = {};
+    for (int base = 0; base < steps; base += DEPTH)
 #pragma unroll
         for (int i = 0; i < DEPTH; ++i) {
             const int step = base + i;
-            if (step < own_steps) {
-                uint4 b[TILES];
+            if (step < steps) {
 #pragma unroll
-                for (int tile = 0; tile < TILES; ++tile) b[tile] = shared[(step * TILES + tile) * 32 + lane];
-                multiply_step<TILES>(sums, a[i], b);
-                if (step + DEPTH < own_steps)
+                for (int tile = 0; tile < TILES; ++tile) {
+                    const uint4 b = shared[(step * TILES + tile) * 32 + lane];
 #pragma unroll
-                    for (int half = 0; half < 2; ++half)
-                        a[i][half] = load_weight(tile_at + (step + DEPTH) * TILE + half * 32);
+                    for (int s = 0; s < WARP_STRIPS; ++s) multiply_step(sums[s][tile], a[i][s], b);
+                }
+                if (step + DEPTH < steps)
+#pragma unroll
+                    for (int s = 0; s < WARP_STRIPS; ++s)
+#pragma unroll
+                        for (int half = 0; half < 2; ++half)
+                            a[i][s][half] = load_weight(tile_at[s] + (step + DEPTH) * TILE + half * 32);
             }
         }
 
     __syncthreads();  // x is no longer needed: its place takes the sums
-    store_partial<TILES>(reinterpret_cast<float*>(shared) + warp * TOKENS * PITCH, sums, lane);
+#pragma unroll
+    for (int s = 0; s < WARP_STRIPS; ++s)
+        store_partial<TILES>(
+            reinterpret_cast<float*>(shared) + (warp * WARP_STRIPS + s) * TOKENS * PITCH, sums[s], lane);
     cluster_exchange();
-    for (int i = share * THREADS + threadIdx.x; i < WIDE_WARPS * TOKENS * ROWS; i += SHARES * THREADS) {
+    for (int i = share * WIDE_THREADS + threadIdx.x; i < WIDE_STRIPS * TOKENS * ROWS; i += SHARES * WIDE_THREADS) {
         const int token = i / ROWS % TOKENS, slot = i / ROWS / TOKENS;
-        const int row = (blockIdx.z * WIDE_WARPS + slot) * ROWS + i % ROWS;
+        const int row = (blockIdx.z * WIDE_STRIPS + slot) * ROWS + i % ROWS;
         if (first + token < tokens && row < rows) {
             const unsigned at = shared_at + ((slot * TOKENS + token) * PITCH + i % ROWS) * sizeof(float);
             float parts[SHARES];
@@ -247,22 +242,18 @@ __device__ __forceinline__ void wide(ARGUMENTS) {
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(SHARES * 32, 4) narrow_8(ARGUMENTS) {
-    narrow<1, 8, 4>(weight, x, bias, out, rows, tokens);
+extern "C" __global__ void __launch_bounds__(SHARES * 32, 20 / SHARES) narrow_8(ARGUMENTS) {
+    narrow<8>(weight, x, bias, out, rows, tokens);
 }
 
-extern "C" __global__ void __launch_bounds__(SHARES * 32, 4) narrow_16(ARGUMENTS) {
-    narrow<2, 8, 4>(weight, x, bias, out, rows, tokens);
+extern "C" __global__ void __cluster_dims__(SHARES, 1, 1) __launch_bounds__(WIDE_THREADS, 4) wide_16(ARGUMENTS) {
+    wide<2, 4>(weight, x, bias, out, rows, tokens);
 }
 
-extern "C" __global__ void __cluster_dims__(SHARES, 1, 1) __launch_bounds__(WIDE_WARPS * 32, 2) wide_16(ARGUMENTS) {
-    wide<2, 8>(weight, x, bias, out, rows, tokens);
+extern "C" __global__ void __cluster_dims__(SHARES, 1, 1) __launch_bounds__(WIDE_THREADS, 4) wide_32(ARGUMENTS) {
+    wide<4, 4>(weight, x, bias, out, rows, tokens);
 }
 
-extern "C" __global__ void __cluster_dims__(SHARES, 1, 1) __launch_bounds__(WIDE_WARPS * 32, 2) wide_32(ARGUMENTS) {
-    wide<4, 8>(weight, x, bias, out, rows, tokens);
-}
-
-extern "C" __global__ void __cluster_dims__(SHARES, 1, 1) __launch_bounds__(WIDE_WARPS * 32, 2) wide_64(ARGUMENTS) {
-    wide<8, 5>(weight, x, bias, out, rows, tokens);
+extern "C" __global__ void __cluster_dims__(SHARES, 1, 1) __launch_bounds__(WIDE_THREADS, 2) wide_64(ARGUMENTS) {
+    wide<8, 4>(weight, x, bias, out, rows, tokens);
 }

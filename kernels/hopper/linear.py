@@ -12,11 +12,11 @@ from torch import Tensor
 
 ROWS = 16  # rows of a strip: M of the multiply
 STEP = 32  # columns of a packed tile: two fragments
-SHARES = 4  # runs of columns that are added up apart: warps of a narrow block, blocks of a wide cluster
 WIDE_STRIPS = 8
+WIDE_THREADS = 128
 PITCH = ROWS + 4  # floats from one token's partial sums to the next
 
-NARROW_TOKENS = (8, 16)  # for each there is a kernel narrow_8, ...
+NARROW_TOKENS = (8,)  # for each there is a kernel narrow_8, ...
 WIDE_TOKENS = (16, 32, 64)  # and wide_16, ...; above 64 the grid tiles tokens by 64
 
 
@@ -61,7 +61,7 @@ def linear(x: Tensor, weight: PackedLinear, bias: Tensor | None = None) -> Tenso
 
 def kernel_for(tokens: int) -> str:
     """Up to 8 tokens x is small beside a strip of weights and is read for each; above, a cluster shares it."""
-    if tokens <= 8:
+    if tokens <= NARROW_TOKENS[-1]:
         return "narrow_8"
     return f"wide_{next((tile for tile in WIDE_TOKENS if tokens <= tile), WIDE_TOKENS[-1])}"
 
@@ -75,31 +75,45 @@ def launch(name: str, x: Tensor, weight: PackedLinear, bias: Tensor | None) -> T
     if bias is not None and (bias.dtype != torch.bfloat16 or bias.shape != (weight.rows,)):
         raise ValueError(f"bias {tuple(bias.shape)} {bias.dtype}: [{weight.rows}] bfloat16 is what this layer takes")
     out = torch.empty(tokens, weight.rows, dtype=torch.bfloat16, device=x.device)
-    strips = weight.tiles.shape[0]
+    strips, shares = weight.tiles.shape[0], shares_of(weight.columns)
     if name.startswith("narrow"):
         if tokens > tile:
             raise ValueError(f"{name} takes up to {tile} tokens, not {tokens}")
-        grid, threads = (strips, 1, 1), SHARES * 32
+        grid, threads = (strips, 1, 1), shares * 32
     else:
-        grid, threads = (SHARES, -(-tokens // tile), -(-strips // WIDE_STRIPS)), WIDE_STRIPS * 32
+        grid, threads = (shares, -(-tokens // tile), -(-strips // WIDE_STRIPS)), WIDE_THREADS
     if tokens:
         arguments = (weight.tiles, x, bias, out, weight.rows, tokens)
-        _kernel(name, weight.columns).launch(grid=grid, block=threads, args=arguments)
+        kernel = _kernel(name, weight.columns, shared_bytes(name, weight.columns, tokens))
+        kernel.launch(grid=grid, block=threads, args=arguments)
     return out
 
 
-def shared_bytes(name: str, columns: int) -> int:
-    """Dynamic shared memory: a wide block's share of x, and later its partial sums in the same place."""
+def shares_of(columns: int) -> int:
+    """Runs of columns that are added up apart: warps of a narrow block, blocks of a wide cluster.
+
+    A function of K alone, so that a token's bytes do not depend on how many there are.
+    """
+    return 8 if columns >= 4096 else 4
+
+
+def shared_bytes(name: str, columns: int, tokens: int) -> int:
+    """Dynamic shared memory: a narrow block's x, or a wide one's share of x and later its partial sums in its place."""
     kind, tile = name.split("_")
     if kind == "narrow":
-        return 0
-    steps = -(-(columns // STEP) // SHARES)  # of the longest share
+        return tokens * x_pitch(columns)
+    steps = -(-(columns // STEP) // shares_of(columns))  # of the longest share
     return int(tile) * max(steps * STEP * 2, WIDE_STRIPS * PITCH * 4)
 
 
+def x_pitch(columns: int) -> int:
+    """Bytes from one token of x to the next in a narrow block's shared memory."""
+    return -(-columns * 2 // 128) * 128 + 64
+
+
 @cache
-def _kernel(name: str, columns: int):
+def _kernel(name: str, columns: int, shared: int):
     from kernels.build import compile_module  # where there is no GPU, packing still works
 
-    module = compile_module(Path(__file__).with_name("linear.cu"), {"COLUMNS": columns})
-    return module.kernel(name, shared_bytes=shared_bytes(name, columns))
+    module = compile_module(Path(__file__).with_name("linear.cu"), {"COLUMNS": columns, "SHARES": shares_of(columns)})
+    return module.kernel(name, shared_bytes=shared)

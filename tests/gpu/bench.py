@@ -1,7 +1,7 @@
 """Whole steps on one H100, through graphs: `make gpu-bench`. Prints tables and writes benchmarks/h100.json.
 
-The floor of a decode step is the bytes it must read once over the read bandwidth measured in the same run; experts
-touched are the expectation under uniform routing.
+The floor of a decode step is the bytes it must read once over the read bandwidth measured in the same run. Of the
+experts' weights those count that the rows of the timed step chose.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import statistics
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import triton
@@ -54,16 +55,14 @@ def read_bandwidth() -> float:
     return max(rates)
 
 
-def decode_bytes(shape: RandomShape, rows: int, context: int) -> float:
-    """Bytes that a decode step must read once."""
+def decode_bytes(shape: RandomShape, rows: int, context: int, experts: float) -> float:
+    """Bytes that a decode step must read once; `experts`: those that the rows chose, over all layers."""
     width = shape.head_dim * (2 * shape.num_attention_heads + 2 * shape.num_key_value_heads)
     expert = 3 * shape.hidden_size * shape.intermediate_size * 4.25 / 8
-    share = shape.num_experts_per_tok / shape.num_local_experts
-    touched = shape.num_local_experts * (1 - (1 - share) ** rows)
     token = 2 * 2 * shape.num_key_value_heads * shape.head_dim
     cache = rows * token * (context + min(context, shape.sliding_window)) / 2
-    layer = 2 * shape.hidden_size * width + touched * expert + cache
-    return shape.num_hidden_layers * layer + 2 * shape.hidden_size * shape.vocab_size
+    layer = 2 * shape.hidden_size * width + cache
+    return shape.num_hidden_layers * layer + experts * expert + 2 * shape.hidden_size * shape.vocab_size
 
 
 def engine(shape, decode_rows, prefill_tokens, max_context):
@@ -80,8 +79,29 @@ def engine(shape, decode_rows, prefill_tokens, max_context):
     return built
 
 
-def step_ms(built, bucket, context, launches=40) -> float:
-    """Milliseconds a launch of a bucket's step, back to back; the rows hold random tokens at `context`."""
+@torch.inference_mode()
+def chosen_experts(built, bucket, staging) -> int:
+    """Experts that the step's rows choose, over all layers; the step runs once, eagerly."""
+    ops, seen = built.model.ops, []
+
+    def route(*arguments):
+        chosen, shares = ops.route(*arguments)
+        seen.append(len(chosen.unique()))
+        return chosen, shares
+
+    built.buffers.words.copy_(staging.words)
+    built.model.ops = SimpleNamespace(**(vars(ops) | {"route": route}))
+    built.model.step(bucket, built.buffers)()
+    built.model.ops = ops
+    torch.cuda.synchronize()
+    return sum(seen)
+
+
+def step_ms(built, bucket, context, launches=40) -> tuple[float, float]:
+    """Milliseconds a launch of a bucket's step, back to back, and the experts it touches: the mean of before and after.
+
+    The rows begin with random tokens at `context`.
+    """
     buffers = built.buffers
     staging = buffers.staging()
     inputs = staging.inputs[bucket]
@@ -108,7 +128,7 @@ def step_ms(built, bucket, context, launches=40) -> float:
     if bucket.kind == "decode":
         buffers.sampling.repetition_penalty.fill_(1)
         buffers.sampling.top_p.fill_(1)
-    samples = []
+    samples, experts = [], [chosen_experts(built, bucket, staging)]
     for _ in range(5):
         built.steps.launch(bucket, staging)()
         begin = time.perf_counter()
@@ -116,7 +136,8 @@ def step_ms(built, bucket, context, launches=40) -> float:
             wait = built.steps.launch(bucket, staging)
         wait()
         samples.append(1e3 * (time.perf_counter() - begin) / launches)
-    return statistics.median(samples)
+    experts.append(chosen_experts(built, bucket, staging))
+    return statistics.median(samples), statistics.mean(experts)
 
 
 def main() -> None:
@@ -131,20 +152,22 @@ def main() -> None:
     built = engine(shape, arguments.rows, arguments.prefill, max(32768, *arguments.contexts))
     rows = []
     print(f"read bandwidth {rate / 1e12:.2f} TB/s; phases {built.ready.phases}")
-    print(f"{'bucket':>14} {'context':>8} {'ms':>8} {'GB':>7} {'GB/s':>6} {'of floor':>9}")
+    print(f"{'bucket':>14} {'context':>8} {'ms':>8} {'experts':>8} {'GB':>7} {'GB/s':>6} {'of floor':>9}")
     for context in arguments.contexts:
         for bucket in built.buffers.buckets.decode:
             if context > 1024 and bucket.tokens > 1:
                 continue
-            ms, size = step_ms(built, bucket, context), decode_bytes(shape, bucket.tokens, context)
+            ms, experts = step_ms(built, bucket, context)
+            size = decode_bytes(shape, bucket.tokens, context, experts)
             share = size / rate / (ms / 1e3)
             rows.append({"kind": "decode", "rows": bucket.tokens, "context": context, "ms": ms, "bytes": size,
-                         "share_of_floor": share})
-            print(f"{'decode':>9} {bucket.tokens:>4} {context:>8} {ms:>8.3f} {size / 1e9:>7.2f} "
+                         "experts_per_layer": experts / shape.num_hidden_layers, "share_of_floor": share})
+            print(f"{'decode':>9} {bucket.tokens:>4} {context:>8} {ms:>8.3f} "
+                  f"{experts / shape.num_hidden_layers:>8.1f} {size / 1e9:>7.2f} "
                   f"{size / ms / 1e6:>6.0f} {share:>8.1%}", flush=True)
     for bucket in built.buffers.buckets.prefill:
         for context in {bucket.tokens, min(1024, bucket.tokens)}:
-            ms = step_ms(built, bucket, context, launches=3)
+            ms, _ = step_ms(built, bucket, context, launches=3)
             rows.append({"kind": "prefill", "tokens": bucket.tokens, "context": context, "ms": ms})
             speed = f"{bucket.tokens / ms * 1e3:>10.0f} tokens/s"
             print(f"{'prefill':>9} {bucket.tokens:>4} {context:>8} {ms:>8.2f} {speed}", flush=True)

@@ -53,7 +53,7 @@ def bench() -> None:
         for tokens in TOKENS if rows > 10**5 else (*TOKENS, PREFILL):
             x = torch.randn(tokens, columns, device="cuda").bfloat16()
             library = microseconds([lambda w=weight, x=x, bias=bias: F.linear(x, w, bias) for weight in weights])
-            kernels = ["narrow_16", "wide_16"] if 8 < tokens <= 16 else [kernel_for(tokens)]
+            kernels = [kernel_for(tokens)]
             for kernel in kernels:
                 ours = microseconds(
                     [lambda w=weight, k=kernel, x=x, bias=bias: launch(k, x, w, bias) for weight in packed]

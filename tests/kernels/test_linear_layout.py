@@ -5,7 +5,17 @@ from itertools import pairwise
 import pytest
 import torch
 
-from kernels.hopper.linear import PITCH, ROWS, SHARES, STEP, WIDE_STRIPS, kernel_for, pack, shared_bytes
+from kernels.hopper.linear import (
+    PITCH,
+    ROWS,
+    STEP,
+    WIDE_STRIPS,
+    kernel_for,
+    pack,
+    shared_bytes,
+    shares_of,
+    x_pitch,
+)
 
 LANES = torch.arange(32)
 GROUP, PLACE = LANES // 4, LANES % 4
@@ -18,7 +28,7 @@ def random(*shape, seed=0):
 
 
 def share_begin(steps, share):
-    return steps * share // SHARES
+    return steps * share // shares_of(steps * STEP)
 
 
 def mma(a, b, sums):
@@ -55,16 +65,20 @@ def narrow(x, packed):
     """narrow_8 on the packed memory: every address as the kernel forms it."""
     tokens, columns = x.shape
     steps = columns // STEP
-    memory, flat = packed.tiles.flatten().view(-1, 8), x.flatten()
+    memory, pitch = packed.tiles.flatten().view(-1, 8), x_pitch(columns)
+    flat = torch.full((shared_bytes("narrow_8", columns, tokens) // 2,), torch.nan)  # x in shared memory
+    for piece in range(tokens * columns // 8):
+        to = (piece // (columns // 8) * pitch + piece % (columns // 8) * 16) // 2
+        flat[to : to + 8] = x.flatten()[piece * 8 : piece * 8 + 8]
     out = torch.zeros(tokens, packed.rows)
     for strip in range(packed.tiles.shape[0]):
         parts = []
-        for share in range(SHARES):
+        for share in range(shares_of(columns)):
             begin = share_begin(steps, share)
             sums = torch.zeros(32, 4)
             for step in range(share_begin(steps, share + 1) - begin):
                 piece = (strip * steps + begin + step) * PIECES + LANES
-                at = GROUP.clamp(max=tokens - 1) * columns + (begin + step) * STEP + PLACE * 8
+                at = GROUP.clamp(max=tokens - 1) * pitch // 2 + (begin + step) * STEP + PLACE * 8
                 b = flat[at[:, None] + torch.arange(8)] * (tokens > GROUP)[:, None]
                 sums = multiply_step(sums, memory[piece], memory[piece + 32], b)
             parts.append(partial_sums(sums))
@@ -83,11 +97,11 @@ def wide(x, packed, tile):
     memory = packed.tiles.flatten().view(-1, 8)
     out = torch.full((tokens, packed.rows), torch.nan)
     threads = WIDE_STRIPS * 32
-    size = shared_bytes(f"wide_{tile}", columns)
+    size = shared_bytes(f"wide_{tile}", columns, tile)
     for first in range(0, tokens, tile):
         for group in range(-(-strips // WIDE_STRIPS)):
             sums_of = []
-            for share in range(SHARES):
+            for share in range(shares_of(columns)):
                 begin = share_begin(steps, share)
                 count = share_begin(steps, share + 1) - begin
                 i = torch.arange(count * tile * 4)
@@ -112,8 +126,8 @@ def wide(x, packed, tile):
                         place[:, : ROWS] = partial_sums(sums)
                 sums_of.append(floats)
             done = []
-            for share in range(SHARES):
-                for start in range(0, WIDE_STRIPS * tile * ROWS, SHARES * threads):
+            for share in range(shares_of(columns)):
+                for start in range(0, WIDE_STRIPS * tile * ROWS, shares_of(columns) * threads):
                     i = start + share * threads + torch.arange(threads)
                     i = i[i < WIDE_STRIPS * tile * ROWS]
                     done.append(i)
@@ -150,7 +164,7 @@ def test_what_cannot_be_packed_is_refused():
         pack(torch.zeros(16, 32))
 
 
-@pytest.mark.parametrize(("tokens", "rows", "columns"), [(1, 16, 32), (3, 20, 96), (8, 37, 352)])
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(1, 16, 32), (3, 20, 96), (8, 37, 352), (2, 16, 4096)])
 def test_a_narrow_block_multiplies_what_was_packed(tokens, rows, columns):
     x, weight = random(tokens, columns), random(rows, columns, seed=1)
     out = narrow(x, pack(weight))
@@ -170,17 +184,24 @@ def test_a_wide_cluster_adds_in_the_narrow_order(tokens, rows, columns):
 @pytest.mark.parametrize("columns", [32, 512, 2048, 2880, 4096])
 def test_shares_cover_all_steps_once_and_fit_a_block(columns):
     steps = columns // STEP
-    ends = [share_begin(steps, share) for share in range(SHARES + 1)]
+    ends = [share_begin(steps, share) for share in range(shares_of(columns) + 1)]
     assert ends[0] == 0
     assert ends[-1] == steps
-    assert max(end - begin for begin, end in pairwise(ends)) == -(-steps // SHARES)
-    assert shared_bytes("wide_64", columns) <= 227 * 1024
+    assert max(end - begin for begin, end in pairwise(ends)) == -(-steps // shares_of(columns))
+    assert shared_bytes("wide_64", columns, 64) <= 227 * 1024
+    assert shared_bytes("narrow_8", columns, 8) <= 227 * 1024
 
 
 def test_lanes_meet_no_shared_memory_bank_twice_when_sums_are_stored():
     for i in range(4):
         banks = ((PLACE * 2 + i % 2) * PITCH + GROUP + i // 2 * 8) % 32
         assert len(banks.unique()) == 32
+
+
+@pytest.mark.parametrize("columns", [32, 2880, 4096])
+def test_eight_lanes_read_tokens_from_different_banks(columns):
+    eight = (GROUP * x_pitch(columns) + PLACE * 16)[:8]  # a 16-byte load goes eight lanes at a time
+    assert len((eight // 4 % 32).unique()) == 8
 
 
 @pytest.mark.parametrize(("tokens", "name"), [
