@@ -152,8 +152,9 @@ def build(config: Config, ranks: Ranks, device: torch.device) -> Engine:
     context = config.buckets.max_context
     if context > shape.max_positions:
         raise ConfigError(f"buckets.max_context: got {context}, allowed: at most the model's {shape.max_positions}")
-    tensors = [tensor for part in (weights, *weights.layers) for tensor in vars(part).values()]
-    weights_bytes = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
+    parts = [vars(part).values() for part in (weights, *weights.layers)]
+    weights_bytes = sum(value.nbytes for part in parts for value in part if isinstance(value, torch.Tensor))
+    del parts  # the model lets go of what it has packed
     model = Model(shape, weights, ops, ranks, context)
     phase("weights")
 

@@ -20,7 +20,7 @@ import torch
 
 ARCHITECTURE = "90a"  # Hopper, with wgmma and setmaxnreg
 OPTIONS = ("-std=c++17", "-O3")
-STATIC_SHARED_LIMIT = 48 * 1024  # bytes of shared memory a kernel may use without asking
+UNASKED_SHARED, MOST_SHARED = 48 * 1024, 227 * 1024  # bytes of shared memory a block may have without and with asking
 
 
 Argument = torch.Tensor | int | float | None
@@ -72,9 +72,11 @@ class Module:
         from cuda.bindings import driver
 
         function = _check(driver.cuModuleGetFunction(self._module, name.encode()))
-        if shared_bytes > STATIC_SHARED_LIMIT:
-            limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _check(driver.cuFuncSetAttribute(function, limit, shared_bytes))
+        attributes = driver.CUfunction_attribute
+        declared = _check(driver.cuFuncGetAttribute(attributes.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function))
+        if declared + shared_bytes > UNASKED_SHARED:  # the most at once: the function may have other launches
+            most = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _check(driver.cuFuncSetAttribute(function, most, MOST_SHARED - declared))
         return Kernel(function, shared_bytes)
 
 

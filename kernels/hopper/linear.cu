@@ -32,9 +32,11 @@ constexpr int STEP = 32;                // columns of a packed tile: two k16 mul
 constexpr int STEPS = COLUMNS / STEP;
 constexpr int ROWS = 16;                // rows of a strip
 constexpr int TILE = ROWS * STEP / 8;   // 16-byte pieces of a packed tile
+// A short share has half of itself in flight with 6 steps, and the registers saved make room for a third block on each
+// multiprocessor: all 320 of QKV are resident.
+constexpr int NARROW_DEPTH = STEPS / SHARES <= 12 ? 6 : 8;
+constexpr int NARROW_BLOCKS = NARROW_DEPTH == 6 ? 24 / SHARES : 20 / SHARES;
 constexpr int WIDE_STRIPS = 8;          // of a wide cluster
-constexpr int WARP_STRIPS = 2;          // of a warp in it
-constexpr int WIDE_THREADS = WIDE_STRIPS / WARP_STRIPS * 32;
 constexpr int PITCH = ROWS + 4;         // floats from one token's partial sums to the next: lanes meet no bank twice
 constexpr int X_PITCH = (COLUMNS * 2 + 127) / 128 * 128 + 64;  // bytes of a token: two tokens' 64 bytes miss each other
 
@@ -160,10 +162,10 @@ __device__ __forceinline__ void narrow(ARGUMENTS) {
 }
 
 // Grid (SHARES, tiles of 8 TILES tokens, groups of WIDE_STRIPS strips): neighbours in time share a group's weights. A
-// warp takes two strips, so that what it reads of x from shared memory serves twice.
-template <int TILES, int DEPTH>
+// warp takes WARP_STRIPS strips: two, and what it reads of x from shared memory serves twice, as registers allow.
+template <int TILES, int DEPTH, int WARP_STRIPS>
 __device__ __forceinline__ void wide(ARGUMENTS) {
-    constexpr int TOKENS = TILES * 8;
+    constexpr int TOKENS = TILES * 8, THREADS = WIDE_STRIPS / WARP_STRIPS * 32;
     extern __shared__ uint4 shared[];  // [steps of the share][TOKENS][32] of x, later [WIDE_STRIPS][TOKENS][PITCH] sums
     let_next_start();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, share = blockIdx.x;
@@ -186,7 +188,7 @@ __device__ __forceinline__ void wide(ARGUMENTS) {
     wait_for_previous();
     const int first = blockIdx.y * TOKENS;
     const unsigned shared_at = unsigned(__cvta_generic_to_shared(shared));
-    for (int i = threadIdx.x; i < steps * TOKENS * 4; i += WIDE_THREADS) {
+    for (int i = threadIdx.x; i < steps * TOKENS * 4; i += THREADS) {
         const int token = first + i / 4 % TOKENS, step = i / 4 / TOKENS;
         const bool there = token < tokens;  // zeros for tokens past the last
         const bf16* from = x + size_t(there ? token : 0) * COLUMNS + (begin + step) * STEP + i % 4 * 8;
@@ -223,7 +225,7 @@ __device__ __forceinline__ void wide(ARGUMENTS) {
         store_partial<TILES>(
             reinterpret_cast<float*>(shared) + (warp * WARP_STRIPS + s) * TOKENS * PITCH, sums[s], lane);
     cluster_exchange();
-    for (int i = share * WIDE_THREADS + threadIdx.x; i < WIDE_STRIPS * TOKENS * ROWS; i += SHARES * WIDE_THREADS) {
+    for (int i = share * THREADS + threadIdx.x; i < WIDE_STRIPS * TOKENS * ROWS; i += SHARES * THREADS) {
         const int token = i / ROWS % TOKENS, slot = i / ROWS / TOKENS;
         const int row = (blockIdx.z * WIDE_STRIPS + slot) * ROWS + i % ROWS;
         if (first + token < tokens && row < rows) {
@@ -242,18 +244,18 @@ __device__ __forceinline__ void wide(ARGUMENTS) {
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(SHARES * 32, 20 / SHARES) narrow_8(ARGUMENTS) {
-    narrow<8>(weight, x, bias, out, rows, tokens);
+extern "C" __global__ void __launch_bounds__(SHARES * 32, NARROW_BLOCKS) narrow_8(ARGUMENTS) {
+    narrow<NARROW_DEPTH>(weight, x, bias, out, rows, tokens);
 }
 
-extern "C" __global__ void __cluster_dims__(SHARES, 1, 1) __launch_bounds__(WIDE_THREADS, 4) wide_16(ARGUMENTS) {
-    wide<2, 4>(weight, x, bias, out, rows, tokens);
+extern "C" __global__ void __cluster_dims__(SHARES, 1, 1) __launch_bounds__(WIDE_STRIPS * 16, 4) wide_16(ARGUMENTS) {
+    wide<2, 4, 2>(weight, x, bias, out, rows, tokens);
 }
 
-extern "C" __global__ void __cluster_dims__(SHARES, 1, 1) __launch_bounds__(WIDE_THREADS, 4) wide_32(ARGUMENTS) {
-    wide<4, 4>(weight, x, bias, out, rows, tokens);
+extern "C" __global__ void __cluster_dims__(SHARES, 1, 1) __launch_bounds__(WIDE_STRIPS * 16, 4) wide_32(ARGUMENTS) {
+    wide<4, 4, 2>(weight, x, bias, out, rows, tokens);
 }
 
-extern "C" __global__ void __cluster_dims__(SHARES, 1, 1) __launch_bounds__(WIDE_THREADS, 2) wide_64(ARGUMENTS) {
-    wide<8, 4>(weight, x, bias, out, rows, tokens);
+extern "C" __global__ void __cluster_dims__(SHARES, 1, 1) __launch_bounds__(WIDE_STRIPS * 32, 2) wide_64(ARGUMENTS) {
+    wide<8, 5, 1>(weight, x, bias, out, rows, tokens);
 }

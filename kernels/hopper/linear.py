@@ -13,7 +13,7 @@ from torch import Tensor
 ROWS = 16  # rows of a strip: M of the multiply
 STEP = 32  # columns of a packed tile: two fragments
 WIDE_STRIPS = 8
-WIDE_THREADS = 128
+MOST_PROJECTION_ROWS = 8192  # fewer rows are few strips: more warps on each keep more loads in flight
 PITCH = ROWS + 4  # floats from one token's partial sums to the next
 
 NARROW_TOKENS = (8,)  # for each there is a kernel narrow_8, ...
@@ -75,34 +75,35 @@ def launch(name: str, x: Tensor, weight: PackedLinear, bias: Tensor | None) -> T
     if bias is not None and (bias.dtype != torch.bfloat16 or bias.shape != (weight.rows,)):
         raise ValueError(f"bias {tuple(bias.shape)} {bias.dtype}: [{weight.rows}] bfloat16 is what this layer takes")
     out = torch.empty(tokens, weight.rows, dtype=torch.bfloat16, device=x.device)
-    strips, shares = weight.tiles.shape[0], shares_of(weight.columns)
+    strips, shares = weight.tiles.shape[0], shares_of(weight.rows, weight.columns)
     if name.startswith("narrow"):
         if tokens > tile:
             raise ValueError(f"{name} takes up to {tile} tokens, not {tokens}")
         grid, threads = (strips, 1, 1), shares * 32
     else:
-        grid, threads = (shares, -(-tokens // tile), -(-strips // WIDE_STRIPS)), WIDE_THREADS
+        grid = (shares, -(-tokens // tile), -(-strips // WIDE_STRIPS))
+        threads = WIDE_STRIPS * (32 if tile == 64 else 16)  # a warp has one strip or two
     if tokens:
         arguments = (weight.tiles, x, bias, out, weight.rows, tokens)
-        kernel = _kernel(name, weight.columns, shared_bytes(name, weight.columns, tokens))
+        kernel = _kernel(name, weight.columns, shares, shared_bytes(name, weight.columns, shares, tokens))
         kernel.launch(grid=grid, block=threads, args=arguments)
     return out
 
 
-def shares_of(columns: int) -> int:
+def shares_of(rows: int, columns: int) -> int:
     """Runs of columns that are added up apart: warps of a narrow block, blocks of a wide cluster.
 
-    A function of K alone, so that a token's bytes do not depend on how many there are.
+    A function of the weight's shape alone, so that a token's bytes do not depend on how many there are.
     """
-    return 8 if columns >= 4096 else 4
+    return 8 if rows <= MOST_PROJECTION_ROWS else 4
 
 
-def shared_bytes(name: str, columns: int, tokens: int) -> int:
+def shared_bytes(name: str, columns: int, shares: int, tokens: int) -> int:
     """Dynamic shared memory: a narrow block's x, or a wide one's share of x and later its partial sums in its place."""
     kind, tile = name.split("_")
     if kind == "narrow":
         return tokens * x_pitch(columns)
-    steps = -(-(columns // STEP) // shares_of(columns))  # of the longest share
+    steps = -(-(columns // STEP) // shares)  # of the longest share
     return int(tile) * max(steps * STEP * 2, WIDE_STRIPS * PITCH * 4)
 
 
@@ -112,8 +113,8 @@ def x_pitch(columns: int) -> int:
 
 
 @cache
-def _kernel(name: str, columns: int, shared: int):
+def _kernel(name: str, columns: int, shares: int, shared: int):
     from kernels.build import compile_module  # where there is no GPU, packing still works
 
-    module = compile_module(Path(__file__).with_name("linear.cu"), {"COLUMNS": columns, "SHARES": shares_of(columns)})
+    module = compile_module(Path(__file__).with_name("linear.cu"), {"COLUMNS": columns, "SHARES": shares})
     return module.kernel(name, shared_bytes=shared)

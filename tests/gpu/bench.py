@@ -105,7 +105,7 @@ def step_ms(built, bucket, context, launches=40) -> tuple[float, float]:
     buffers = built.buffers
     staging = buffers.staging()
     inputs = staging.inputs[bucket]
-    slots, width = buffers.buckets.max_rows, -(-context // 64)
+    slots, width = bucket.tokens if bucket.kind == "decode" else bucket.tokens // context, -(-context // 64)
     pages = torch.randperm(buffers.keys.shape[1] - 1, device="cuda")[: slots * width] + 1
     short = slots * width - len(pages)
     pages = torch.cat([pages, pages[:short]]) if short else pages

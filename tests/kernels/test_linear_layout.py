@@ -27,8 +27,8 @@ def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-def share_begin(steps, share):
-    return steps * share // shares_of(steps * STEP)
+def share_begin(steps, share, shares):
+    return steps * share // shares
 
 
 def mma(a, b, sums):
@@ -64,19 +64,19 @@ def partial_sums(sums):
 def narrow(x, packed):
     """narrow_8 on the packed memory: every address as the kernel forms it."""
     tokens, columns = x.shape
-    steps = columns // STEP
+    steps, shares = columns // STEP, shares_of(packed.rows, columns)
     memory, pitch = packed.tiles.flatten().view(-1, 8), x_pitch(columns)
-    flat = torch.full((shared_bytes("narrow_8", columns, tokens) // 2,), torch.nan)  # x in shared memory
+    flat = torch.full((shared_bytes("narrow_8", columns, shares, tokens) // 2,), torch.nan)  # x in shared memory
     for piece in range(tokens * columns // 8):
         to = (piece // (columns // 8) * pitch + piece % (columns // 8) * 16) // 2
         flat[to : to + 8] = x.flatten()[piece * 8 : piece * 8 + 8]
     out = torch.zeros(tokens, packed.rows)
     for strip in range(packed.tiles.shape[0]):
         parts = []
-        for share in range(shares_of(columns)):
-            begin = share_begin(steps, share)
+        for share in range(shares):
+            begin = share_begin(steps, share, shares)
             sums = torch.zeros(32, 4)
-            for step in range(share_begin(steps, share + 1) - begin):
+            for step in range(share_begin(steps, share + 1, shares) - begin):
                 piece = (strip * steps + begin + step) * PIECES + LANES
                 at = GROUP.clamp(max=tokens - 1) * pitch // 2 + (begin + step) * STEP + PLACE * 8
                 b = flat[at[:, None] + torch.arange(8)] * (tokens > GROUP)[:, None]
@@ -93,17 +93,17 @@ def narrow(x, packed):
 def wide(x, packed, tile):
     """wide_<tile>: x through shared memory, a share of the columns a block, sums met across the cluster."""
     tokens, columns = x.shape
-    steps, strips = columns // STEP, packed.tiles.shape[0]
+    steps, strips, shares = columns // STEP, packed.tiles.shape[0], shares_of(packed.rows, columns)
     memory = packed.tiles.flatten().view(-1, 8)
     out = torch.full((tokens, packed.rows), torch.nan)
     threads = WIDE_STRIPS * 32
-    size = shared_bytes(f"wide_{tile}", columns, tile)
+    size = shared_bytes(f"wide_{tile}", columns, shares, tile)
     for first in range(0, tokens, tile):
         for group in range(-(-strips // WIDE_STRIPS)):
             sums_of = []
-            for share in range(shares_of(columns)):
-                begin = share_begin(steps, share)
-                count = share_begin(steps, share + 1) - begin
+            for share in range(shares):
+                begin = share_begin(steps, share, shares)
+                count = share_begin(steps, share + 1, shares) - begin
                 i = torch.arange(count * tile * 4)
                 assert (len(i) * 16) <= size
                 token, step = first + i // 4 % tile, i // 4 // tile
@@ -126,8 +126,8 @@ def wide(x, packed, tile):
                         place[:, : ROWS] = partial_sums(sums)
                 sums_of.append(floats)
             done = []
-            for share in range(shares_of(columns)):
-                for start in range(0, WIDE_STRIPS * tile * ROWS, shares_of(columns) * threads):
+            for share in range(shares):
+                for start in range(0, WIDE_STRIPS * tile * ROWS, shares * threads):
                     i = start + share * threads + torch.arange(threads)
                     i = i[i < WIDE_STRIPS * tile * ROWS]
                     done.append(i)
@@ -181,15 +181,17 @@ def test_a_wide_cluster_adds_in_the_narrow_order(tokens, rows, columns):
     assert torch.equal(out[:8], narrow(x[:8], packed))
 
 
-@pytest.mark.parametrize("columns", [32, 512, 2048, 2880, 4096])
-def test_shares_cover_all_steps_once_and_fit_a_block(columns):
-    steps = columns // STEP
-    ends = [share_begin(steps, share) for share in range(shares_of(columns) + 1)]
+@pytest.mark.parametrize(("rows", "columns"), [
+    (16, 32), (2880, 512), (2880, 2048), (5120, 2880), (2880, 4096), (201088, 2880),
+])
+def test_shares_cover_all_steps_once_and_fit_a_block(rows, columns):
+    steps, shares = columns // STEP, shares_of(rows, columns)
+    ends = [share_begin(steps, share, shares) for share in range(shares + 1)]
     assert ends[0] == 0
     assert ends[-1] == steps
-    assert max(end - begin for begin, end in pairwise(ends)) == -(-steps // shares_of(columns))
-    assert shared_bytes("wide_64", columns, 64) <= 227 * 1024
-    assert shared_bytes("narrow_8", columns, 8) <= 227 * 1024
+    assert max(end - begin for begin, end in pairwise(ends)) == -(-steps // shares)
+    assert shared_bytes("wide_64", columns, shares, 64) <= 227 * 1024
+    assert shared_bytes("narrow_8", columns, shares, 8) <= 227 * 1024
 
 
 def test_lanes_meet_no_shared_memory_bank_twice_when_sums_are_stored():
