@@ -4,40 +4,19 @@ Medians of CUDA-graph replays. A graph makes many calls, each over pages of its 
 times the L2: 400 MB where 400 calls are enough for it.
 """
 
-import statistics
-
 import torch
 
 from kernels.hopper.attention import attention, rope_append
+from tests.gpu.timing import BANDWIDTH, microseconds
 
 PAGE, DIM = 64, 64
-BANDWIDTH = 3.08e12  # bytes a second, measured: KERNELS.md
 BYTES_A_REPLAY = 400e6
 MOST_CALLS = 400
-REPLAYS = 20
 HEADS, KV_HEADS = 64, 8
 CASES = (  # tokens, context, window
     *((tokens, 1024, window) for window in (None, 128) for tokens in (1, 2, 4, 8, 16, 32, 64)),
     (1, 8192, None), (8, 8192, None), (1, 65536, None), (64, 4096, None), (1, 131072, None),
 )
-
-
-def time_of(calls) -> float:
-    """Microseconds a call, each a function of no arguments, through one graph."""
-    calls[0]()  # compiles
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(REPLAYS + 3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / len(calls))
-    return statistics.median(times[3:])
 
 
 def attention_time(positions, window, heads=HEADS, kv_heads=KV_HEADS, width=2048) -> tuple[float, int]:
@@ -56,7 +35,7 @@ def attention_time(positions, window, heads=HEADS, kv_heads=KV_HEADS, width=2048
     q = torch.randn(len(positions), heads, DIM, device="cuda").bfloat16()
     sinks = torch.randn(heads, device="cuda")
     run = [lambda own=own: attention(q, *pools, table, own, at, sinks, window) for own in slots]
-    return time_of(run), size
+    return microseconds(run), size
 
 
 def rope_time(tokens, heads=HEADS, kv_heads=KV_HEADS) -> float:
@@ -66,7 +45,7 @@ def rope_time(tokens, heads=HEADS, kv_heads=KV_HEADS) -> float:
     slots = torch.arange(tokens, device="cuda", dtype=torch.int32)
     table = (slots + 1).view(-1, 1).repeat(1, 32)
     at = torch.full_like(slots, 1023)
-    return time_of([
+    return microseconds([
         lambda qkv=qkv, pool=pool: rope_append(qkv, cos, sin, at, slots, table, *pool)
         for qkv, pool in zip(rows, pools, strict=True)
     ])
@@ -80,7 +59,7 @@ def prefill_time(tokens, window) -> float:
     at = torch.arange(tokens, device="cuda", dtype=torch.int32)
     q, sinks = torch.randn(tokens, HEADS, DIM, device="cuda").bfloat16(), torch.randn(HEADS, device="cuda")
     slots = torch.zeros_like(at)
-    return time_of([lambda: attention(q, *pools, table, slots, at, sinks, window)] * 4)
+    return microseconds([lambda: attention(q, *pools, table, slots, at, sinks, window)] * 4)
 
 
 def report(name, time, size) -> None:

@@ -6,13 +6,14 @@ the bytes of the experts chosen.
 """
 
 import statistics
+from functools import partial
 
 import torch
 
 from kernels.hopper.experts import PackedExperts, experts, pack
+from tests.gpu.timing import BANDWIDTH, microseconds
 
 EXPERTS, HIDDEN, INNER, ACTIVE, LAYERS, LIMIT = 32, 2880, 2880, 4, 2, 7.0
-RATE = 3.08e12  # bytes a second
 EXPERT_BYTES = 3 * HIDDEN * INNER * 4.25 / 8
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 2048)
 CALLS = 16
@@ -40,23 +41,8 @@ def measure(layers: list[tuple[PackedExperts, PackedExperts]], count: int) -> tu
     x = torch.randn(CALLS, count, HIDDEN, device="cuda").bfloat16()
     weights = torch.rand(CALLS, count, ACTIVE, device="cuda").softmax(-1)
 
-    def calls() -> None:
-        for n in range(CALLS):
-            experts(x[n], ids[n], weights[n], *layers[n % LAYERS], LIMIT)
-
-    calls()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        calls()
-    times = []
-    for _ in range(12):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / CALLS)
-    return statistics.median(times), statistics.mean(len(chosen.unique()) for chosen in ids) * EXPERT_BYTES
+    calls = [partial(experts, x[n], ids[n], weights[n], *layers[n % LAYERS], LIMIT) for n in range(CALLS)]
+    return microseconds(calls), statistics.mean(len(chosen.unique()) for chosen in ids) * EXPERT_BYTES
 
 
 def bench() -> None:
@@ -66,7 +52,7 @@ def bench() -> None:
         time, size = measure(layers, count)
         flops = 2 * 3 * HIDDEN * INNER * ACTIVE * count
         rate = size / time * 1e6
-        print(f"{count:6} {time:8.1f} {rate / 1e9:6.0f} {rate / RATE:8.0%} {flops / time / 1e6:8.1f}")
+        print(f"{count:6} {time:8.1f} {rate / 1e9:6.0f} {rate / BANDWIDTH:8.0%} {flops / time / 1e6:8.1f}")
 
 
 if __name__ == "__main__":

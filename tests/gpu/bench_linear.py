@@ -3,16 +3,13 @@
 Medians of graph replays over rotating copies of the weights, more than 400 MB of them, so that none comes from L2.
 """
 
-from collections.abc import Callable
-from statistics import median
-
 import torch
 from torch.nn import functional as F
 
-from kernels.hopper.linear import kernel_for, launch, pack
+from kernels.hopper.linear import kernel_for, linear, pack
 from kernels.hopper.norm import add_rms_norm, embed, rms_norm, route
+from tests.gpu.timing import BANDWIDTH, microseconds
 
-PEAK = 3.08e12  # bytes a second: a streaming read, measured
 ROTATING = 400e6
 SHAPES = {
     "qkv": (5120, 2880), "qkv tp2": (2560, 2880), "qkv tp8": (640, 2880), "o": (2880, 4096), "o tp2": (2880, 2048),
@@ -20,27 +17,6 @@ SHAPES = {
 }
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
 PREFILL = 2048
-REPLAYS = 15
-
-
-def microseconds(calls: list[Callable[[], object]]) -> float:
-    """Of one call, when a graph of all of them in order is replayed."""
-    for call in calls[:2]:
-        call()  # compiles, and lets libraries choose
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(REPLAYS + 2):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / len(calls))
-    return median(times[2:])
 
 
 def bench() -> None:
@@ -53,15 +29,10 @@ def bench() -> None:
         for tokens in TOKENS if rows > 10**5 else (*TOKENS, PREFILL):
             x = torch.randn(tokens, columns, device="cuda").bfloat16()
             library = microseconds([lambda w=weight, x=x, bias=bias: F.linear(x, w, bias) for weight in weights])
-            kernels = [kernel_for(tokens)]
-            for kernel in kernels:
-                ours = microseconds(
-                    [lambda w=weight, k=kernel, x=x, bias=bias: launch(k, x, w, bias) for weight in packed]
-                )
-                moved = 2 * (rows * columns + tokens * (rows + columns))
-                rate = moved / ours * 1e6
-                print(f"{name:10}{tokens:7}  {kernel:10}{ours:8.2f}{rate / 1e9:7.0f}{rate / PEAK:9.1%}{library:11.2f}",
-                      flush=True)
+            ours = microseconds([lambda w=weight, x=x, bias=bias: linear(x, w, bias) for weight in packed])
+            rate = 2 * (rows * columns + tokens * (rows + columns)) / ours * 1e6
+            print(f"{name:10}{tokens:7}  {kernel_for(tokens):10}{ours:8.2f}{rate / 1e9:7.0f}{rate / BANDWIDTH:9.1%}"
+                  f"{library:11.2f}", flush=True)
     bench_rows()
 
 

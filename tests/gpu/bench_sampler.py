@@ -4,16 +4,16 @@ Medians of graph replays over rotating logits larger than L2; the floor is the l
 there are penalties. Log probabilities are part of every call.
 """
 
-import statistics
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 
 from graphs.buffers import SAMPLING
 from kernels.hopper.sampler import sample
+from tests.gpu.timing import BANDWIDTH, microseconds
 
 VOCAB = 201088
-RATE = 3.08e12  # bytes a second
 ROWS = (1, 4, 16, 64)
 MODES = {
     "greedy": {},
@@ -34,7 +34,7 @@ def state_of(rows: int, options: dict) -> SimpleNamespace:
     return state
 
 
-def microseconds(rows: int, options: dict, dtype: torch.dtype) -> float:
+def sample_time(rows: int, options: dict, dtype: torch.dtype) -> float:
     copies = max(4, int(400e6 // (rows * VOCAB * dtype.itemsize)))
     logits = (torch.randn(copies, rows, VOCAB, device="cuda") * 3).to(dtype)
     slots = torch.arange(rows, dtype=torch.int32, device="cuda")
@@ -42,23 +42,7 @@ def microseconds(rows: int, options: dict, dtype: torch.dtype) -> float:
     prompt = torch.zeros(rows, VOCAB, dtype=torch.uint8, device="cuda")
     state = state_of(rows, options)
 
-    def calls() -> None:
-        for part in logits:
-            sample(part, slots, slots, state, counts, prompt, 20)
-
-    calls()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        calls()
-    times = []
-    for _ in range(12):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / copies)
-    return statistics.median(times)
+    return microseconds([partial(sample, part, slots, slots, state, counts, prompt, 20) for part in logits])
 
 
 def bench() -> None:
@@ -66,10 +50,10 @@ def bench() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         for mode, options in MODES.items():
             for rows in ROWS:
-                us = microseconds(rows, options, dtype)
+                us = sample_time(rows, options, dtype)
                 size = rows * VOCAB * (dtype.itemsize + (5 if "frequency_penalty" in options else 0))
                 rate = size / us * 1e6
-                speed = f"{rate / 1e9:>6.0f} {rate / RATE:>12.1%}"
+                speed = f"{rate / 1e9:>6.0f} {rate / BANDWIDTH:>12.1%}"
                 print(f"{dtype!s:>15} {rows:>4} {mode:>18} {us:>8.1f} {speed}", flush=True)
 
 
