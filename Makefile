@@ -6,7 +6,6 @@ GPU := $(shell command -v nvidia-smi)
 RUNTIME := .$(if $(GPU),[hopper])
 TESTS := .[test$(if $(GPU),$(comma)hopper)]
 
-
 .PHONY: help install serve test gpu-test gpu-bench lint bench-host bench-http clean
 
 help: ## what there is
@@ -36,6 +35,7 @@ gpu-test: $(BIN)/.tests ## what needs an H100
 
 gpu-bench: $(BIN)/.tests ## steps and kernels on an H100 against the memory floor; writes benchmarks/h100.json
 	$(BIN)/python -m tests.gpu.bench $(ARGS)
+	for kernels in linear experts attention sampler; do $(BIN)/python -m tests.gpu.bench_$$kernels || exit; done
 
 lint: $(BIN)/.tests ## ruff
 	$(BIN)/ruff check .

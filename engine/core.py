@@ -31,6 +31,7 @@ from engine.scheduler import Scheduled, Scheduler
 from graphs.buckets import Bucket, Buckets
 from graphs.buffers import Buffers, Sampled, Staging
 from graphs.capture import Steps, Wait, prepare_cpu_process, steps_for
+from kernels.build import BuildError
 
 GRAPH_RESERVE = 256 * 2**20  # bytes left free on a GPU beside weights, graphs and pages
 IDLE_POLL = 1000  # milliseconds
@@ -135,7 +136,7 @@ class Engine(NamedTuple):
 
 
 def build(config: Config, ranks: Ranks, device: torch.device) -> Engine:
-    """Load, size the pages, capture. Raises CheckpointError, ConfigError, or torch's out-of-memory error."""
+    """Load, size the pages, capture. Raises BuildError, CheckpointError, ConfigError, or torch.OutOfMemoryError."""
     phases: dict[str, float] = {}
     began = time.perf_counter()
 
@@ -145,8 +146,8 @@ def build(config: Config, ranks: Ranks, device: torch.device) -> Engine:
             torch.cuda.synchronize()
         phases[name], began = time.perf_counter() - began, time.perf_counter()
 
-    ops = kernels.choose(config.kernels.name, device)
     dtype = getattr(torch, config.kernels.dtype.name)
+    ops = kernels.choose(config.kernels.name, device, dtype)
     shape, weights = _weights(config, ranks, device, dtype)
     buckets = Buckets.of(config.buckets.decode_rows, config.buckets.prefill_tokens, config.buckets.prefill_sequences)
     context = config.buckets.max_context
@@ -239,7 +240,7 @@ def run_rank(config: Config, rank: int, run_folder: str) -> None:
             _lead(engine, config, channel, run_folder)
         else:
             _follow(engine, channel)
-    except (CheckpointError, ConfigError, torch.OutOfMemoryError) as error:
+    except (BuildError, CheckpointError, ConfigError, torch.OutOfMemoryError) as error:
         log.error("cannot start: %s", error)
         sys.exit(1)
 

@@ -22,7 +22,6 @@ ARCHITECTURE = "90a"  # Hopper, with wgmma and setmaxnreg
 OPTIONS = ("-std=c++17", "-O3")
 UNASKED_SHARED, MOST_SHARED = 48 * 1024, 227 * 1024  # bytes of shared memory a block may have without and with asking
 
-
 Argument = torch.Tensor | int | float | None
 
 
@@ -37,7 +36,7 @@ class Kernel:
         self._function = function
         self._shared_bytes = shared_bytes
 
-    def launch(self, grid: tuple[int, int, int], block: int, args: tuple["Argument", ...]) -> None:
+    def launch(self, grid: tuple[int, int, int], block: int, args: tuple[Argument, ...]) -> None:
         """On torch's current stream. Tensors and None are passed as pointers, int as int32, float as float32.
 
         The launch is programmatic: the kernel may start before its predecessor has ended, and must execute

@@ -10,13 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kernels.build import Kernel, compile_module
+
 ROWS = 16  # rows of a strip: M of the multiply
 STEP = 32  # columns of a packed tile: two fragments
 WIDE_STRIPS = 8
 MOST_PROJECTION_ROWS = 8192  # fewer rows are few strips: more warps on each keep more loads in flight
 PITCH = ROWS + 4  # floats from one token's partial sums to the next
 
-NARROW_TOKENS = (8,)  # for each there is a kernel narrow_8, ...
+NARROW_TOKENS = 8  # that the kernel narrow_8 takes
 WIDE_TOKENS = (16, 32, 64)  # and wide_16, ...; above 64 the grid tiles tokens by 64
 
 
@@ -61,7 +63,7 @@ def linear(x: Tensor, weight: PackedLinear, bias: Tensor | None = None) -> Tenso
 
 def kernel_for(tokens: int) -> str:
     """Up to 8 tokens x is small beside a strip of weights and is read for each; above, a cluster shares it."""
-    if tokens <= NARROW_TOKENS[-1]:
+    if tokens <= NARROW_TOKENS:
         return "narrow_8"
     return f"wide_{next((tile for tile in WIDE_TOKENS if tokens <= tile), WIDE_TOKENS[-1])}"
 
@@ -113,8 +115,6 @@ def x_pitch(columns: int) -> int:
 
 
 @cache
-def _kernel(name: str, columns: int, shares: int, shared: int):
-    from kernels.build import compile_module  # where there is no GPU, packing still works
-
+def _kernel(name: str, columns: int, shares: int, shared: int) -> Kernel:
     module = compile_module(Path(__file__).with_name("linear.cu"), {"COLUMNS": columns, "SHARES": shares})
     return module.kernel(name, shared_bytes=shared)

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kernels.build import Kernel, compile_module
+
 ROW_THREADS = 384
 RANKS = 8  # blocks of a router's cluster
 MOST_EXPERTS = 128
@@ -94,7 +96,5 @@ def _check_scale(weight: Tensor, hidden: int) -> None:
 
 
 @cache
-def _kernel(name: str, hidden: int):
-    from kernels.build import compile_module  # the module imports where there is no GPU
-
+def _kernel(name: str, hidden: int) -> Kernel:
     return compile_module(Path(__file__).with_name("norm.cu"), {"HIDDEN": hidden}).kernel(name)

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from kernels.build import Kernel, compile_module
+
 BLOCKS = 8  # of a row: a cluster
 THREADS = 1024
 SHARED_LIMIT = 212 * 1024  # bytes of dynamic shared memory; the kernel's fixed part is below 15 KB of a block's 227
@@ -61,8 +63,6 @@ def layout(vocab: int, top: int) -> tuple[int, int]:
 
 
 @cache
-def _kernel(dtype: torch.dtype, top: int, bias_entries: int, shared_bytes: int):
-    from kernels.build import compile_module  # where there is no GPU, the layout still works
-
+def _kernel(dtype: torch.dtype, top: int, bias_entries: int, shared_bytes: int) -> Kernel:
     defines = {"BF16": int(dtype == torch.bfloat16), "TOP": top, "BIAS_ENTRIES": bias_entries}
     return compile_module(Path(__file__).with_name("sampler.cu"), defines).kernel("sample", shared_bytes=shared_bytes)

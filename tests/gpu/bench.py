@@ -107,8 +107,6 @@ def step_ms(built, bucket, context, launches=40) -> tuple[float, float]:
     inputs = staging.inputs[bucket]
     slots, width = bucket.tokens if bucket.kind == "decode" else bucket.tokens // context, -(-context // 64)
     pages = torch.randperm(buffers.keys.shape[1] - 1, device="cuda")[: slots * width] + 1
-    short = slots * width - len(pages)
-    pages = torch.cat([pages, pages[:short]]) if short else pages
     buffers.page_table[:slots, :width] = pages.view(slots, width)
     buffers.last_token[:slots] = torch.randint(0, 200000, (slots,), device="cuda")
     if bucket.kind == "decode":
