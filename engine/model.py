@@ -6,7 +6,7 @@ Knows tensors of static shapes; no requests, no graphs. `ops` is the module that
 import math
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,51 +49,64 @@ class Model:
 
     def step(self, bucket: Bucket, buffers: Buffers) -> Callable[[], None]:
         """The work of one step of a bucket, from packed words to packed words: what a graph captures."""
-        inputs = buffers.inputs[bucket]
+        inputs, ops = buffers.inputs[bucket], self.ops
 
         def decode() -> None:
-            tokens = buffers.advance(inputs)  # [rows]
-            hidden = self.forward(buffers, tokens, inputs.positions, inputs.slots)  # [rows, H]
-            self.sample(buffers, self.logits(hidden), inputs.slots, inputs.positions + 1)
+            table, last = buffers.page_table, buffers.last_token
+            tokens, following = ops.advance(inputs.slots, inputs.positions, inputs.new_pages, table, last)  # [rows]
+            hidden = self.forward(bucket.kind, buffers, tokens, inputs.positions, inputs.slots)  # [rows, H]
+            self.sample(buffers, self.logits(hidden), inputs.slots, following)
 
         def prefill() -> None:
             buffers.install(inputs)
-            hidden = self.forward(buffers, inputs.tokens, inputs.positions, inputs.slots)  # [tokens, H]
+            hidden = self.forward(bucket.kind, buffers, inputs.tokens, inputs.positions, inputs.slots)  # [tokens, H]
             logits = self.logits(hidden[inputs.last])  # [sequences, V]
             self.sample(buffers, logits, inputs.sample_slots, inputs.positions[inputs.last] + 1)
 
         return decode if bucket.kind == "decode" else prefill
 
-    def forward(self, buffers: Buffers, tokens: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
+    def forward(
+        self, kind: Literal["decode", "prefill"], buffers: Buffers, tokens: Tensor, positions: Tensor, slots: Tensor
+    ) -> Tensor:
         """tokens, positions, slots [T] int32 -> normed hidden states [T, H]; appends keys and values to the pages."""
         ops, ranks, shape, table = self.ops, self.ranks, self.architecture, buffers.page_table
+        if kind == "decode":  # each token of a request of its own
+            linear, attention = ops.linear, ops.decode_attention
+            route, experts = ops.add_norm_route, ops.experts
+        else:
+            linear, attention = ops.prefill_linear, ops.prefill_attention
+            route, experts = ops.prefill_add_norm_route, ops.prefill_experts
         norms = [layer.attention_norm for layer in self.layers[1:]] + [self.norm]  # that follow each layer
-        x = ops.embed(tokens, self.embedding)  # [T, H]
-        h = ops.rms_norm(x, self.layers[0].attention_norm, shape.norm_eps)
+        x, h = ops.embed_norm(tokens, self.embedding, self.layers[0].attention_norm, shape.norm_eps)  # [T, H] both
         for layer, window, keys, values, norm in zip(
             self.layers, shape.windows, buffers.keys, buffers.values, norms, strict=True
         ):
-            qkv = ops.linear(h, layer.qkv, layer.qkv_bias)  # [T, (q + 2 kv) heads * D]
-            q = ops.rope_append(qkv, self.cos, self.sin, positions, slots, table, keys, values)  # [T, q heads, D]
-            h = ops.attention(q, keys, values, table, slots, positions, layer.sinks, window)  # [T, q heads * D]
-            delta = ranks.all_reduce(ops.linear(h, layer.o, layer.o_bias))
-            x, h = ops.add_rms_norm(x, delta, layer.mlp_norm, shape.norm_eps)
-            chosen, shares = ops.route(h, layer.router, layer.router_bias, shape.experts_per_token)
-            delta = ranks.all_reduce(ops.experts(h, chosen, shares, layer.gate_up, layer.down, shape.swiglu_limit))
-            x, h = ops.add_rms_norm(x, delta, norm, shape.norm_eps)
+            qkv = linear(h, layer.qkv, layer.qkv_bias)  # [T, (q + 2 kv) heads * D]
+            h = attention(
+                qkv, self.cos, self.sin, positions, slots, table, keys, values, layer.sinks, window
+            )  # [T, q heads * D]
+            delta = ranks.all_reduce(linear(h, layer.o, layer.o_bias))  # [T, H]
+            x, h, chosen, shares = route(
+                x, delta, layer.mlp_norm, shape.norm_eps, layer.router, layer.router_bias, shape.experts_per_token
+            )
+            parts = experts(h, chosen, shares, layer.gate_up, layer.down, shape.swiglu_limit)  # [T, n, H]
+            if ranks.size > 1:
+                parts = ranks.all_reduce(ops.combine(parts)).unsqueeze(1)
+            x, h = ops.add_norm(x, parts, norm, shape.norm_eps)
         return h
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Normed hidden states [R, H] -> [R, V], whole on every rank."""
+        """Normed hidden states [R, H] -> [R, V], whole on every rank. R is small in a prefill step too: its prompts."""
         shard = self.ops.linear(hidden, self.lm_head)  # [R, V / ranks]
         return self.ranks.all_gather(shard)[:, : self.architecture.vocab].contiguous()
 
     def sample(self, buffers: Buffers, logits: Tensor, slots: Tensor, positions: Tensor) -> None:
         """Draw and emit one token a row. Every option is a value in the state of the row's slot: one graph for all."""
         top = min(TOP_LOGPROBS, logits.shape[1])
-        buffers.emit(slots, *self.ops.sample(
+        drawn = self.ops.sample(
             logits, slots, positions, buffers.sampling, buffers.output_counts, buffers.in_prompt, top
-        ))
+        )
+        self.ops.emit(slots, *drawn, buffers.last_token, buffers.output_counts, buffers.outputs)
 
 
 def pack(ops: ModuleType, layer: LayerWeights) -> Layer:

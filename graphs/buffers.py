@@ -189,25 +189,6 @@ class Buffers:
         self.in_prompt.view(-1).scatter_reduce_(0, at, prompt.byte(), "amax")
         self.output_counts.view(-1).scatter_add_(0, at, (~prompt).int())
 
-    def advance(self, inputs: Inputs) -> Tensor:
-        """Decode: note the pages that begin at this step, return the input tokens [rows]."""
-        slots, entries = inputs.slots, inputs.positions // PAGE_TOKENS
-        known = self.page_table[slots, entries]
-        self.page_table[slots, entries] = torch.where(inputs.new_pages == NO_PAGE, known, inputs.new_pages)
-        return self.last_token[slots]
-
-    def emit(self, slots: Tensor, tokens: Tensor, logprob: Tensor, top_ids: Tensor, top_logprobs: Tensor) -> None:
-        """Drawn tokens [rows] int32 become the slots' next input and count as output; all of it goes to the host."""
-        self.last_token[slots] = tokens
-        at = slots.long() * self.output_counts.shape[1] + tokens
-        self.output_counts.view(-1).scatter_add_(0, at, torch.ones_like(tokens))
-        rows, best = top_ids.shape
-        split = 2 + TOP_LOGPROBS
-        self.outputs[:rows, 0] = tokens
-        self.outputs[:rows, 1] = logprob.view(torch.int32)
-        self.outputs[:rows, 2 : 2 + best] = top_ids
-        self.outputs[:rows, split : split + best] = top_logprobs.view(torch.int32)
-
 
 def _fill_sampling(inputs: Inputs, row: int, chunk) -> None:
     sampling = chunk.sampling

@@ -76,6 +76,9 @@ class Module:
         if declared + shared_bytes > UNASKED_SHARED:  # the most at once: the function may have other launches
             most = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _check(driver.cuFuncSetAttribute(function, most, MOST_SHARED - declared))
+        # A multiprocessor changes its division into L1 and shared memory only when idle: one division for all kernels,
+        # or none could start beside another.
+        _check(driver.cuFuncSetAttribute(function, attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100))
         return Kernel(function, shared_bytes)
 
 

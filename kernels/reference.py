@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from conf.schema import PAGE_TOKENS
+
 TILE = 8  # tokens a matrix product takes at once
 KEY_BLOCK_PAGES = 8  # pages of keys attention reads at once
 ATTENTION_TOKENS = 16  # queries attention holds keys for at once: bounds its scratch memory
@@ -36,10 +38,32 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
-def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x, delta [T, H] -> their sum in x's dtype, and its `rms_norm`."""
-    x = x + delta
+def embed_norm(tokens: Tensor, table: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """tokens [T] int32, table [V, H] -> their rows [T, H], and the `rms_norm` of these."""
+    x = F.embedding(tokens, table)
     return x, rms_norm(x, weight, eps)
+
+
+def add_norm(x: Tensor, parts: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x [T, H], parts [T, n, H] -> x + the parts' sum in x's dtype, and its `rms_norm`."""
+    x = (x.float() + parts.float().sum(1)).to(x.dtype)
+    return x, rms_norm(x, weight, eps)
+
+
+def combine(parts: Tensor) -> Tensor:
+    """parts [T, n, H] -> their sum [T, H]."""
+    return parts.float().sum(1).to(parts.dtype)
+
+
+def add_norm_route(
+    x: Tensor, delta: Tensor, weight: Tensor, eps: float, router: Tensor, bias: Tensor, active: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, delta [T, H] -> x + delta, its `rms_norm`, and what `route` chooses for that with router [E, H], bias [E]."""
+    x, normed = add_norm(x, delta.unsqueeze(1), weight, eps)
+    return x, normed, *route(normed, router, bias, active)
+
+
+prefill_add_norm_route = add_norm_route
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -49,9 +73,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.cat([F.linear(tile, weight, bias) for tile in x.split(TILE)])[:count]
 
 
-def embed(tokens: Tensor, table: Tensor) -> Tensor:
-    """tokens [T] int32, table [V, H] -> [T, H]."""
-    return F.embedding(tokens, table)
+prefill_linear = linear  # one product for both kinds of step
 
 
 def rope_append(
@@ -92,6 +114,18 @@ def attention(
     return torch.cat([
         _attend(queries, keys, values, page_table[rows], at.unsqueeze(1), sinks, window) for queries, rows, at in parts
     ])
+
+
+def decode_attention(
+    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor, page_table: Tensor, keys: Tensor,
+    values: Tensor, sinks: Tensor, window: int | None,
+) -> Tensor:
+    """`rope_append`, then `attention` over the keys that are there now. -> [T, heads * D]."""
+    q = rope_append(qkv, cos, sin, positions, slots, page_table, keys, values)
+    return attention(q, keys, values, page_table, slots, positions, sinks, window)
+
+
+prefill_attention = decode_attention
 
 
 def _attend(
@@ -169,7 +203,8 @@ def experts(
     """Each token through its chosen experts, weighted and summed in the order of its choice.
 
     x [T, H]; expert_ids, expert_weights [T, active]; gate_up (blocks [E, 2I, H/32, 16], scales [E, 2I, H/32], bias
-    [E, 2I]) with gate and up rows interleaved; down (blocks [E, H, I/32, 16], scales, bias [E, H]). -> [T, H].
+    [E, 2I]) with gate and up rows interleaved; down (blocks [E, H, I/32, 16], scales, bias [E, H]). -> [T, n, H], parts
+    that add up to it: here one.
 
     The (token, choice) pairs are sorted by expert and cut into groups of one expert, in a number and of a size that
     depend on the shapes only; each group dequantises its own expert.
@@ -195,7 +230,11 @@ def experts(
         rows = x[(lanes // active).clamp(max=count - 1)]  # [size, H]
         gate, up = _expert_linear(rows, gate_up, expert).unflatten(-1, (-1, 2)).unbind(-1)  # even rows gate, odd up
         out[lanes] = _expert_linear(swiglu(gate, up, limit).to(x.dtype), down, expert)
-    return (out[:pairs].view(count, active, -1).float() * expert_weights.unsqueeze(-1)).sum(1).to(x.dtype)
+    weighted = out[:pairs].view(count, active, -1).float() * expert_weights.unsqueeze(-1)
+    return weighted.sum(1, keepdim=True).to(x.dtype)
+
+
+prefill_experts = experts
 
 
 def _expert_linear(x: Tensor, weights: tuple[Tensor, Tensor, Tensor], expert: Tensor) -> Tensor:
@@ -207,6 +246,39 @@ def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     """GPT-OSS's clamped gate, float32: gate * sigmoid(1.702 gate) * (up + 1) with gate <= limit, |up| <= limit."""
     gate, up = gate.float().clamp(max=limit), up.float().clamp(-limit, limit)
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
+def advance(
+    slots: Tensor, positions: Tensor, new_pages: Tensor, page_table: Tensor, last_token: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The start of a decode step: slots, positions, new_pages [R] int32, page_table [slots, P], last_token [slots].
+
+    Notes the page that begins at a row's position in the page table (new_pages; negative: none does). -> the rows'
+    input tokens, and the positions after these, both [R] int32.
+    """
+    entries = positions // PAGE_TOKENS
+    page_table[slots, entries] = torch.where(new_pages < 0, page_table[slots, entries], new_pages)
+    return last_token[slots], positions + 1
+
+
+def emit(
+    slots: Tensor, tokens: Tensor, logprob: Tensor, top_ids: Tensor, top_logprobs: Tensor, last_token: Tensor,
+    output_counts: Tensor, outputs: Tensor,
+) -> None:
+    """The end of a step: drawn tokens [R] int32 become their slots' next input and count as output.
+
+    last_token [slots] int32, output_counts [slots, V] int32; outputs [rows, 2 + 2 n] int32 takes by row the token, the
+    bits of logprob [R] float32, top_ids [R, top <= n] int and the bits of top_logprobs [R, top] float32.
+    """
+    last_token[slots] = tokens
+    at = slots.long() * output_counts.shape[1] + tokens
+    output_counts.view(-1).scatter_add_(0, at, torch.ones_like(tokens))
+    rows, best = top_ids.shape
+    split = outputs.shape[1] // 2 + 1
+    outputs[:rows, 0] = tokens
+    outputs[:rows, 1] = logprob.view(torch.int32)
+    outputs[:rows, 2 : 2 + best] = top_ids
+    outputs[:rows, split : split + best] = top_logprobs.view(torch.int32)
 
 
 def sample(

@@ -112,7 +112,7 @@ class InProcess:
             self.buffers.words[:words] = staging.words[:words]
             inputs = self.buffers.inputs[bucket]
             self.buffers.install(inputs)
-            hidden = self.model.forward(self.buffers, inputs.tokens, inputs.positions, inputs.slots)
+            hidden = self.model.forward("prefill", self.buffers, inputs.tokens, inputs.positions, inputs.slots)
             out.append(self.model.logits(hidden)[: len(tokens)].float())
         return torch.cat(out)
 

@@ -1,14 +1,17 @@
 """The H100's operations: the names and meanings of kernels.reference, bfloat16, head dimension 64."""
 
-from kernels.hopper.attention import attention, rope_append
+from kernels.hopper.attention import decode_attention, prefill_attention
 from kernels.hopper.experts import experts
 from kernels.hopper.experts import pack as pack_experts
 from kernels.hopper.linear import linear
 from kernels.hopper.linear import pack as pack_linear
-from kernels.hopper.norm import add_rms_norm, embed, rms_norm, route
+from kernels.hopper.norm import add_norm, add_norm_route, combine, embed_norm, prefill_add_norm_route
+from kernels.hopper.prefill import prefill_experts, prefill_linear
 from kernels.hopper.sampler import sample
+from kernels.hopper.step import advance, emit
 
 __all__ = [
-    "add_rms_norm", "attention", "embed", "experts", "linear", "pack_experts", "pack_linear", "rms_norm", "rope_append",
-    "route", "sample",
+    "add_norm", "add_norm_route", "advance", "combine", "decode_attention", "embed_norm", "emit", "experts", "linear",
+    "pack_experts", "pack_linear", "prefill_add_norm_route", "prefill_attention", "prefill_experts", "prefill_linear",
+    "sample",
 ]

@@ -1,20 +1,23 @@
-// RoPE with the append of keys and values, and causal attention over pages, for the H100.
+// Decode attention over pages, for the H100: RoPE, the append of keys and values, and attention, one token a request.
 //
-// rope_append: qkv [T, (heads + 2 kv_heads) * 64] bf16 -> q [T, heads, 64], keys and values scattered into their pages.
-//   One thread takes 8 low elements of a row of 64 and the 8 high ones they rotate with: four accesses of 16 bytes.
-//   Moves 2 * 2 * (heads + 2 kv_heads) * 64 bytes a token: 20 KB at 64 + 2 * 8 heads; at T <= 256 latency is all.
-//
-// attention: q [T, heads, 64], pages [pages, kv_heads, 64 keys, 64] of keys and of values, a page table [slots, P]
-//   -> [T, heads * 64]. Reads 256 bytes a key, kv head and token: at 3.08 TB/s and 8 kv heads the floor of one token is
-//   0.7 us for 1k keys, 5.4 for 8k, 43.6 for 64k; of 64 tokens at 1k keys 43.6 us.
+// qkv [T, (heads + 2 kv_heads) * 64] bf16, cos and sin [positions, 32] float32, pages [pages, kv_heads, 64 keys, 64] of
+// keys and of values, a page table [slots, P] -> [T, heads * 64]. Reads 256 bytes a key, kv head and token: at 3.08
+// TB/s and 8 kv heads the floor of one token is 0.7 us for 1k keys, 5.4 for 8k, 43.6 for 64k; of 64 tokens at 1k 43.6.
 //
 // The work is cut into splits: runs of 4, 8, 16 ... whole pages, the fewest that need no more than 64 splits. A token's
 // splits depend on its own position and on the window alone, and each is computed and combined by the same instructions
 // in the same order whoever does it, so a token's bytes do not depend on the batch. Four warps share a split page by
 // page, each with a page of keys and one of values in shared memory: 64 KB a block, so three blocks share a
-// multiprocessor. Of these 192 KB 3 TB/s needs about 20 in flight: a block may wait for its table, compute or combine
-// while the others stream, and within a block it is enough that a page's keys make room for the next page's before its
-// values are used. Partial sums are a thirtieth of the bytes of the smallest split, and stay in the L2.
+// multiprocessor. Of these 192 KB 3 TB/s needs about 20 in flight: a block may compute or combine while the others
+// stream; within a block a page's keys make room for the next page's before its values are used, and the last page's
+// for the first of the block's next split, so that memory is busy while shares are combined. Partial sums are a
+// thirtieth of the bytes of the smallest split, and stay in the L2.
+//
+// Queries are rotated in registers by whoever loads them. The token's own key and value are rotated and written by the
+// warp that has its last page, to the page and to the warp's own copy: nobody else reads them in this launch.
+//
+// Positions and slots are constant while a graph runs, so a block finds its first split before it waits for the kernel
+// before. What then is serial: its page table entries, its pages, the products, the combination.
 //
 // GROUP query heads share a kv head and are the rows of both products (mma.m16n8k16; rows past GROUP are zero): the
 // scores' accumulators are then, packed to bf16, the second product's A fragments, and a lane owns one head's softmax.
@@ -27,12 +30,13 @@
 
 constexpr int DIM = 64;
 constexpr int PAGE = 64;
-constexpr int WARPS = 4;
+constexpr int LOG_WARPS = 2;
+constexpr int WARPS = 1 << LOG_WARPS;
 constexpr int THREADS = 32 * WARPS;
 constexpr int ROW_BYTES = 2 * DIM;
 constexpr int PAGE_BYTES = PAGE * ROW_BYTES;  // of one kv head
 constexpr int MOST_SPLITS = 64;               // bounds what a combine reads
-constexpr int MOST_SPLIT_TOKENS = 2 * THREADS;  // above, tokens are enough to fill the machine whole
+constexpr int MOST_TOKENS = 2 * THREADS;      // a thread counts the splits of two
 constexpr int OUT_STRIDE = DIM + 8;           // floats: 8 heads' rows of an accumulator tile fall into distinct banks
 constexpr int ROWS = GROUP > 8 ? 2 : 1;       // of a lane: heads lane / 4 and lane / 4 + 8
 constexpr int QUADS = GROUP * DIM / 4;        // a token's outputs of one kv head, four at a time
@@ -117,7 +121,7 @@ __device__ inline unsigned count_one(unsigned* counter, unsigned last) {
     return before;
 }
 
-// RoPE and append ----------------------------------------------------------------------------------------------------
+// RoPE ---------------------------------------------------------------------------------------------------------------
 
 // No fused multiply-add, so that the bytes are those of the plain formula.
 __device__ inline float turn(float x, float cos, float y, float sin) {
@@ -131,52 +135,14 @@ __device__ inline void rotate(unsigned& low, unsigned& high, float cos0, float s
     high = pack(turn(b0, cos0, a0, sin0), turn(b1, cos1, a1, sin1));
 }
 
-// One thread for each token, row of 64 (queries, then keys, then values) and quarter of half a row.
-extern "C" __global__ void __launch_bounds__(128) rope_append(
-    const char* qkv, const float* cos, const float* sin, const int* positions, const int* slots, const int* page_table,
-    char* keys, char* values, char* q, int tokens, int heads, int kv_heads, int table_width) {
-    let_successor_start();
-    wait_for_predecessor();
-    const int rows = heads + 2 * kv_heads;
-    const int index = blockIdx.x * blockDim.x + threadIdx.x;
-    const int quarter = index % 4, row = index / 4 % rows, token = index / 4 / rows;
-    if (token >= tokens) return;
-    const char* from = qkv + (static_cast<long long>(token) * rows + row) * ROW_BYTES + quarter * 16;
-    uint4 low = *reinterpret_cast<const uint4*>(from), high = *reinterpret_cast<const uint4*>(from + ROW_BYTES / 2);
-    const int position = positions[token];
-    if (row < heads + kv_heads) {
-        const long long angle = static_cast<long long>(position) * (DIM / 2) + quarter * 8;
-        const float4 cos0 = *reinterpret_cast<const float4*>(cos + angle);
-        const float4 cos4 = *reinterpret_cast<const float4*>(cos + angle + 4);
-        const float4 sin0 = *reinterpret_cast<const float4*>(sin + angle);
-        const float4 sin4 = *reinterpret_cast<const float4*>(sin + angle + 4);
-        rotate(low.x, high.x, cos0.x, sin0.x, cos0.y, sin0.y);
-        rotate(low.y, high.y, cos0.z, sin0.z, cos0.w, sin0.w);
-        rotate(low.z, high.z, cos4.x, sin4.x, cos4.y, sin4.y);
-        rotate(low.w, high.w, cos4.z, sin4.z, cos4.w, sin4.w);
-    }
-    char* to;
-    if (row < heads) {
-        to = q + (static_cast<long long>(token) * heads + row) * ROW_BYTES;
-    } else {
-        const int head = (row - heads) % kv_heads;
-        const long long page = page_table[static_cast<long long>(slots[token]) * table_width + position / PAGE];
-        to = row < heads + kv_heads ? keys : values;
-        to += (page * kv_heads + head) * PAGE_BYTES + position % PAGE * ROW_BYTES;
-    }
-    to += quarter * 16;
-    *reinterpret_cast<uint4*>(to) = low;
-    *reinterpret_cast<uint4*>(to + ROW_BYTES / 2) = high;
-}
-
 // Attention ----------------------------------------------------------------------------------------------------------
 
 // The keys a token sees, and how they are cut.
 struct Keys {
-    int first, last;   // the keys themselves, by position
-    int first_page;    // entry of the page table row
-    int pages;         // entries from there
-    int split_pages;   // pages a split
+    int first, last;  // the keys themselves, by position
+    int first_page;   // entry of the page table row
+    int pages;        // entries from there
+    int log_split;    // of the pages in a split
     int splits;
 
     __device__ Keys(int position, int window) {
@@ -184,9 +150,22 @@ struct Keys {
         last = position;
         first_page = first / PAGE;
         pages = position / PAGE - first_page + 1;
-        split_pages = WARPS;
-        while (split_pages * MOST_SPLITS < pages) split_pages *= 2;
-        splits = (pages + split_pages - 1) / split_pages;
+        log_split = LOG_WARPS;
+        while (MOST_SPLITS << log_split < pages) log_split++;
+        splits = (pages + (1 << log_split) - 1) >> log_split;
+    }
+};
+
+// One split of a (token, kv head), and which of its pages are this warp's: warp w takes w, w + 4 ... of them.
+struct Item {
+    int token, head, split, position;
+    int first;  // page of this warp, counted from the token's first
+    int count;  // pages of this warp, 0 to 32
+    int entry;  // where the l-th of them lies, in lane l
+
+    __device__ void divide(const Keys& seen, int warp) {
+        first = (split << seen.log_split) + warp;
+        count = (min((split + 1) << seen.log_split, seen.pages) - first + WARPS - 1) / WARPS;
     }
 };
 
@@ -197,14 +176,16 @@ struct Share {
 };
 
 // Fetch one page of one kv head, a commit group of its own. Row r's 16-byte chunk c goes to place c ^ (r % 8): the
-// eight rows of a matrix then lie in distinct banks.
+// eight rows of a matrix then lie in distinct banks. The token's own row is left alone: `append` writes it.
 __device__ inline void fetch(unsigned to, const char* from, int page_key, const Keys& keys, int lane) {
     const int row = lane / 8, chunk = lane % 8;
 #pragma unroll
     for (int i = 0; i < PAGE / 4; i++) {
         const int r = 4 * i + row;
-        const bool seen = page_key + r >= keys.first && page_key + r <= keys.last;
-        copy_async(to + r * ROW_BYTES + ((chunk ^ r % 8) * 16), from + r * ROW_BYTES + chunk * 16, seen);
+        const int key = page_key + r;
+        const unsigned place = to + r * ROW_BYTES + ((chunk ^ r % 8) * 16);
+        const bool seen = key >= keys.first && key < keys.last;
+        if (key != keys.last) copy_async(place, from + r * ROW_BYTES + chunk * 16, seen);
     }
     commit_copies();
 }
@@ -291,35 +272,36 @@ __device__ inline void attend(
     __syncwarp();
 }
 
-// A grid of any number of blocks that shares the items evenly. In `whole` mode an item is a (token, kv head) with all
-// its splits: for windows of one split, and for so many tokens that they fill the machine. Else it is one split, found
-// by a prefix sum over at most MOST_SPLIT_TOKENS tokens, so that long contexts among short ones spread over all blocks
-// and no block is launched for splits that a token does not have; the last to finish a token's splits combines them.
+// A grid of any number of blocks that shares the items evenly. An item is one split of a (token, kv head), found by a
+// prefix sum over the tokens, so that long contexts among short ones spread over all blocks and no block is launched
+// for splits that a token does not have; the last to finish a token's splits combines them.
 //
-// partial [owners, most, GROUP, 64] and peaks [owners, most, GROUP, 2] (peak, total) float32 hold the splits of tokens
-// with more than one; owner: the block in whole mode, the (token, kv head) else. counters [tokens, kv_heads] count
+// most: splits that a token can have. partial [tokens, kv_heads, most, GROUP, 64] and peaks [tokens, kv_heads, most,
+// GROUP, 2] (peak, total) float32 hold the splits of tokens with more than one. counters [tokens, kv_heads] count
 // finished splits and are zero between launches: the last to finish wraps them.
-extern "C" __global__ void __launch_bounds__(THREADS, 3) attention(
-    const char* q, const char* keys, const char* values, const int* page_table, const int* slots, const int* positions,
-    const float* sinks, char* out, float* partial, float2* peaks, unsigned* counters, int tokens, int kv_heads,
-    int table_width, int window, int whole, int most) {
+extern "C" __global__ void __launch_bounds__(THREADS, 3) decode_attention(
+    const char* qkv, const float* cos, const float* sin, const int* positions, const int* slots, const int* page_table,
+    char* keys, char* values, const float* sinks, char* out, float* partial, float2* peaks, unsigned* counters,
+    int tokens, int kv_heads, int table_width, int window, int most) {
     extern __shared__ __align__(128) char pages[];  // [WARPS, 2, PAGE_BYTES]
-    __shared__ struct { int token, split; } item;
-    __shared__ int begins[MOST_SPLIT_TOKENS + 1], known_positions[MOST_SPLIT_TOKENS], known_slots[MOST_SPLIT_TOKENS];
+    __shared__ int begins[MOST_TOKENS + 1], known_positions[MOST_TOKENS], known_slots[MOST_TOKENS];
     __shared__ int scan[WARPS];
     __shared__ bool is_last;
+    __shared__ uint4 fresh[2][ROW_BYTES / 16];  // the token's own key and value
     __shared__ float warp_peak[WARPS][16], warp_total[WARPS][16];
     __shared__ float weights[GROUP][MOST_SPLITS];
 
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-    const unsigned my_keys = shared_address(pages) + warp * 2 * PAGE_BYTES, my_values = my_keys + PAGE_BYTES;
-    float* my_out = reinterpret_cast<float*>(pages + warp * 2 * PAGE_BYTES);  // a split's end: over the keys
+    char* my_pages = pages + warp * 2 * PAGE_BYTES;
+    const unsigned my_keys = shared_address(my_pages), my_values = my_keys + PAGE_BYTES;
+    float* my_out = reinterpret_cast<float*>(my_pages + PAGE_BYTES);  // a split's end: over the values
     let_successor_start();
-    wait_for_predecessor();
 
-    // Where each token's splits begin; a thread counts those of two tokens.
+    // Where each token's splits begin; a thread counts those of two tokens. One token needs no search, nor do tokens of
+    // one split.
+    const bool searched = most > 1 && tokens > 1;
     int items = tokens * kv_heads;
-    if (!whole) {
+    if (searched) {
         int count[2] = {0, 0};
 #pragma unroll
         for (int j = 0; j < 2; j++) {
@@ -345,124 +327,194 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) attention(
         }
         begins[2 * thread] = end - count[1] - count[0];
         begins[2 * thread + 1] = end - count[1];
-        begins[2 * thread + 2] = end;  // the next thread writes the same: each reads its own, and needs no barrier
+        if (thread == THREADS - 1) begins[MOST_TOKENS] = end;
+        __syncthreads();
         items = all * kv_heads;
+    } else if (tokens == 1) {
+        items = Keys(positions[0], window).splits * kv_heads;
     }
+    if (blockIdx.x >= items) return;
 
-    for (int i = blockIdx.x; i < items; i += gridDim.x) {
-        const int head = i % kv_heads, unit = i / kv_heads;  // neighbours read neighbouring heads of a page
-        int token = unit, first_split = 0, position, slot;
-        if (whole) {
-            position = positions[token], slot = slots[token];
-        } else {
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                const int begin = begins[2 * thread + j];
-                if (begin <= unit && unit < begins[2 * thread + j + 1]) item = {2 * thread + j, unit - begin};
+    int slot;  // of the item found last
+    const auto find = [&](int index) {
+        Item item;
+        const int unit = index / kv_heads;
+        item.head = index % kv_heads;  // neighbours read neighbouring heads of a page
+        if (searched) {
+            item.token = 0;
+            for (int base = 0; base < tokens; base += 32) {
+                const int token = base + lane;
+                const bool here = token < tokens && begins[token] <= unit && unit < begins[token + 1];
+                const unsigned where = __ballot_sync(0xffffffffu, here);
+                if (where) item.token = base + __ffs(where) - 1;
             }
-            __syncthreads();
-            token = item.token, first_split = item.split;
-            position = known_positions[token], slot = known_slots[token];
+            item.split = unit - begins[item.token];
+            item.position = known_positions[item.token], slot = known_slots[item.token];
+        } else {
+            item.token = tokens == 1 ? 0 : unit;
+            item.split = tokens == 1 ? unit : 0;
+            item.position = positions[item.token], slot = slots[item.token];
         }
-        const Keys seen(position, window);
-        const int* table = page_table + static_cast<long long>(slot) * table_width + seen.first_page;
+        item.divide(Keys(item.position, window), warp);
+        item.entry = 0;
+        return item;
+    };
+    // The entries of the item found last.
+    const auto look_up = [&](Item& item) {
+        const int first_page = Keys(item.position, window).first_page + item.first;
+        const int* table = page_table + static_cast<long long>(slot) * table_width + first_page;
+        if (lane < item.count) item.entry = table[WARPS * lane];
+    };
+    const auto begin_fetch = [&](unsigned to, const char* pool, const Item& item, int n) {
+        const Keys seen(item.position, window);
+        const long long page = __shfl_sync(0xffffffffu, item.entry, n);
+        const char* from = pool + (page * kv_heads + item.head) * PAGE_BYTES;
+        fetch(to, from, (seen.first_page + item.first + WARPS * n) * PAGE, seen, lane);
+    };
+
+    int index = blockIdx.x;
+    Item next = find(index);
+    wait_for_predecessor();
+    look_up(next);
+    if (next.count > 0) begin_fetch(my_keys, keys, next, 0);
+    while (index < items) {
+        const Item item = next;
+        const int token = item.token, head = item.head, split = item.split, count = item.count;
+        const Keys seen(item.position, window);
+        if (count > 0) begin_fetch(my_values, values, item, 0);
         const long long query_row = (static_cast<long long>(token) * kv_heads + head) * GROUP;
+        const char* token_qkv = qkv + static_cast<long long>(token) * kv_heads * (GROUP + 2) * ROW_BYTES;
+        const long long owner = static_cast<long long>(token) * kv_heads + head;
+        const long long angle = static_cast<long long>(item.position) * (DIM / 2);
+
+        // The token's own key and value, where this warp has the last page: a lane takes a quarter of each half.
+        const int last_page = item.first + WARPS * (count - 1) == seen.pages - 1 ? count - 1 : -1;  // -1: not here
+        if (last_page >= 0) {
+            const long long page = __shfl_sync(0xffffffffu, item.entry, last_page);
+            if (lane < 8) {
+                const bool of_values = lane / 4;
+                const int quarter = lane % 4, row = kv_heads * (of_values ? GROUP + 1 : GROUP) + head;
+                const uint4* from = reinterpret_cast<const uint4*>(token_qkv + row * ROW_BYTES) + quarter;
+                uint4 low = from[0], high = from[4];
+                if (!of_values) {
+                    const float4* turns = reinterpret_cast<const float4*>(cos + angle) + 2 * quarter;
+                    const float4 cos0 = turns[0], cos4 = turns[1];
+                    turns = reinterpret_cast<const float4*>(sin + angle) + 2 * quarter;
+                    const float4 sin0 = turns[0], sin4 = turns[1];
+                    rotate(low.x, high.x, cos0.x, sin0.x, cos0.y, sin0.y);
+                    rotate(low.y, high.y, cos0.z, sin0.z, cos0.w, sin0.w);
+                    rotate(low.z, high.z, cos4.x, sin4.x, cos4.y, sin4.y);
+                    rotate(low.w, high.w, cos4.z, sin4.z, cos4.w, sin4.w);
+                }
+                char* to = (of_values ? values : keys) + (page * kv_heads + head) * PAGE_BYTES;
+                uint4* place = reinterpret_cast<uint4*>(to + item.position % PAGE * ROW_BYTES) + quarter;
+                place[0] = low, place[4] = high;
+                fresh[of_values][quarter] = low, fresh[of_values][quarter + 4] = high;
+            }
+            __syncwarp();
+        }
+        const auto append = [&] {  // to this warp's copy of the page: the rest of it is still under way
+            const int chunk = lane % 8, row = item.position % PAGE;
+            char* to = my_pages + (lane / 8) * PAGE_BYTES + row * ROW_BYTES;
+            if (lane < 16) *reinterpret_cast<uint4*>(to + (chunk ^ row % 8) * 16) = fresh[lane / 8][chunk];
+        };
 
         unsigned queries[DIM / 16][4];
 #pragma unroll
         for (int k = 0; k < DIM / 16; k++) {
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                const int row = lane / 4 + j % 2 * 8;
-                const char* from = q + (query_row + row) * ROW_BYTES + (16 * k + lane % 4 * 2 + j / 2 * 8) * 2;
+                const int row = lane / 4 + j % 2 * 8, dim = 16 * k + lane % 4 * 2 + j / 2 * 8;
+                const char* from = token_qkv + (head * GROUP + row) * ROW_BYTES + dim * 2;
                 queries[k][j] = row < GROUP ? *reinterpret_cast<const unsigned*>(from) : 0u;
             }
         }
-
-        const long long owner = whole ? blockIdx.x : static_cast<long long>(token) * kv_heads + head;
-        const int end_split = whole ? seen.splits : first_split + 1;
-        for (int split = first_split; split < end_split; split++) {
-            // Warp w takes the split's pages w, w + 4 ...; lane l knows where the l-th of them lies.
-            const int first = split * seen.split_pages + warp;
-            const int count = (min((split + 1) * seen.split_pages, seen.pages) - first + WARPS - 1) / WARPS;  // 0: none
-            const int entry = lane < count ? table[first + WARPS * lane] : 0;
-
-            auto begin_fetch = [&](unsigned to, const char* pool, int n) {
-                const long long page = __shfl_sync(0xffffffffu, entry, n);
-                const char* from = pool + (page * kv_heads + head) * PAGE_BYTES;
-                fetch(to, from, (seen.first_page + first + WARPS * n) * PAGE, seen, lane);
-            };
-
-            Share share;
 #pragma unroll
-            for (int r = 0; r < ROWS; r++) share.peak[r] = minus_infinity(), share.total[r] = 0.f;
+        for (int k = 0; k < DIM / 32; k++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int dim = 16 * k + lane % 4 * 2 + half * 8;
+                const float2 c = *reinterpret_cast<const float2*>(cos + angle + dim);
+                const float2 s = *reinterpret_cast<const float2*>(sin + angle + dim);
+#pragma unroll
+                for (int j = 0; j < ROWS; j++) {
+                    rotate(queries[k][2 * half + j], queries[k + DIM / 32][2 * half + j], c.x, s.x, c.y, s.y);
+                }
+            }
+        }
+
+        index += gridDim.x;
+        if (index < items) {
+            next = find(index);
+            look_up(next);
+        } else {
+            next.count = 0;
+        }
+
+        Share share;
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) share.peak[r] = minus_infinity(), share.total[r] = 0.f;
+#pragma unroll
+        for (int n = 0; n < DIM / 8; n++) share.out[n][0] = share.out[n][1] = share.out[n][2] = share.out[n][3] = 0.f;
+        for (int n = 0; n < count; n++) {
+            const bool more = n + 1 < count;
+            const int page_key = (seen.first_page + item.first + WARPS * n) * PAGE;
+            if (n == last_page) append();
+            attend(share, queries, my_keys, my_values, page_key, seen, lane, [&] {
+                if (more) begin_fetch(my_keys, keys, item, n + 1);
+                else if (next.count > 0) begin_fetch(my_keys, keys, next, 0);
+                else commit_copies();  // an empty group, so that the count of groups behind is the same
+            });
+            if (more) begin_fetch(my_values, values, item, n + 1);
+        }
+        if (count == 0 && next.count > 0) begin_fetch(my_keys, keys, next, 0);
+
+        // The four warps' shares to one, by way of shared memory, in the order of the warps.
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            const int row = lane / 4 + 8 * r;
+            if (lane % 4 == 0) warp_peak[warp][row] = share.peak[r], warp_total[warp][row] = share.total[r];
 #pragma unroll
             for (int n = 0; n < DIM / 8; n++) {
-                share.out[n][0] = share.out[n][1] = share.out[n][2] = share.out[n][3] = 0.f;
+                *reinterpret_cast<float2*>(my_out + row * OUT_STRIDE + 8 * n + lane % 4 * 2) =
+                    make_float2(share.out[n][2 * r], share.out[n][2 * r + 1]);
             }
-            if (count > 0) {
-                begin_fetch(my_keys, keys, 0);
-                begin_fetch(my_values, values, 0);
-            }
-            for (int n = 0; n < count; n++) {
-                const bool more = n + 1 < count;
-                const int page_key = (seen.first_page + first + WARPS * n) * PAGE;
-                attend(share, queries, my_keys, my_values, page_key, seen, lane, [&] {
-                    if (more) begin_fetch(my_keys, keys, n + 1);
-                    else commit_copies();  // an empty group, so that the count of groups behind is the same
-                });
-                if (more) begin_fetch(my_values, values, n + 1);
-            }
-
-            // The four warps' shares to one, by way of shared memory, in the order of the warps.
-#pragma unroll
-            for (int r = 0; r < ROWS; r++) {
-                const int row = lane / 4 + 8 * r;
-                if (lane % 4 == 0) warp_peak[warp][row] = share.peak[r], warp_total[warp][row] = share.total[r];
-#pragma unroll
-                for (int n = 0; n < DIM / 8; n++) {
-                    *reinterpret_cast<float2*>(my_out + row * OUT_STRIDE + 8 * n + lane % 4 * 2) =
-                        make_float2(share.out[n][2 * r], share.out[n][2 * r + 1]);
-                }
-            }
-            __syncthreads();
-#pragma unroll
-            for (int quad = thread; quad < QUADS; quad += THREADS) {
-                const int row = quad / (DIM / 4), dim = quad % (DIM / 4) * 4;
-                float peak = warp_peak[0][row], total = 0.f;
-#pragma unroll
-                for (int w = 1; w < WARPS; w++) peak = fmaxf(peak, warp_peak[w][row]);
-                float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll
-                for (int w = 0; w < WARPS; w++) {
-                    const float weight = power_of_two(warp_peak[w][row] - peak);
-                    const float* from = reinterpret_cast<float*>(pages + w * 2 * PAGE_BYTES) + row * OUT_STRIDE + dim;
-                    const float4 part = *reinterpret_cast<const float4*>(from);
-                    total = __fmaf_rn(weight, warp_total[w][row], total);
-                    sum.x = __fmaf_rn(weight, part.x, sum.x), sum.y = __fmaf_rn(weight, part.y, sum.y);
-                    sum.z = __fmaf_rn(weight, part.z, sum.z), sum.w = __fmaf_rn(weight, part.w, sum.w);
-                }
-                if (seen.splits == 1) {
-                    const float sink = sinks[head * GROUP + row] * LOG2E, top = fmaxf(peak, sink);
-                    const float weight = power_of_two(peak - top);
-                    const float scale = weight / __fmaf_rn(weight, total, power_of_two(sink - top));
-                    *reinterpret_cast<uint2*>(out + (query_row + row) * ROW_BYTES + dim * 2) =
-                        make_uint2(pack(sum.x * scale, sum.y * scale), pack(sum.z * scale, sum.w * scale));
-                } else {
-                    const long long at = (owner * most + split) * GROUP + row;
-                    *reinterpret_cast<float4*>(partial + at * DIM + dim) = sum;
-                    if (dim == 0) peaks[at] = make_float2(peak, total);
-                }
-            }
-            __syncthreads();  // the shared memory is free again
         }
+        __syncthreads();
+#pragma unroll
+        for (int quad = thread; quad < QUADS; quad += THREADS) {
+            const int row = quad / (DIM / 4), dim = quad % (DIM / 4) * 4;
+            float peak = warp_peak[0][row], total = 0.f;
+#pragma unroll
+            for (int w = 1; w < WARPS; w++) peak = fmaxf(peak, warp_peak[w][row]);
+            float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) {
+                const float weight = power_of_two(warp_peak[w][row] - peak);
+                const float* of_warp = reinterpret_cast<float*>(pages + w * 2 * PAGE_BYTES + PAGE_BYTES);
+                const float4 part = *reinterpret_cast<const float4*>(of_warp + row * OUT_STRIDE + dim);
+                total = __fmaf_rn(weight, warp_total[w][row], total);
+                sum.x = __fmaf_rn(weight, part.x, sum.x), sum.y = __fmaf_rn(weight, part.y, sum.y);
+                sum.z = __fmaf_rn(weight, part.z, sum.z), sum.w = __fmaf_rn(weight, part.w, sum.w);
+            }
+            if (seen.splits == 1) {
+                const float sink = sinks[head * GROUP + row] * LOG2E, top = fmaxf(peak, sink);
+                const float weight = power_of_two(peak - top);
+                const float scale = weight / __fmaf_rn(weight, total, power_of_two(sink - top));
+                *reinterpret_cast<uint2*>(out + (query_row + row) * ROW_BYTES + dim * 2) =
+                    make_uint2(pack(sum.x * scale, sum.y * scale), pack(sum.z * scale, sum.w * scale));
+            } else {
+                const long long at = (owner * most + split) * GROUP + row;
+                *reinterpret_cast<float4*>(partial + at * DIM + dim) = sum;
+                if (dim == 0) peaks[at] = make_float2(peak, total);
+            }
+        }
+        __syncthreads();  // the shared memory is free again
         if (seen.splits == 1) continue;
 
-        if (!whole) {
-            if (thread == 0) is_last = count_one(counters + owner, seen.splits - 1) == seen.splits - 1;
-            __syncthreads();
-            if (!is_last) continue;
-        }
+        if (thread == 0) is_last = count_one(counters + owner, seen.splits - 1) == seen.splits - 1;
+        __syncthreads();
+        if (!is_last) continue;
         // Combine: half a warp serves a head. Each of its lanes weighs every sixteenth split, then takes four outputs.
 #pragma unroll
         for (int quad = thread; quad < (QUADS + THREADS - 1) / THREADS * THREADS; quad += THREADS) {

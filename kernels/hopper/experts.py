@@ -1,7 +1,7 @@
 """The MXFP4 mixture of experts on Hopper: packing the weights once, and launching experts.cu.
 
-`experts` means what `kernels.reference.experts` means. Knows shapes and launches; the layout of the packed words is
-explained in experts.cu, which reads them.
+`experts` means what `kernels.reference.experts` means, but for the sum over choices, and `group` sorts by expert. Knows
+shapes and launches; the layout of the packed words is explained in experts.cu, which reads them.
 """
 
 import functools
@@ -17,8 +17,14 @@ WARPS = 8
 THREADS = 32 * WARPS
 LARGE_TOKENS = 64  # pairs of one expert in a block of the large kernels
 SMALL_BATCH = 64  # tokens the small kernels take, and
-SMALL_PAIRS = THREADS  # pairs: a thread looks at one
+FEW = 8  # tokens the kernels experts_*_8 take
+SMALL_PAIRS = 256  # pairs
+MOST_SHARED = 223 * 1024  # bytes that a block of the small kernels asks for at most; 4 KB are left for its own
 MAX_EXPERTS = 1024
+# The small kernels, by the tokens of an expert that a block takes at once: its teams of 8 warps, and tiles of 8 tokens;
+# blocks launched for each multiprocessor. experts.cu says why so many.
+TEAMS, TOKEN_TILES = {8: 1, 24: 2}, {8: 1, 24: 3}
+RESIDENT = {("up", 8): 2, ("down", 8): 3, ("up", 24): 1, ("down", 24): 1}
 MAX_COLUMNS = 4096  # a warp holds an eighth of a strip's columns in registers
 SCALE_OFFSET = 94  # 126 for the position of the value's bits, less 32 that the epilogue multiplies back
 MAX_SCALE = 254 - SCALE_OFFSET
@@ -61,13 +67,13 @@ def pack(blocks: Tensor, scales: Tensor, bias: Tensor, interleaved: bool) -> Pac
     split_rows = (strips, 8, 2) if interleaved else (strips, 2, 8)
     for expert in range(count):
         pairs = torch.nn.functional.pad(blocks[expert], (0, 0, 0, spare))  # [N, 2 tiles, 16]: bytes of two columns
-        pairs = pairs.view(*split_rows, tiles, 4, 4, 2)  # rows, tile, t, step, which pair of the step
-        by_row = pairs.transpose(1, 2) if interleaved else pairs  # [strips, half, g, tiles, t, step, which]
-        words = values[expert].view(strips, tiles, 8, 4, 4).permute(0, 2, 1, 3, 4)  # [strips, g, tiles, t, step]
+        pairs = pairs.view(*split_rows, tiles, 4, 2, 4)  # rows, tile, step, which pair of the step, t
+        by_row = pairs.transpose(1, 2) if interleaved else pairs  # [strips, half, g, tiles, step, which, t]
+        words = values[expert].view(strips, tiles, 8, 4, 4).permute(0, 2, 1, 4, 3)  # [strips, g, tiles, step, t]
         words.zero_()
         for which in range(2):
             for half in range(2):
-                part = by_row[:, half, ..., which]
+                part = by_row[:, half, ..., which, :]
                 found = lookups[2 * which + half].index_select(0, part.flatten().int())
                 words |= found.view(part.shape)
         exponents = torch.nn.functional.pad(scales[expert], (0, spare)) + SCALE_OFFSET
@@ -97,10 +103,10 @@ def _word_parts(device: torch.device) -> list[Tensor]:
 def experts(
     x: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: PackedExperts, down: PackedExperts, limit: float
 ) -> Tensor:
-    """Each token through its chosen experts, weighted and summed in the order of its choice.
+    """Each token through its chosen experts, weighted; who takes the result sums it over the choices, in their order.
 
-    x [T, H] bf16, expert_ids [T, active] int64, expert_weights [T, active] float32, gate_up interleaved -> [T, H] bf16.
-    A token's bytes depend on its own row, ids and weights only.
+    x [T, H] bf16, expert_ids [T, active] int64, expert_weights [T, active] float32, gate_up interleaved
+    -> [T, active, H] bf16. A token's bytes depend on its own row, ids and weights only.
     """
     count, active = expert_ids.shape
     pairs, total = count * active, gate_up.bias.shape[0]
@@ -112,46 +118,62 @@ def experts(
         )
     x, expert_ids, expert_weights = x.contiguous(), expert_ids.contiguous(), expert_weights.contiguous()
     h = torch.empty(pairs, inner, dtype=torch.bfloat16, device=x.device)
-    y = torch.empty(pairs, hidden, dtype=torch.bfloat16, device=x.device)
-    out = torch.empty_like(x)
+    y = torch.empty(count, active, hidden, dtype=torch.bfloat16, device=x.device)
+    steps = (("up", x, gate_up, h), ("down", h, down, y))
 
     if count <= SMALL_BATCH and pairs <= SMALL_PAIRS:
-        # Rows of 16 cost a block a multiprocessor; past a mean of 4 pairs an expert, more than 8 are common.
-        tokens = 8 if count <= 8 or pairs <= 4 * total else 16
-        for name, source, packed, result in (("up", x, gate_up, h), ("down", h, down, y)):
-            _kernel(f"experts_{name}_{tokens}", hidden, inner, _small_shared_bytes(packed.columns, tokens)).launch(
-                grid=(*_small_grid(packed, tokens, min(pairs, total)), 1), block=THREADS,
+        tokens = 8 if count <= FEW else 24
+        for name, source, packed, result in steps:
+            capacity = min(count, 8) if tokens == 8 else min(24, _most_rows(packed.columns, tokens))
+            shared = _small_shared_bytes(packed.columns, tokens, capacity)
+            _kernel(f"experts_{name}_{tokens}", hidden, inner, shared).launch(
+                grid=(_small_grid(packed, RESIDENT[name, tokens], TEAMS[tokens], min(pairs, total)), 1, 1),
+                block=TEAMS[tokens] * THREADS,
                 args=(
                     source, result, packed.values, packed.scales, packed.bias, expert_ids, expert_weights, pairs,
-                    active, limit,
+                    active, capacity, limit,
                 ),
             )
     else:
-        order = torch.empty(pairs, dtype=torch.int32, device=x.device)
-        max_tiles = min(pairs, pairs // LARGE_TOKENS + total)  # every expert may leave one tile partly empty
-        tiles = torch.empty(max_tiles, 4, dtype=torch.int32, device=x.device)
-        _kernel("experts_group", hidden, inner, 0).launch(
-            grid=(total, 1, 1), block=1024, args=(expert_ids, order, tiles, pairs, total, max_tiles)
-        )
-        for name, source, packed, result in (("up", x, gate_up, h), ("down", h, down, y)):
+        order, tiles = group(expert_ids, total, LARGE_TOKENS)
+        for name, source, packed, result in steps:
             strips = packed.rows // STRIP_ROWS
             _kernel(f"experts_{name}_64", hidden, inner, _large_shared_bytes(packed.columns)).launch(
-                grid=(-(-strips // WARPS), max_tiles, 1), block=THREADS,
+                grid=(-(-strips // WARPS), len(tiles), 1), block=THREADS,
                 args=(
                     source, result, packed.values, packed.scales, packed.bias, tiles, order, expert_weights, active,
                     limit,
                 ),
             )
-    _kernel("experts_combine", hidden, inner, 0).launch(
-        grid=(-(-count * (hidden // 8) // THREADS), 1, 1), block=THREADS, args=(y, out, count, active)
+    return y
+
+
+def group(expert_ids: Tensor, experts: int, tile_pairs: int) -> tuple[Tensor, Tensor]:
+    """Sort (token, choice) pairs by expert, and cut them in tiles of one expert and at most tile_pairs.
+
+    expert_ids [T, active] int64 -> order [pairs] int32, each expert's pairs ascending; tiles [max_tiles, 4] int32, of
+    (expert, first place in order, pairs, 0), as many as there could be: those nobody needs come last, with 0 pairs.
+    """
+    expert_ids = expert_ids.contiguous()
+    pairs = expert_ids.numel()
+    max_tiles = min(pairs, pairs // tile_pairs + experts)  # every expert may leave one tile partly empty
+    order = torch.empty(pairs, dtype=torch.int32, device=expert_ids.device)
+    tiles = torch.empty(max_tiles, 4, dtype=torch.int32, device=expert_ids.device)
+    _group_kernel().launch(
+        grid=(experts, 1, 1), block=1024, args=(expert_ids, order, tiles, pairs, experts, max_tiles, tile_pairs)
     )
-    return out
+    return order, tiles
 
 
 @functools.cache
 def _kernel(name: str, hidden: int, inner: int, shared_bytes: int) -> Kernel:
     module = compile_module(Path(__file__).with_name("experts.cu"), {"HIDDEN": hidden, "INTER": inner})
     return module.kernel(name, shared_bytes=shared_bytes)
+
+
+@functools.cache
+def _group_kernel() -> Kernel:
+    return compile_module(Path(__file__).with_name("experts.cu")).kernel("experts_group")
 
 
 @functools.cache
@@ -167,22 +189,28 @@ def split_of(columns: int) -> tuple[int, int]:
     return shares, -(-tiles // shares)
 
 
-def _small_shared_bytes(columns: int, tokens: int) -> int:
-    pitch = -(-columns // TILE_COLUMNS) * 128 + 16
-    return tokens * pitch + 2 * THREADS * (tokens // 8) * 16  # activations, and two turns' partial sums
+def _pitch(columns: int) -> int:
+    return -(-columns // TILE_COLUMNS) * 128 + 16
+
+
+def _sums_bytes(tokens: int) -> int:
+    return 2 * TEAMS[tokens] * THREADS * TOKEN_TILES[tokens] * 16  # two turns' partial sums
+
+
+def _most_rows(columns: int, tokens: int) -> int:
+    return (MOST_SHARED - _sums_bytes(tokens)) // _pitch(columns)
+
+
+def _small_shared_bytes(columns: int, tokens: int, capacity: int) -> int:
+    return capacity * _pitch(columns) + _sums_bytes(tokens)
 
 
 def _large_shared_bytes(columns: int) -> int:
     return 2 * LARGE_TOKENS * (split_of(columns)[1] * 128 + 16)
 
 
-def _small_grid(packed: PackedExperts, tokens: int, distinct: int) -> tuple[int, int]:
-    """Blocks along the strips, and one row of blocks for each expert there may be.
-
-    All blocks at once where that leaves a block up to 8 strips to stream, each with as many. Changes no result.
-    """
+def _small_grid(packed: PackedExperts, resident: int, teams: int, distinct: int) -> int:
+    """Blocks that share the strips of all chosen experts, each at least a turn of its teams. Changes no result."""
     shares, _ = split_of(packed.columns)
     groups = -(-(packed.rows // STRIP_ROWS) // (WARPS // shares))
-    resident = _multiprocessors() * (3 if tokens == 8 else 2)
-    each = min(max(-(-groups * distinct // resident), 1), 8)
-    return -(-groups // each), distinct
+    return min(_multiprocessors() * resident, -(-groups * distinct // teams))

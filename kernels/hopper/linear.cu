@@ -6,9 +6,8 @@
 //
 // Weights are the A operand of mma.m16n8k16 (16 rows), tokens its N (8 a tile): one token wastes the least. They are
 // packed as [strip of 16 rows][step of 32 columns][2 fragments][32 lanes][16 bytes], so a warp streams whole kilobytes,
-// straight into the registers that the multiply reads. The multiply does not care in which order it sees the columns,
-// as long as both operands agree: lane (g, t) = (lane / 4, lane % 4) has columns 8t ... 8t + 7 of a step, 4 for each
-// fragment. So 16 neighbouring bytes of token g are its part of B for both, read as they lie.
+// straight into the registers that the multiply reads. Columns are in natural order; one ldmatrix of 8 tokens by 32
+// columns is the B operand of a step's two multiplies.
 //
 // Every dot product is cut into SHARES runs of columns, each added up in order by one warp, and the runs are added in
 // order: whatever the number of tokens, and whichever kernel runs. The two kernels differ in where warps stand:
@@ -16,9 +15,11 @@
 //     loop would queue behind those of the weights, and their latency be paid at every turn. All blocks of the
 //     projections are resident at once, and a multiprocessor with more of them has more loads in flight, so the memory
 //     itself evens out what 320 or 180 strips on 132 multiprocessors leave uneven.
-//   wide: a cluster of SHARES blocks takes 8 strips, a block one share of each and that share of x in shared memory
-//     (92 KB for 64 tokens of 2880): else 64 tokens of x, read for each strip, would be four times the weights' bytes.
-//     The partial sums meet through distributed shared memory. Above 64 tokens the grid tiles them by 64.
+//   wide: a cluster of SHARES blocks, one a multiprocessor, keeps x in shared memory, a share of its columns in each
+//     block (94 KB for 64 tokens of 2880 in four), and walks over groups of strips, a strip for each warp: else 64
+//     tokens of x, read for each strip, would be four times the weights' bytes. The grid is as many clusters as are
+//     resident at once, the strips are dealt out evenly. The partial sums meet through distributed shared memory, while
+//     the next group's first weights are on their way. Above 64 tokens the grid tiles them by 64.
 //
 // The first loads of weights, which no kernel writes, are in flight before the wait for the previous kernel.
 
@@ -30,15 +31,19 @@ using bf16 = unsigned short;  // its bits: NVRTC has no headers to offer
 
 constexpr int STEP = 32;                // columns of a packed tile: two k16 multiplies
 constexpr int STEPS = COLUMNS / STEP;
+constexpr int MOST_STEPS = (STEPS + SHARES - 1) / SHARES;  // of the longest share
 constexpr int ROWS = 16;                // rows of a strip
 constexpr int TILE = ROWS * STEP / 8;   // 16-byte pieces of a packed tile
 // A short share has half of itself in flight with 6 steps, and the registers saved make room for a third block on each
 // multiprocessor: all 320 of QKV are resident.
 constexpr int NARROW_DEPTH = STEPS / SHARES <= 12 ? 6 : 8;
 constexpr int NARROW_BLOCKS = NARROW_DEPTH == 6 ? 24 / SHARES : 20 / SHARES;
-constexpr int WIDE_STRIPS = 8;          // of a wide cluster
+// Warps of a wide block. 20 leave 102 registers a lane and take all 320 strips of QKV in one round of 16 clusters; 16
+// leave 128, and a longer share has use for more loads in flight.
+constexpr int MOST_WARPS = STEPS / SHARES <= 12 ? 20 : 16;
+constexpr int WIDE_DEPTH = MOST_WARPS == 20 ? 4 : 6;  // steps in flight with 64 tokens
 constexpr int PITCH = ROWS + 4;         // floats from one token's partial sums to the next: lanes meet no bank twice
-constexpr int X_PITCH = (COLUMNS * 2 + 127) / 128 * 128 + 64;  // bytes of a token: two tokens' 64 bytes miss each other
+constexpr int X_PITCH = (COLUMNS * 2 + 127) / 128 * 128 + 16;  // bytes of a narrow token: eight miss each other
 
 static_assert(COLUMNS % STEP == 0, "columns come in steps of 32");
 
@@ -59,17 +64,43 @@ __device__ __forceinline__ void cluster_exchange() {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// Only waits: orders no memory, and so costs no fence.
-__device__ __forceinline__ void cluster_meet() {
-    asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
+// These two only meet: they order no memory, and so cost no fence.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
+
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait;" ::: "memory"); }
+
+__device__ __forceinline__ float4 load_remote(unsigned at, int rank) {
+    float4 sums;
+    asm volatile("{\n .reg .u32 there;\n mapa.shared::cluster.u32 there, %4, %5;\n"
+                 " ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
+                 : "=f"(sums.x), "=f"(sums.y), "=f"(sums.z), "=f"(sums.w) : "r"(at), "r"(rank) : "memory");
+    return sums;
 }
 
-__device__ __forceinline__ float load_remote(unsigned at, int rank) {
-    float value;
-    asm volatile("{\n .reg .u32 there;\n mapa.shared::cluster.u32 there, %1, %2;\n"
-                 " ld.shared::cluster.f32 %0, [there];\n}"
-                 : "=f"(value) : "r"(at), "r"(rank) : "memory");
-    return value;
+// threadIdx.x, asked again: what follows from it is computed anew, not kept in registers through a loop.
+__device__ __forceinline__ unsigned thread_again() {
+    unsigned thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+
+// 16 bytes to shared memory, asynchronously; zeros where there are none.
+__device__ __forceinline__ void copy_async(unsigned to, const bf16* from, bool there = true) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until at most LATER of this thread's groups of copies, the last committed, are under way.
+template <int LATER>
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_group %0;" :: "n"(LATER) : "memory"); }
+
+// The B operand of a step, 8 tokens by 32 columns: lane l points at columns 8 (l / 8) ... of token l % 8.
+__device__ __forceinline__ uint4 load_tokens(unsigned at) {
+    uint4 b;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(b.x), "=r"(b.y), "=r"(b.z), "=r"(b.w) : "r"(at) : "memory");
+    return b;
 }
 
 __device__ __forceinline__ void multiply(float (&sums)[4], uint4 a, unsigned b0, unsigned b1) {
@@ -79,10 +110,10 @@ __device__ __forceinline__ void multiply(float (&sums)[4], uint4 a, unsigned b0,
                  : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
-// One step of 32 columns: a lane's fragments of its two multiplies, and its 16 bytes of token g = lane / 4.
-__device__ __forceinline__ void multiply_step(float (&sums)[4], const uint4 (&fragments)[2], const uint4& token) {
-    multiply(sums, fragments[0], token.x, token.y);
-    multiply(sums, fragments[1], token.z, token.w);
+// One step of 32 columns: a lane's fragments of its two multiplies.
+__device__ __forceinline__ void multiply_step(float (&sums)[4], const uint4 (&a)[2], const uint4& b) {
+    multiply(sums, a[0], b.x, b.y);
+    multiply(sums, a[1], b.z, b.w);
 }
 
 // A warp's sums to partial [8 TILES tokens][PITCH]: sums 0 and 1 are row g of tokens 2t and 2t + 1 (t = lane % 4), sums
@@ -96,16 +127,17 @@ __device__ __forceinline__ void store_partial(float* partial, const float (&sums
         for (int i = 0; i < 4; ++i) partial[(tile * 8 + token + i % 2) * PITCH + row + i / 2 * 8] = sums[tile][i];
 }
 
-__device__ __forceinline__ void store_output(bf16* out, const bf16* bias, float sum, int token, int row, int rows) {
-    if (bias != nullptr) sum += __uint_as_float(unsigned(bias[row]) << 16);
-    bf16 rounded;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(sum));
-    out[size_t(token) * rows + row] = rounded;
+__device__ __forceinline__ float value_of(bf16 bits) { return __uint_as_float(unsigned(bits) << 16); }
+
+__device__ __forceinline__ bf16 rounded(float value) {
+    bf16 bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
 }
 
 __device__ __forceinline__ int share_begin(int share) { return STEPS * share / SHARES; }
 
-// Grid (strips), SHARES warps. Shared memory: x [tokens][X_PITCH], all of its columns.
+// Grid (strips), SHARES warps. Shared memory: x [tokens][X_PITCH], of which each warp copies and reads its columns.
 template <int DEPTH>
 __device__ __forceinline__ void narrow(ARGUMENTS) {
     extern __shared__ uint4 shared[];
@@ -122,15 +154,15 @@ __device__ __forceinline__ void narrow(ARGUMENTS) {
             for (int half = 0; half < 2; ++half) a[i][half] = load_weight(tile_at + i * TILE + half * 32);
 
     wait_for_previous();
-    const unsigned shared_at = unsigned(__cvta_generic_to_shared(shared));
-    for (int i = threadIdx.x; i < tokens * (COLUMNS / 8); i += SHARES * 32)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
-                     :: "r"(shared_at + i / (COLUMNS / 8) * X_PITCH + i % (COLUMNS / 8) * 16), "l"(x + size_t(i) * 8)
-                     : "memory");
-    asm volatile("cp.async.wait_all;" ::: "memory");
-    __syncthreads();
-    const bool there = lane / 4 < tokens;
-    const uint4* token_at = shared + (lane / 4 * X_PITCH + begin * STEP * 2) / 16 + lane % 4;
+    const unsigned x_at = unsigned(__cvta_generic_to_shared(shared)) + begin * STEP * 2;
+    for (int token = 0; token < tokens; ++token)
+        for (int i = lane; i < steps * (STEP / 8); i += 32)
+            copy_async(x_at + token * X_PITCH + i * 16, x + size_t(token) * COLUMNS + begin * STEP + i * 8);
+    commit_copies();
+    wait_for_copies<0>();
+    __syncwarp();  // a warp reads only what it copied
+    // Past the last token the last again: its sums are not stored, and touch no other token's.
+    const unsigned token_at = x_at + min(lane % 8, tokens - 1) * X_PITCH + lane / 8 * 16;
 
     float sums[1][4] = {};
     for (int base = 0; base < steps; base += DEPTH)
@@ -138,9 +170,7 @@ __device__ __forceinline__ void narrow(ARGUMENTS) {
         for (int i = 0; i < DEPTH; ++i) {
             const int step = base + i;
             if (step < steps) {
-                uint4 b = make_uint4(0, 0, 0, 0);  // zeros for tokens past the last
-                if (there) b = token_at[step * (STEP / 8)];
-                multiply_step(sums[0], a[i], b);
+                multiply_step(sums[0], a[i], load_tokens(token_at + step * (STEP * 2)));
                 if (step + DEPTH < steps)
 #pragma unroll
                     for (int half = 0; half < 2; ++half)
@@ -156,90 +186,142 @@ __device__ __forceinline__ void narrow(ARGUMENTS) {
             float sum = partial[0][at];
 #pragma unroll
             for (int other = 1; other < SHARES; ++other) sum += partial[other][at];
-            store_output(out, bias, sum, token, strip * ROWS + row, rows);
+            if (bias != nullptr) sum += value_of(bias[strip * ROWS + row]);
+            out[size_t(token) * rows + strip * ROWS + row] = rounded(sum);
         }
     }
 }
 
-// Grid (SHARES, tiles of 8 TILES tokens, groups of WIDE_STRIPS strips): neighbours in time share a group's weights. A
-// warp takes WARP_STRIPS strips: two, and what it reads of x from shared memory serves twice, as registers allow.
-template <int TILES, int DEPTH, int WARP_STRIPS>
-__device__ __forceinline__ void wide(ARGUMENTS) {
-    constexpr int TOKENS = TILES * 8, THREADS = WIDE_STRIPS / WARP_STRIPS * 32;
-    extern __shared__ uint4 shared[];  // [steps of the share][TOKENS][32] of x, later [WIDE_STRIPS][TOKENS][PITCH] sums
-    let_next_start();
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, share = blockIdx.x;
-    const int begin = share_begin(share), steps = share_begin(share + 1) - begin;
-    const uint4* tile_at[WARP_STRIPS];
+// Four rows of a token from `row` on: the runs' sums in order, and the bias.
+__device__ __forceinline__ void store_four(
+    bf16* out, const bf16 (&bias)[4], const float4 (&parts)[SHARES], int token, int row, int rows) {
+    float sums[4] = {parts[0].x, parts[0].y, parts[0].z, parts[0].w};
 #pragma unroll
-    for (int s = 0; s < WARP_STRIPS; ++s) {  // past the last strip: that one again, and its sums are not stored
-        const int strip = min(int(blockIdx.z) * WIDE_STRIPS + warp * WARP_STRIPS + s, (rows - 1) / ROWS);
-        tile_at[s] = weight + (size_t(strip) * STEPS + begin) * TILE + lane;
+    for (int share = 1; share < SHARES; ++share) {
+        sums[0] += parts[share].x;
+        sums[1] += parts[share].y;
+        sums[2] += parts[share].z;
+        sums[3] += parts[share].w;
     }
-    uint4 a[DEPTH][WARP_STRIPS][2];
+    bf16 four[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) four[i] = rounded(sums[i] + value_of(bias[i]));
+    bf16* to = out + size_t(token) * rows + row;
+    if (rows % 4 == 0) {  // 8 bytes lie aligned, and no row is past the last
+        *reinterpret_cast<uint2*>(to) =
+            make_uint2(four[0] | unsigned(four[1]) << 16, four[2] | unsigned(four[3]) << 16);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (row + i < rows) to[i] = four[i];
+    }
+}
+
+// Grid (SHARES, tiles of 8 TILES tokens, clusters that share the groups of strips), up to MOST_WARPS warps. A group is
+// a strip for each warp. Shared memory: x [MOST_STEPS][TOKENS][64 bytes], sums [warps][TOKENS][PITCH]: they must lie in
+// the same place in all blocks of a cluster, whose shares may differ by a step.
+template <int TILES, int DEPTH>
+__device__ __forceinline__ void wide(ARGUMENTS) {
+    constexpr int TOKENS = TILES * 8, STEP_BYTES = TOKENS * STEP * 2;
+    constexpr int ROUNDS = (TILES + SHARES - 1) / SHARES;  // of adding up: strips x TILES units, SHARES x warps of them
+    extern __shared__ uint4 shared[];
+    let_next_start();
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, share = blockIdx.x;
+    const int begin = share_begin(share);
+    int steps = share_begin(share + 1) - begin;
+    asm volatile("" : "+r"(steps));  // where all shares are alike ptxas would merge steps, load in clumps, and spill
+    const int strips = (rows + ROWS - 1) / ROWS, groups = (strips + warps - 1) / warps, first_group = blockIdx.z;
+    const auto tiles_of = [&](int group) {  // past the last strip: that one again, and its sums are not stored
+        return weight + (size_t(min(group * warps + warp, strips - 1)) * STEPS + begin) * TILE + lane;
+    };
+    const uint4* tile_at = tiles_of(first_group);
+    uint4 a[DEPTH][2];
 #pragma unroll
     for (int i = 0; i < DEPTH; ++i)
         if (i < steps)
 #pragma unroll
-            for (int s = 0; s < WARP_STRIPS; ++s)
-#pragma unroll
-                for (int half = 0; half < 2; ++half) a[i][s][half] = load_weight(tile_at[s] + i * TILE + half * 32);
+            for (int half = 0; half < 2; ++half) a[i][half] = load_weight(tile_at + i * TILE + half * 32);
 
     wait_for_previous();
     const int first = blockIdx.y * TOKENS;
-    const unsigned shared_at = unsigned(__cvta_generic_to_shared(shared));
-    for (int i = threadIdx.x; i < steps * TOKENS * 4; i += THREADS) {
-        const int token = first + i / 4 % TOKENS, step = i / 4 / TOKENS;
-        const bool there = token < tokens;  // zeros for tokens past the last
-        const bf16* from = x + size_t(there ? token : 0) * COLUMNS + (begin + step) * STEP + i % 4 * 8;
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                     :: "r"(shared_at + i * 16), "l"(from), "r"(there ? 16 : 0) : "memory");
-    }
-    asm volatile("cp.async.wait_all;" ::: "memory");
-    __syncthreads();
+    const unsigned x_at = unsigned(__cvta_generic_to_shared(shared)), sums_at = x_at + MOST_STEPS * STEP_BYTES;
+    float* partial = reinterpret_cast<float*>(shared) + MOST_STEPS * STEP_BYTES / 4;
+    // Piece c of 16 bytes of a step's token r lies at c ^ (r / 2 % 4): eight tokens' miss each other. The columns of
+    // the first DEPTH steps come first: they are multiplied while the others are under way.
+    const auto copy_steps = [&](int from, int to) {
+        for (int i = from * TOKENS * 4 + threadIdx.x; i < to * TOKENS * 4; i += blockDim.x) {
+            const int piece = i % 4, token = i / 4 % TOKENS, step = i / 4 / TOKENS;
+            const bool there = first + token < tokens;  // zeros for tokens past the last
+            copy_async(x_at + step * STEP_BYTES + token * (STEP * 2) + (piece ^ token / 2 % 4) * 16,
+                       x + size_t(there ? first + token : 0) * COLUMNS + (begin + step) * STEP + piece * 8, there);
+        }
+        commit_copies();
+    };
+    copy_steps(0, min(DEPTH, steps));
+    copy_steps(min(DEPTH, steps), steps);
+    unsigned token_at = x_at + lane % 8 * (STEP * 2) + (lane / 8 ^ lane / 2 % 4) * 16;
+    asm volatile("" : "+r"(token_at));  // kept in a register: ptxas would compute it anew at every step
 
-    float sums[WARP_STRIPS][TILES][4] = {};
-    for (int base = 0; base < steps; base += DEPTH)
+    for (int group = first_group; group < groups; group += gridDim.z) {
+        const bool more = group + int(gridDim.z) < groups;
+        const uint4* next_at = tiles_of(group + gridDim.z);
+        float sums[TILES][4] = {};
+        for (int base = 0; base < steps; base += DEPTH) {
+            if (group == first_group && base <= DEPTH) {  // later all of x is there
+                if (base == 0)
+                    wait_for_copies<1>();
+                else
+                    wait_for_copies<0>();
+                __syncthreads();
+            }
 #pragma unroll
-        for (int i = 0; i < DEPTH; ++i) {
-            const int step = base + i;
-            if (step < steps) {
+            for (int i = 0; i < DEPTH; ++i) {
+                const int step = base + i;
+                if (step < steps) {
 #pragma unroll
-                for (int tile = 0; tile < TILES; ++tile) {
-                    const uint4 b = shared[(step * TILES + tile) * 32 + lane];
+                    for (int tile = 0; tile < TILES; ++tile)
+                        multiply_step(
+                            sums[tile], a[i], load_tokens(token_at + step * STEP_BYTES + tile * 8 * STEP * 2));
+                    // The place in the ring takes a later step or, after the last, the next group's step i.
+                    const bool within = step + DEPTH < steps;
+                    const uint4* from = within ? tile_at + (step + DEPTH) * TILE : next_at + i * TILE;
+                    if (within || more)
 #pragma unroll
-                    for (int s = 0; s < WARP_STRIPS; ++s) multiply_step(sums[s][tile], a[i][s], b);
+                        for (int half = 0; half < 2; ++half) a[i][half] = load_weight(from + half * 32);
                 }
-                if (step + DEPTH < steps)
-#pragma unroll
-                    for (int s = 0; s < WARP_STRIPS; ++s)
-#pragma unroll
-                        for (int half = 0; half < 2; ++half)
-                            a[i][s][half] = load_weight(tile_at[s] + (step + DEPTH) * TILE + half * 32);
             }
         }
+        tile_at = next_at;
 
-    __syncthreads();  // x is no longer needed: its place takes the sums
+        if (group != first_group) cluster_wait();  // for those who read the sums of the group before
+        const int thread = thread_again(), lane = thread % 32, warp = thread / 32;
+        store_partial<TILES>(partial + warp * TOKENS * PITCH, sums, lane);
+        // A warp takes 8 tokens of a strip at a time, a lane four rows of one of them.
+        const auto unit = [&](int round) { return (round * warps + warp) * SHARES + share; };
+        const auto row_of = [&](int round) { return (group * warps + unit(round) / TILES) * ROWS + lane / 8 * 4; };
+        bf16 offsets[ROUNDS][4];
 #pragma unroll
-    for (int s = 0; s < WARP_STRIPS; ++s)
-        store_partial<TILES>(
-            reinterpret_cast<float*>(shared) + (warp * WARP_STRIPS + s) * TOKENS * PITCH, sums[s], lane);
-    cluster_exchange();
-    for (int i = share * THREADS + threadIdx.x; i < WIDE_STRIPS * TOKENS * ROWS; i += SHARES * THREADS) {
-        const int token = i / ROWS % TOKENS, slot = i / ROWS / TOKENS;
-        const int row = (blockIdx.z * WIDE_STRIPS + slot) * ROWS + i % ROWS;
-        if (first + token < tokens && row < rows) {
-            const unsigned at = shared_at + ((slot * TOKENS + token) * PITCH + i % ROWS) * sizeof(float);
-            float parts[SHARES];
+        for (int round = 0; round < ROUNDS; ++round)
 #pragma unroll
-            for (int other = 0; other < SHARES; ++other) parts[other] = load_remote(at, other);
-            float sum = parts[0];
+            for (int j = 0; j < 4; ++j) {
+                offsets[round][j] = 0x8000;  // -0, which changes no sum
+                if (bias != nullptr && row_of(round) + j < rows) offsets[round][j] = bias[row_of(round) + j];
+            }
+        cluster_exchange();
 #pragma unroll
-            for (int other = 1; other < SHARES; ++other) sum += parts[other];
-            store_output(out, bias, sum, first + token, row, rows);
+        for (int round = 0; round < ROUNDS; ++round) {
+            const int slot = unit(round) / TILES, token = unit(round) % TILES * 8 + lane % 8, row = row_of(round);
+            if (slot < warps && first + token < tokens && row < rows) {
+                const unsigned at = sums_at + ((slot * TOKENS + token) * PITCH + lane / 8 * 4) * sizeof(float);
+                float4 parts[SHARES];
+#pragma unroll
+                for (int other = 0; other < SHARES; ++other) parts[other] = load_remote(at, other);
+                store_four(out, offsets[round], parts, first + token, row, rows);
+            }
         }
+        cluster_arrive();  // what was read of the others' sums is in registers already
     }
-    cluster_meet();  // a block that left would take its sums with it; what was read of them is in registers already
+    cluster_wait();  // a block that left would take its sums with it
 }
 
 }  // namespace
@@ -248,14 +330,14 @@ extern "C" __global__ void __launch_bounds__(SHARES * 32, NARROW_BLOCKS) narrow_
     narrow<NARROW_DEPTH>(weight, x, bias, out, rows, tokens);
 }
 
-extern "C" __global__ void __cluster_dims__(SHARES, 1, 1) __launch_bounds__(WIDE_STRIPS * 16, 4) wide_16(ARGUMENTS) {
-    wide<2, 4, 2>(weight, x, bias, out, rows, tokens);
+extern "C" __global__ void __cluster_dims__(SHARES, 1, 1) __launch_bounds__(MOST_WARPS * 32, 1) wide_16(ARGUMENTS) {
+    wide<2, WIDE_DEPTH + 2>(weight, x, bias, out, rows, tokens);
 }
 
-extern "C" __global__ void __cluster_dims__(SHARES, 1, 1) __launch_bounds__(WIDE_STRIPS * 16, 4) wide_32(ARGUMENTS) {
-    wide<4, 4, 2>(weight, x, bias, out, rows, tokens);
+extern "C" __global__ void __cluster_dims__(SHARES, 1, 1) __launch_bounds__(MOST_WARPS * 32, 1) wide_32(ARGUMENTS) {
+    wide<4, WIDE_DEPTH + 2>(weight, x, bias, out, rows, tokens);
 }
 
-extern "C" __global__ void __cluster_dims__(SHARES, 1, 1) __launch_bounds__(WIDE_STRIPS * 32, 2) wide_64(ARGUMENTS) {
-    wide<8, 5, 1>(weight, x, bias, out, rows, tokens);
+extern "C" __global__ void __cluster_dims__(SHARES, 1, 1) __launch_bounds__(MOST_WARPS * 32, 1) wide_64(ARGUMENTS) {
+    wide<8, WIDE_DEPTH>(weight, x, bias, out, rows, tokens);
 }

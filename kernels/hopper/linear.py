@@ -14,7 +14,6 @@ from kernels.build import Kernel, compile_module
 
 ROWS = 16  # rows of a strip: M of the multiply
 STEP = 32  # columns of a packed tile: two fragments
-WIDE_STRIPS = 8
 MOST_PROJECTION_ROWS = 8192  # fewer rows are few strips: more warps on each keep more loads in flight
 PITCH = ROWS + 4  # floats from one token's partial sums to the next
 
@@ -26,8 +25,8 @@ WIDE_TOKENS = (16, 32, 64)  # and wide_16, ...; above 64 the grid tiles tokens b
 class PackedLinear:
     """tiles [strips of 16 rows, steps of 32 columns, 2 fragments, 32 lanes, 8] bf16, zero past the last row; rows is N.
 
-    Row 8h + g and column 8t + 4s + 2p + e of a tile lie in fragment s, lane 4g + t, at 4p + 2h + e: the A operand of
-    mma.m16n8k16 (PTX ISA), with the columns of each token's B operand in the order in which they come.
+    Row 8h + g and column 16s + 8p + 2t + e of a tile lie in fragment s, lane 4g + t, at 4p + 2h + e: as the PTX ISA
+    lays out the A operand of mma.m16n8k16, and a warp's part of that of wgmma.m64nNk16. Columns are in natural order.
     """
 
     tiles: Tensor
@@ -46,8 +45,8 @@ def pack(weight: Tensor) -> PackedLinear:
     rows, columns = weight.shape
     whole = rows // ROWS  # strips without padding
     tiles = torch.empty(-(-rows // ROWS), columns // STEP, 2, 32, 8, dtype=weight.dtype, device=weight.device)
-    as_given = tiles.view(*tiles.shape[:3], 8, 4, 2, 2, 2).permute(0, 6, 3, 1, 4, 2, 5, 7)  # strip h g step t s p e
-    columns_apart = weight.view(rows, -1, 4, 2, 2, 2)  # step t s p e
+    as_given = tiles.view(*tiles.shape[:3], 8, 4, 2, 2, 2).permute(0, 6, 3, 1, 2, 5, 4, 7)  # strip h g step s p t e
+    columns_apart = weight.view(rows, -1, 2, 2, 4, 2)  # step s p t e
     as_given[:whole] = columns_apart[: whole * ROWS].unflatten(0, (-1, 2, 8))
     for row in range(rows % ROWS):
         as_given[whole, row // 8, row % 8] = columns_apart[whole * ROWS + row]
@@ -62,7 +61,7 @@ def linear(x: Tensor, weight: PackedLinear, bias: Tensor | None = None) -> Tenso
 
 
 def kernel_for(tokens: int) -> str:
-    """Up to 8 tokens x is small beside a strip of weights and is read for each; above, a cluster shares it."""
+    """Up to 8 tokens x is small beside a strip of weights and is read for each; above, a cluster keeps it."""
     if tokens <= NARROW_TOKENS:
         return "narrow_8"
     return f"wide_{next((tile for tile in WIDE_TOKENS if tokens <= tile), WIDE_TOKENS[-1])}"
@@ -77,18 +76,18 @@ def launch(name: str, x: Tensor, weight: PackedLinear, bias: Tensor | None) -> T
     if bias is not None and (bias.dtype != torch.bfloat16 or bias.shape != (weight.rows,)):
         raise ValueError(f"bias {tuple(bias.shape)} {bias.dtype}: [{weight.rows}] bfloat16 is what this layer takes")
     out = torch.empty(tokens, weight.rows, dtype=torch.bfloat16, device=x.device)
+    if not tokens:
+        return out
     strips, shares = weight.tiles.shape[0], shares_of(weight.rows, weight.columns)
     if name.startswith("narrow"):
         if tokens > tile:
             raise ValueError(f"{name} takes up to {tile} tokens, not {tokens}")
-        grid, threads = (strips, 1, 1), shares * 32
+        grid, warps, shared = (strips, 1, 1), shares, narrow_shared(weight.columns, tokens)
     else:
-        grid = (shares, -(-tokens // tile), -(-strips // WIDE_STRIPS))
-        threads = WIDE_STRIPS * (32 if tile == 64 else 16)  # a warp has one strip or two
-    if tokens:
-        arguments = (weight.tiles, x, bias, out, weight.rows, tokens)
-        kernel = _kernel(name, weight.columns, shares, shared_bytes(name, weight.columns, shares, tokens))
-        kernel.launch(grid=grid, block=threads, args=arguments)
+        warps, clusters = wide_grid(strips, most_warps(weight.columns, shares), _resident(name, weight.columns, shares))
+        grid, shared = (shares, -(-tokens // tile), clusters), wide_shared(tile, weight.columns, shares, warps)
+    kernel = _kernel(name, weight.columns, shares, shared)
+    kernel.launch(grid=grid, block=warps * 32, args=(weight.tiles, x, bias, out, weight.rows, tokens))
     return out
 
 
@@ -100,21 +99,54 @@ def shares_of(rows: int, columns: int) -> int:
     return 8 if rows <= MOST_PROJECTION_ROWS else 4
 
 
-def shared_bytes(name: str, columns: int, shares: int, tokens: int) -> int:
-    """Dynamic shared memory: a narrow block's x, or a wide one's share of x and later its partial sums in its place."""
-    kind, tile = name.split("_")
-    if kind == "narrow":
-        return tokens * x_pitch(columns)
-    steps = -(-(columns // STEP) // shares)  # of the longest share
-    return int(tile) * max(steps * STEP * 2, WIDE_STRIPS * PITCH * 4)
+def most_warps(columns: int, shares: int) -> int:
+    """Of a wide block, as in linear.cu: each takes a strip at a time."""
+    return 20 if columns // STEP // shares <= 12 else 16
+
+
+def wide_grid(strips: int, most: int, resident: int) -> tuple[int, int]:
+    """Warps of a block, and clusters: all of them resident at once, in as few rounds over groups of strips as blocks of
+    up to `most` warps can make, each round as full as the others."""
+    rounds = -(-strips // (resident * most))
+    warps = -(-strips // (resident * rounds))
+    return warps, min(resident, -(-strips // warps))
+
+
+def narrow_shared(columns: int, tokens: int) -> int:
+    """Bytes of dynamic shared memory: x."""
+    return tokens * x_pitch(columns)
+
+
+def wide_shared(tile: int, columns: int, shares: int, warps: int) -> int:
+    """Bytes of dynamic shared memory: the longest share of x, and a strip's partial sums for each warp."""
+    steps = -(-(columns // STEP) // shares)
+    return tile * (steps * STEP * 2 + warps * PITCH * 4)
 
 
 def x_pitch(columns: int) -> int:
     """Bytes from one token of x to the next in a narrow block's shared memory."""
-    return -(-columns * 2 // 128) * 128 + 64
+    return -(-columns * 2 // 128) * 128 + 16
 
 
 @cache
 def _kernel(name: str, columns: int, shares: int, shared: int) -> Kernel:
     module = compile_module(Path(__file__).with_name("linear.cu"), {"COLUMNS": columns, "SHARES": shares})
     return module.kernel(name, shared_bytes=shared)
+
+
+@cache
+def _resident(name: str, columns: int, shares: int) -> int:
+    """Clusters of the largest blocks that the device holds at once: a cluster stays within a GPC, and not all of those
+    have the same number of multiprocessors."""
+    from cuda.bindings import driver
+
+    warps = most_warps(columns, shares)
+    shared = wide_shared(int(name.split("_")[1]), columns, shares, warps)
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = shares, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = warps * 32, 1, 1
+    config.sharedMemBytes = shared
+    status, clusters = driver.cuOccupancyMaxActiveClusters(_kernel(name, columns, shares, shared)._function, config)
+    if status != driver.CUresult.CUDA_SUCCESS or clusters < 1:
+        raise RuntimeError(f"{name}: no cluster of {shares} blocks of {warps} warps and {shared} bytes fits: {status}")
+    return clusters

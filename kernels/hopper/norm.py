@@ -1,7 +1,6 @@
-"""RMSNorm, residual add, embedding and routing on Hopper: the operations of that name in `kernels.reference`.
+"""Embedding, residual add, RMSNorm and routing on Hopper: the operations of that name in `kernels.reference`.
 
-Two differences from the reference: routing keeps its logits in float32 instead of rounding them to bf16, and
-`add_rms_norm` does in one kernel what the model otherwise does in two steps.
+One difference from the reference: routing keeps its logits in float32 instead of rounding them to bf16.
 """
 
 from functools import cache
@@ -16,64 +15,84 @@ ROW_THREADS = 384
 RANKS = 8  # blocks of a router's cluster
 MOST_EXPERTS = 128
 MOST_TOKENS = 2  # that a cluster takes between two barriers
+MANY_TOKENS, MANY_WARPS = 16, 8  # of a block where tokens are many
 ROUTED_EXPERTS = 2048  # experts of all clusters at once: 132 multiprocessors with 16 warps each
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [T, H] bf16, weight [H] float32 -> x / rms(x) * weight [T, H] bf16."""
-    tokens, hidden = _rows("x", x)
+def embed_norm(tokens: Tensor, table: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """tokens [T] int32, each a row of table [V, H] bf16; weight [H] float32 -> the rows [T, H], and their RMSNorm."""
+    _, hidden = _rows("table", table)
     _check_scale(weight, hidden)
-    out = torch.empty_like(x)
-    if tokens:
-        _kernel("rms_norm", hidden).launch(grid=(tokens, 1, 1), block=ROW_THREADS, args=(x, weight, out, float(eps)))
-    return out
+    if tokens.dtype != torch.int32 or tokens.dim() != 1 or not tokens.is_contiguous():
+        raise ValueError(f"tokens {tuple(tokens.shape)} {tokens.dtype}: a contiguous [T] int32 is what can be embedded")
+    count = tokens.shape[0]
+    x, out = (torch.empty(count, hidden, dtype=table.dtype, device=table.device) for _ in range(2))
+    if count:
+        arguments = (tokens, table, weight, x, out, float(eps))
+        _kernel("embed_norm", hidden).launch(grid=(count, 1, 1), block=ROW_THREADS, args=arguments)
+    return x, out
 
 
-def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x, delta [T, H] bf16, weight [H] float32 -> x + delta rounded to bf16, and that normed as `rms_norm` does."""
+def add_norm(x: Tensor, parts: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x [T, H], parts [T, n, H] bf16, weight [H] float32 -> x + the parts' sum, rounded to bf16, and its RMSNorm."""
     tokens, hidden = _rows("x", x)
     _check_scale(weight, hidden)
-    if _rows("delta", delta) != (tokens, hidden):
-        raise ValueError(f"delta {tuple(delta.shape)} is added to x {tuple(x.shape)}: their shapes must be equal")
+    count = _parts(parts, tokens, hidden)
     residual, out = torch.empty_like(x), torch.empty_like(x)
     if tokens:
-        arguments = (x, delta, weight, residual, out, float(eps))
-        _kernel("add_rms_norm", hidden).launch(grid=(tokens, 1, 1), block=ROW_THREADS, args=arguments)
+        arguments = (x, parts, weight, residual, out, count, float(eps))
+        _kernel("add_norm", hidden).launch(grid=(tokens, 1, 1), block=ROW_THREADS, args=arguments)
     return residual, out
 
 
-def embed(tokens: Tensor, table: Tensor) -> Tensor:
-    """tokens [T] int32, each a row of table [V, H] bf16 -> [T, H] bf16."""
-    _, hidden = _rows("table", table)
-    if tokens.dtype != torch.int32 or tokens.dim() != 1 or not tokens.is_contiguous():
-        raise ValueError(f"tokens {tuple(tokens.shape)} {tokens.dtype}: a contiguous [T] int32 is what embed takes")
-    count = tokens.shape[0]
-    out = torch.empty(count, hidden, dtype=table.dtype, device=table.device)
-    if count:
-        _kernel("embed", hidden).launch(grid=(count, 1, 1), block=ROW_THREADS, args=(tokens, table, out))
+def combine(parts: Tensor) -> Tensor:
+    """parts [T, n, H] bf16 -> their sum [T, H]."""
+    tokens, _, hidden = parts.shape
+    count = _parts(parts, tokens, hidden)
+    out = parts.new_empty(tokens, hidden)
+    if tokens:
+        _kernel("combine", hidden).launch(grid=(tokens, 1, 1), block=ROW_THREADS, args=(parts, out, count))
     return out
 
 
-def route(x: Tensor, weight: Tensor, bias: Tensor, active: int) -> tuple[Tensor, Tensor]:
-    """x [T, H], weight [E, H], bias [E] bf16 -> expert ids [T, active] int64 and their weights [T, active] float32.
+def add_norm_route(
+    x: Tensor, delta: Tensor, weight: Tensor, eps: float, router: Tensor, bias: Tensor, active: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `add_norm`, with one part, delta [T, H]; then router [E, H], bias [E] bf16 choose experts for the normed rows.
 
-    The softmax runs over the chosen logits, float32. Of equal logits the lower expert id goes first.
+    -> x + delta, its norm [T, H] bf16, expert ids [T, active] int64 and their weights [T, active] float32: a softmax
+    over the chosen logits, in float32. Of equal logits the lower expert id goes first.
     """
     tokens, hidden = _rows("x", x)
-    experts = weight.shape[0]
-    if _rows("weight", weight) != (experts, hidden) or bias.dtype != torch.bfloat16 or bias.shape != (experts,):
-        raise ValueError(f"weight {tuple(weight.shape)}, bias {tuple(bias.shape)} {bias.dtype}: [E, {hidden}] and [E] "
-                         "bfloat16 are what x asks for")
-    if not 1 <= active <= min(experts, 32) or experts > MOST_EXPERTS:
-        raise ValueError(f"{active} of {experts} experts: at most 32 of at most {MOST_EXPERTS} can be chosen")
+    _check_scale(weight, hidden)
+    experts = _check_router(router, bias, hidden, active)
+    if _rows("delta", delta) != (tokens, hidden):
+        raise ValueError(f"delta {tuple(delta.shape)} is added to x {tuple(x.shape)}: their shapes must be equal")
+    residual, out = torch.empty_like(x), torch.empty_like(x)
     ids = torch.empty(tokens, active, dtype=torch.int64, device=x.device)
     shares = torch.empty(tokens, active, dtype=torch.float32, device=x.device)
     if tokens:
         clusters, group = router_grid(tokens, experts)
-        arguments = (x, weight, bias, ids, shares, tokens, experts, active, group)
+        arguments = (x, delta, weight, router, bias, residual, out, ids, shares, tokens, experts, active, group,
+                     float(eps))
         threads = -(-experts // RANKS) * 32
-        _kernel("route", hidden).launch(grid=(RANKS, clusters, 1), block=threads, args=arguments)
-    return ids, shares
+        _kernel("add_norm_route", hidden).launch(grid=(RANKS, clusters, 1), block=threads, args=arguments)
+    return residual, out, ids, shares
+
+
+def prefill_add_norm_route(
+    x: Tensor, delta: Tensor, weight: Tensor, eps: float, router: Tensor, bias: Tensor, active: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`add_norm_route` for many tokens: `add_norm`, then routing by tensor cores. The bytes are not the same."""
+    residual, out = add_norm(x, delta.unsqueeze(1), weight, eps)
+    tokens, hidden = out.shape
+    experts = _check_router(router, bias, hidden, active)
+    ids = torch.empty(tokens, active, dtype=torch.int64, device=x.device)
+    shares = torch.empty(tokens, active, dtype=torch.float32, device=x.device)
+    kernel = _kernel("route", hidden, MANY_WARPS * MANY_TOKENS * experts * 4)
+    arguments = (out, router, bias, ids, shares, tokens, experts, active)
+    kernel.launch(grid=(-(-tokens // MANY_TOKENS), 1, 1), block=MANY_WARPS * 32, args=arguments)
+    return residual, out, ids, shares
 
 
 def router_grid(tokens: int, experts: int) -> tuple[int, int]:
@@ -89,6 +108,23 @@ def _rows(name: str, x: Tensor) -> tuple[int, int]:
     return x.shape[0], x.shape[1]
 
 
+def _check_router(router: Tensor, bias: Tensor, hidden: int, active: int) -> int:
+    experts = router.shape[0]
+    if _rows("router", router) != (experts, hidden) or bias.dtype != torch.bfloat16 or bias.shape != (experts,):
+        raise ValueError(f"router {tuple(router.shape)}, bias {tuple(bias.shape)} {bias.dtype}: [E, {hidden}] and [E] "
+                         "bfloat16 are what rows ask for")
+    if not 1 <= active <= min(experts, 32) or experts > MOST_EXPERTS:
+        raise ValueError(f"{active} of {experts} experts: at most 32 of at most {MOST_EXPERTS} can be chosen")
+    return experts
+
+
+def _parts(parts: Tensor, tokens: int, hidden: int) -> int:
+    if parts.dim() != 3 or parts.shape[::2] != (tokens, hidden) or not parts.shape[1]:
+        raise ValueError(f"parts {tuple(parts.shape)}: [{tokens}, n, {hidden}] is what is summed")
+    _rows("parts", parts.view(-1, hidden))
+    return parts.shape[1]
+
+
 def _check_scale(weight: Tensor, hidden: int) -> None:
     if weight.dtype != torch.float32 or weight.shape != (hidden,) or weight.data_ptr() % 16:
         raise ValueError(f"weight {tuple(weight.shape)} {weight.dtype}: a 16-byte aligned [{hidden}] float32 is what "
@@ -96,5 +132,5 @@ def _check_scale(weight: Tensor, hidden: int) -> None:
 
 
 @cache
-def _kernel(name: str, hidden: int) -> Kernel:
-    return compile_module(Path(__file__).with_name("norm.cu"), {"HIDDEN": hidden}).kernel(name)
+def _kernel(name: str, hidden: int, shared_bytes: int = 0) -> Kernel:
+    return compile_module(Path(__file__).with_name("norm.cu"), {"HIDDEN": hidden}).kernel(name, shared_bytes)

@@ -7,7 +7,9 @@ experts' weights those count that the rows of the timed step chose.
 import argparse
 import json
 import statistics
+import tempfile
 import time
+from collections import defaultdict
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,12 +87,12 @@ def chosen_experts(built, bucket, staging) -> int:
     ops, seen = built.model.ops, []
 
     def route(*arguments):
-        chosen, shares = ops.route(*arguments)
+        *rows, chosen, shares = ops.add_norm_route(*arguments)
         seen.append(len(chosen.unique()))
-        return chosen, shares
+        return *rows, chosen, shares
 
     built.buffers.words.copy_(staging.words)
-    built.model.ops = SimpleNamespace(**(vars(ops) | {"route": route}))
+    built.model.ops = SimpleNamespace(**(vars(ops) | {"add_norm_route": route}))
     built.model.step(bucket, built.buffers)()
     built.model.ops = ops
     torch.cuda.synchronize()
@@ -138,11 +140,46 @@ def step_ms(built, bucket, context, launches=40) -> tuple[float, float]:
     return statistics.median(samples), statistics.mean(experts)
 
 
+def by_kernel(built, bucket, replays=20) -> list[tuple[str, int, float]]:
+    """The kernels of a bucket's step, whose words are in place: name and grid, launches, and microseconds a step.
+
+    Kernels overlap: each waits for the one before it. So a kernel's time is by how much it ended after that one.
+    """
+    staging = built.buffers.staging()
+    words = built.buffers.words_of(bucket)
+    staging.words[:words].copy_(built.buffers.words[:words])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(replays):
+            built.steps.launch(bucket, staging)()
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        profile.export_chrome_trace(file.name)
+        events = json.loads(Path(file.name).read_text())["traceEvents"]
+    kernels = sorted((e for e in events if e.get("cat") == "kernel"), key=lambda e: e["ts"] + e["dur"])
+    times, previous = defaultdict(list), 0.0
+    for kernel in kernels:
+        end = kernel["ts"] + kernel["dur"]
+        begin = max(previous, kernel["ts"])  # where nothing ran before it, the gap is not its own
+        grid = "x".join(str(n) for n in kernel["args"]["grid"])
+        times[f"{kernel['name'][:60]} {grid}"].append(end - begin)
+        previous = end
+    table = [(name, len(spent) // replays, sum(spent) / replays) for name, spent in times.items()]
+    return sorted(table, key=lambda row: -row[2])
+
+
+def print_kernels(built, bucket) -> None:
+    table = by_kernel(built, bucket)
+    print(f"{bucket.kind} {bucket.tokens}: {sum(spent for *_, spent in table):.0f} us in kernels")
+    for name, count, spent in table:
+        if spent >= 1:
+            print(f"  {name:<76} {count:>4} x {spent / max(count, 1):>8.2f} us = {spent:>8.1f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=SHAPES, default="20b")
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--prefill", type=int, nargs="*", default=[2048])
+    parser.add_argument("--kernels", type=int, nargs="*", default=[1, 64, 2048], help="buckets to take apart")
     parser.add_argument("--contexts", type=int, nargs="*", default=[1024], help="longer ones at one row only")
     arguments = parser.parse_args()
     shape, rate = SHAPES[arguments.model], read_bandwidth()
@@ -163,12 +200,16 @@ def main() -> None:
             print(f"{'decode':>9} {bucket.tokens:>4} {context:>8} {ms:>8.3f} "
                   f"{experts / shape.num_hidden_layers:>8.1f} {size / 1e9:>7.2f} "
                   f"{size / ms / 1e6:>6.0f} {share:>8.1%}", flush=True)
+            if context == arguments.contexts[0] and bucket.tokens in arguments.kernels:
+                print_kernels(built, bucket)
     for bucket in built.buffers.buckets.prefill:
         for context in {bucket.tokens, min(1024, bucket.tokens)}:
             ms, _ = step_ms(built, bucket, context, launches=3)
             rows.append({"kind": "prefill", "tokens": bucket.tokens, "context": context, "ms": ms})
             speed = f"{bucket.tokens / ms * 1e3:>10.0f} tokens/s"
             print(f"{'prefill':>9} {bucket.tokens:>4} {context:>8} {ms:>8.2f} {speed}", flush=True)
+            if context == bucket.tokens in arguments.kernels:
+                print_kernels(built, bucket)
     OUT.parent.mkdir(exist_ok=True)
     known = json.loads(OUT.read_text()) if OUT.exists() else {}
     known[arguments.model] = {

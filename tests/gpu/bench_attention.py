@@ -1,4 +1,4 @@
-"""RoPE + append and attention over pages on an H100: `python -m tests.gpu.bench_attention`.
+"""RoPE, append and attention over pages on an H100: `python -m tests.gpu.bench_attention`.
 
 Medians of CUDA-graph replays. A graph makes many calls, each over pages of its own, so that a replay reads several
 times the L2: 400 MB where 400 calls are enough for it.
@@ -6,7 +6,7 @@ times the L2: 400 MB where 400 calls are enough for it.
 
 import torch
 
-from kernels.hopper.attention import attention, rope_append
+from kernels.hopper.attention import decode_attention, prefill_attention
 from tests.gpu.timing import BANDWIDTH, microseconds
 
 PAGE, DIM = 64, 64
@@ -19,8 +19,12 @@ CASES = (  # tokens, context, window
 )
 
 
+def turns(positions):
+    return torch.randn(2, positions, DIM // 2, device="cuda")
+
+
 def attention_time(positions, window, heads=HEADS, kv_heads=KV_HEADS, width=2048) -> tuple[float, int]:
-    """Microseconds and bytes of keys and values."""
+    """Decode: microseconds, and bytes of keys and values."""
     seen = [position + 1 if window is None else min(position + 1, window) for position in positions]
     size = sum(seen) * kv_heads * DIM * 2 * 2
     calls = int(min(MOST_CALLS, max(4, BYTES_A_REPLAY / size)))
@@ -32,34 +36,24 @@ def attention_time(positions, window, heads=HEADS, kv_heads=KV_HEADS, width=2048
         table[row, : len(own)] = own
     slots = torch.arange(len(table), device="cuda", dtype=torch.int32).split(len(positions))
     at = torch.tensor(positions, device="cuda", dtype=torch.int32)
-    q = torch.randn(len(positions), heads, DIM, device="cuda").bfloat16()
-    sinks = torch.randn(heads, device="cuda")
-    run = [lambda own=own: attention(q, *pools, table, own, at, sinks, window) for own in slots]
+    qkv = torch.randn(len(positions), (heads + 2 * kv_heads) * DIM, device="cuda").bfloat16()
+    sinks, angles = torch.randn(heads, device="cuda"), turns(max(positions) + 1)
+    run = [lambda own=own: decode_attention(qkv, *angles, at, own, table, *pools, sinks, window) for own in slots]
     return microseconds(run), size
 
 
-def rope_time(tokens, heads=HEADS, kv_heads=KV_HEADS) -> float:
-    rows = torch.randn(24, tokens, (heads + 2 * kv_heads) * DIM, device="cuda").bfloat16()
-    pools = torch.empty(24, 2, tokens + 1, kv_heads, PAGE, DIM, device="cuda", dtype=torch.bfloat16)
-    cos, sin = torch.randn(2, 2048, DIM // 2, device="cuda")
-    slots = torch.arange(tokens, device="cuda", dtype=torch.int32)
-    table = (slots + 1).view(-1, 1).repeat(1, 32)
-    at = torch.full_like(slots, 1023)
-    return microseconds([
-        lambda qkv=qkv, pool=pool: rope_append(qkv, cos, sin, at, slots, table, *pool)
-        for qkv, pool in zip(rows, pools, strict=True)
-    ])
-
-
-def prefill_time(tokens, window) -> float:
-    """One request's prompt."""
-    entries = -(-tokens // PAGE)
-    pools = torch.randn(2, entries + 1, KV_HEADS, PAGE, DIM, device="cuda").bfloat16()
-    table = torch.arange(1, entries + 1, device="cuda", dtype=torch.int32).view(1, -1)
-    at = torch.arange(tokens, device="cuda", dtype=torch.int32)
-    q, sinks = torch.randn(tokens, HEADS, DIM, device="cuda").bfloat16(), torch.randn(HEADS, device="cuda")
-    slots = torch.zeros_like(at)
-    return microseconds([lambda: attention(q, *pools, table, slots, at, sinks, window)] * 4)
+def prefill_time(requests, tokens, window) -> tuple[float, int]:
+    """`requests` whole prompts of `tokens` tokens each: microseconds, and flops of both products."""
+    entries, count = -(-tokens // PAGE), requests * tokens
+    pools = torch.randn(2, requests * entries + 1, KV_HEADS, PAGE, DIM, device="cuda").bfloat16()
+    table = torch.arange(1, requests * entries + 1, device="cuda", dtype=torch.int32).view(requests, entries)
+    at = torch.arange(tokens, device="cuda", dtype=torch.int32).repeat(requests)
+    slots = torch.arange(requests, device="cuda", dtype=torch.int32).repeat_interleave(tokens)
+    qkv = torch.randn(count, (HEADS + 2 * KV_HEADS) * DIM, device="cuda").bfloat16()
+    sinks, angles = torch.randn(HEADS, device="cuda"), turns(tokens)
+    seen = sum(min(position + 1, window or tokens) for position in range(tokens)) * requests
+    run = [lambda: prefill_attention(qkv, *angles, at, slots, table, *pools, sinks, window)] * 4
+    return microseconds(run), seen * HEADS * DIM * 2 * 2
 
 
 def report(name, time, size) -> None:
@@ -68,8 +62,6 @@ def report(name, time, size) -> None:
 
 
 def bench() -> None:
-    for tokens in (1, 8, 64, 256):
-        report(f"rope + append, {tokens} tokens", rope_time(tokens), 4 * tokens * (HEADS + 2 * KV_HEADS) * DIM)
     for tokens, context, window in CASES:
         time, size = attention_time([context - 1] * tokens, window)
         report(f"attention, {tokens} tokens at {context}, window {window}", time, size)
@@ -77,10 +69,13 @@ def bench() -> None:
         for tokens, context in ((1, 1024), (64, 1024), (1, 65536)):
             time, size = attention_time([context - 1] * tokens, None, heads, kv_heads)
             report(f"attention, {tokens} tokens at {context}, {heads}/{kv_heads} heads", time, size)
-    for tokens, window in ((2048, None), (2048, 128), (8192, None)):
-        print(f"{f'attention, a prompt of {tokens}, window {window}':<44} {prefill_time(tokens, window):>8.1f} us")
     time, size = attention_time([65535] + [1023] * 63, None)
     report("attention, one token at 65536, 63 at 1024", time, size)
+    for requests, tokens in ((1, 128), (1, 2048), (1, 4096), (1, 8192), (8, 1024)):
+        for window in (None, 128):
+            time, flops = prefill_time(requests, tokens, window)
+            name = f"prefill, {requests} of {tokens}, window {window}"
+            print(f"{name:<44} {time:>8.1f} us {flops / time / 1e6:>6.0f} TFLOP/s", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from tests.gpu.timing import BANDWIDTH, microseconds
 
 EXPERTS, HIDDEN, INNER, ACTIVE, LAYERS, LIMIT = 32, 2880, 2880, 4, 2, 7.0
 EXPERT_BYTES = 3 * HIDDEN * INNER * 4.25 / 8
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 2048)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CALLS = 16
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from kernels.hopper.linear import kernel_for, linear, pack
-from kernels.hopper.norm import add_rms_norm, embed, rms_norm, route
+from kernels.hopper.norm import add_norm, add_norm_route, embed_norm
 from tests.gpu.timing import BANDWIDTH, microseconds
 
 ROTATING = 400e6
@@ -26,7 +26,7 @@ def bench() -> None:
         weights = [torch.randn(rows, columns, device="cuda").bfloat16() for _ in range(copies)]
         packed = [pack(weight) for weight in weights]
         bias = torch.randn(rows, device="cuda").bfloat16()
-        for tokens in TOKENS if rows > 10**5 else (*TOKENS, PREFILL):
+        for tokens in TOKENS:
             x = torch.randn(tokens, columns, device="cuda").bfloat16()
             library = microseconds([lambda w=weight, x=x, bias=bias: F.linear(x, w, bias) for weight in weights])
             ours = microseconds([lambda w=weight, x=x, bias=bias: linear(x, w, bias) for weight in packed])
@@ -38,21 +38,23 @@ def bench() -> None:
 
 def bench_rows(layers: int = 36) -> None:
     """Norms and routing, a chain of `layers` calls, each layer with weights of its own."""
-    print(f"\n{'tokens':>7}{'rms_norm':>10}{'add_rms':>10}{'embed':>10}{'route 32':>10}{'route 128':>10}   us")
+    print(f"\n{'tokens':>7}{'embed':>10}{'add 4':>10}{'route 32':>10}{'route 128':>10}   us")
     scales = torch.ones(layers, 2880, device="cuda")
     table = torch.randn(201088, 2880, device="cuda", dtype=torch.bfloat16)
     for tokens in (*TOKENS, 256, PREFILL):
         x = torch.randn(tokens, 2880, device="cuda").bfloat16()
         ids = torch.randint(0, 201088, (tokens,), dtype=torch.int32, device="cuda")
+        parts = torch.randn(tokens, 4, 2880, device="cuda").bfloat16()
         cells = [
-            microseconds([lambda s=s, x=x: rms_norm(x, s, 1e-5) for s in scales]),
-            microseconds([lambda s=s, x=x: add_rms_norm(x, x, s, 1e-5) for s in scales]),
-            microseconds([lambda ids=ids: embed(ids, table)] * layers),
+            microseconds([lambda s=s, ids=ids: embed_norm(ids, table, s, 1e-5) for s in scales]),
+            microseconds([lambda s=s, x=x, parts=parts: add_norm(x, parts, s, 1e-5) for s in scales]),
         ]
         for experts in (32, 128):
             routers = torch.randn(layers, experts, 2880, device="cuda").bfloat16()
             bias = torch.randn(experts, device="cuda").bfloat16()
-            cells.append(microseconds([lambda r=r, x=x, bias=bias: route(x, r, bias, 4) for r in routers]))
+            cells.append(microseconds([
+                lambda r=r, x=x, bias=bias: add_norm_route(x, x, scales[0], 1e-5, r, bias, 4) for r in routers
+            ]))
         print(f"{tokens:7}" + "".join(f"{cell:10.2f}" for cell in cells), flush=True)
 
 

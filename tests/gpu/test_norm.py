@@ -1,10 +1,10 @@
-"""RMSNorm, residual add, embedding and routing on a Hopper GPU against the reference in float32."""
+"""Embedding, residual add, RMSNorm and routing on a Hopper GPU against the reference in float32."""
 
 import pytest
 import torch
 
 from kernels import reference
-from kernels.hopper.norm import add_rms_norm, embed, rms_norm, route
+from kernels.hopper.norm import add_norm, add_norm_route, combine, embed_norm, prefill_add_norm_route
 
 pytestmark = pytest.mark.gpu
 
@@ -12,6 +12,8 @@ TOKENS = [1, 2, 3, 8, 17, 64, 100, 256, 2048]
 HIDDEN = [2880, 64, 3200]
 EXPERTS = [6, 8, 24, 32, 128]
 EPS = 1e-5
+ROUTES = [add_norm_route, prefill_add_norm_route]
+by_both = pytest.mark.parametrize("op", ROUTES, ids=["decode", "prefill"])
 
 
 def random(*shape, seed=0, scale=1.0):
@@ -28,85 +30,111 @@ def error(out, expected):
     return ((out.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("hidden", HIDDEN)
-def test_rms_norm_is_the_reference(tokens, hidden):
-    x, weight = random(tokens, hidden, scale=3.0), random(hidden, seed=1).float()
-    poison(tokens, hidden)
-    assert error(rms_norm(x, weight, EPS), reference.rms_norm(x.float(), weight, EPS)) < 1e-2
+def route(x, weight, bias, active, op=add_norm_route):
+    """Routing alone: rows that are normed already, a weight of ones, and nothing added."""
+    ones = torch.ones(x.shape[1], device="cuda")
+    return op(x, torch.zeros_like(x), ones, EPS, weight, bias, active)[2:]
+
+
+def normed(tokens, hidden):
+    """Rows whose norm is a scaling that bf16 does not see."""
+    x = random(tokens, hidden).float()
+    return reference.rms_norm(x, torch.ones(hidden, device="cuda"), EPS).bfloat16()
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("hidden", HIDDEN)
-def test_add_rms_norm_is_torchs_sum_and_the_norm_of_it(tokens, hidden):
-    x, delta, weight = random(tokens, hidden), random(tokens, hidden, seed=1), random(hidden, seed=2).float()
-    poison(tokens, hidden)
-    residual, normed = add_rms_norm(x, delta, weight, EPS)
-    assert torch.equal(residual, x + delta)
-    assert torch.equal(normed, rms_norm(residual, weight, EPS))
-
-
-@pytest.mark.parametrize("tokens", TOKENS)
-def test_embed_takes_rows(tokens):
-    table = random(1000, 2880)
+def test_embedding_takes_rows_and_norms_them(tokens, hidden):
+    table, weight = random(1000, hidden, scale=3.0), random(hidden, seed=1).float()
     ids = torch.randint(0, 1000, (tokens,), dtype=torch.int32, device="cuda")
     ids[0], ids[-1] = 999, 0
-    poison(tokens, 2880)
-    assert torch.equal(embed(ids, table), reference.embed(ids, table))
+    poison(tokens, hidden)
+    rows, out = embed_norm(ids, table, weight, EPS)
+    assert torch.equal(rows, table[ids])
+    assert error(out, reference.rms_norm(table[ids].float(), weight, EPS)) < 1e-2
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("experts", EXPERTS)
-def test_route_chooses_the_largest_logits(tokens, experts):
-    x, weight, bias = random(tokens, 2880), random(experts, 2880, seed=1, scale=0.03), random(experts, seed=2)
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("count", [1, 2, 4, 5])
+def test_a_residual_takes_the_sum_of_its_parts_and_is_normed(tokens, hidden, count):
+    x, parts, weight = random(tokens, hidden), random(tokens, count, hidden, seed=1), random(hidden, seed=2).float()
+    poison(tokens, hidden)
+    residual, out = add_norm(x, parts, weight, EPS)
+    total = parts[:, 0].float()
+    for n in range(1, count):
+        total = total + parts[:, n].float()
+    assert torch.equal(residual, (x.float() + total).bfloat16())
+    assert error(out, reference.rms_norm(residual.float(), weight, EPS)) < 1e-2
+    poison(tokens, hidden)
+    assert torch.equal(combine(parts), total.bfloat16())
+
+
+@by_both
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize(("experts", "hidden"), [*((count, 2880) for count in EXPERTS), (8, 256), (5, 96), (6, 72)])
+def test_what_is_routed_is_the_norm_of_the_sum(op, tokens, experts, hidden):
+    x, delta, scale = random(tokens, hidden), random(tokens, hidden, seed=1), random(hidden, seed=2).float()
+    weight, bias = random(experts, hidden, seed=3, scale=0.03), random(experts, seed=4)
+    poison(tokens, hidden)
     poison(tokens, 4, dtype=torch.int64)
     poison(tokens, 4, dtype=torch.float32)
-    ids, shares = route(x, weight, bias, 4)
-    logits = x.double() @ weight.double().T + bias.double()
+    residual, out, ids, shares = op(x, delta, scale, EPS, weight, bias, 4)
+    assert torch.equal(residual, x + delta)
+    assert error(out, reference.rms_norm(residual.float(), scale, EPS)) < 1e-2
+    logits = out.double() @ weight.double().T + bias.double()
     best = logits.topk(4).values
     torch.testing.assert_close(logits.gather(1, ids), best, rtol=0, atol=1e-4)  # a near tie may go either way
     assert all(len(set(row)) == 4 for row in ids.tolist())
     assert error(shares, best.softmax(-1)) < 1e-4
 
 
+@by_both
 @pytest.mark.parametrize("experts", [6, 32, 128])
-def test_route_agrees_with_the_reference_in_float32(experts):
-    x, weight, bias = random(64, 2880), random(experts, 2880, seed=1, scale=0.03), random(experts, seed=2)
-    ids, shares = route(x, weight, bias, 4)
+def test_route_agrees_with_the_reference_in_float32(op, experts):
+    x, weight, bias = normed(64, 2880), random(experts, 2880, seed=1, scale=0.03), random(experts, seed=2)
+    ids, shares = route(x, weight, bias, 4, op)
     expected_ids, expected_shares = reference.route(x.float(), weight.float(), bias.float(), 4)
-    assert (ids == expected_ids).float().mean() > 0.99
-    assert error(shares, expected_shares) < 1e-3
+    assert (ids == expected_ids).float().mean() > 0.98
+    assert error(shares, expected_shares) < 1e-2
 
 
+@by_both
 @pytest.mark.parametrize("experts", EXPERTS)
 @pytest.mark.parametrize("active", [1, 2, 4])
-def test_of_equal_logits_the_lower_expert_goes_first(experts, active):
+def test_of_equal_logits_the_lower_expert_goes_first(op, experts, active):
     x = random(3, 2880)
     bias = torch.zeros(experts, dtype=torch.bfloat16, device="cuda")
     bias[1::2] = -0.0  # equals 0.0
-    ids, shares = route(x, torch.zeros(experts, 2880, dtype=torch.bfloat16, device="cuda"), bias, active)
+    ids, shares = route(x, torch.zeros(experts, 2880, dtype=torch.bfloat16, device="cuda"), bias, active, op)
     assert ids.tolist() == [list(range(active))] * 3
     torch.testing.assert_close(shares, torch.full_like(shares, 1 / active))
     bias[:] = -3.0
     bias[experts - 1] = bias[experts - 2] = -2.0
-    ids, _ = route(x, torch.zeros(experts, 2880, dtype=torch.bfloat16, device="cuda"), bias, active)
+    ids, _ = route(x, torch.zeros(experts, 2880, dtype=torch.bfloat16, device="cuda"), bias, active, op)
     assert ids.tolist() == [[experts - 2, experts - 1, 0, 1][:active]] * 3
 
 
+@by_both
 @pytest.mark.parametrize("experts", [6, 32, 128])
-def test_a_token_alone_has_the_bytes_it_has_among_others(experts):
-    x, delta, scale = random(300, 2880), random(300, 2880, seed=3), random(2880, seed=4).float()
+def test_a_token_alone_has_the_bytes_it_has_among_others(op, experts):
+    x, parts, scale = random(300, 2880), random(300, 4, 2880, seed=3), random(2880, seed=4).float()
     weight, bias = random(experts, 2880, seed=1, scale=0.03), random(experts, seed=2)
-    whole = (rms_norm(x, scale, EPS), *add_rms_norm(x, delta, scale, EPS), *route(x, weight, bias, 4))
+
+    def everything(rows):
+        some, more = x[rows].clone(), parts[rows].clone()
+        return *add_norm(some, more, scale, EPS), *op(some, combine(more), scale, EPS, weight, bias, 4)
+
+    whole = everything(slice(None))
     for start, end in [(0, 1), (299, 300), (5, 8), (60, 77), (100, 164)]:
-        some, more = x[start:end].clone(), delta[start:end].clone()
-        alone = (rms_norm(some, scale, EPS), *add_rms_norm(some, more, scale, EPS), *route(some, weight, bias, 4))
+        alone = everything(slice(start, end))
         assert all(torch.equal(a, w[start:end]) for a, w in zip(alone, whole, strict=True)), (start, end)
 
 
-def test_not_a_number_still_routes_to_experts_that_exist():
+@by_both
+def test_not_a_number_still_routes_to_experts_that_exist(op):
     x = torch.full((5, 2880), torch.nan, dtype=torch.bfloat16, device="cuda")
-    ids, _ = route(x, random(32, 2880), random(32, seed=1), 4)
+    ids, _ = route(x, random(32, 2880), random(32, seed=1), 4, op)
     assert ids.min() >= 0
     assert ids.max() < 32
     assert all(len(set(row)) == 4 for row in ids.tolist())
@@ -119,13 +147,13 @@ def test_a_captured_chain_replays_what_runs_one_by_one(tokens):
     table = random(500, 2880, seed=3)
 
     def chain(pause):
-        residual, outs = x, []
+        residual, delta, outs = x, torch.zeros_like(x), []
         for _ in range(8):
-            ids, shares = route(rms_norm(residual, scale, EPS), weight, bias, 4)
+            residual, out, ids, shares = add_norm_route(residual, delta, scale, EPS, weight, bias, 4)
             pause()
-            delta = embed((ids[:, 0] * 3).int(), table)
+            delta, _ = embed_norm((ids[:, 0] * 3).int(), table, scale, EPS)
             pause()
-            residual, _ = add_rms_norm(residual, delta, scale, EPS)
+            residual, delta = add_norm(residual, torch.stack((delta, out), dim=1), scale, EPS)
             pause()
             outs += [ids, shares]
         return [*outs, residual]

@@ -7,6 +7,7 @@ from engine.request import SamplingParams
 from graphs.buckets import Bucket, Buckets
 from graphs.buffers import Buffers
 from graphs.plan import NO_PAGE, Chunk, DecodeStep, PrefillStep
+from kernels import reference
 
 BUCKETS = Buckets.of([1, 4, 16], [64, 256], 3)
 SAMPLING = SamplingParams(max_tokens=4, seed=2**63 - 1, temperature=0.5, min_tokens=2, stop_token_ids=(7, 8),
@@ -85,7 +86,12 @@ def test_a_decode_step_notes_new_pages_and_reads_the_last_tokens(buffers):
     buffers.page_table[5, 1], buffers.last_token[5], buffers.last_token[2] = 8, 33, 44
     buffers.fill(DecodeStep([5, 2], [70, 128], [NO_PAGE, 9]), bucket, staging)
     buffers.words[: buffers.words_of(bucket)] = staging.words[: buffers.words_of(bucket)]
-    assert buffers.advance(buffers.inputs[bucket]).tolist() == [33, 44, 0, 0]
+    inputs = buffers.inputs[bucket]
+    tokens, following = reference.advance(
+        inputs.slots, inputs.positions, inputs.new_pages, buffers.page_table, buffers.last_token
+    )
+    assert tokens.tolist() == [33, 44, 0, 0]
+    assert following.tolist() == [71, 129, 1, 1]
     assert buffers.page_table[5, 1] == 8
     assert buffers.page_table[2, 2] == 9
 

@@ -27,11 +27,10 @@ def fragments(packed):
     """What the lanes multiply: [E, strips, tiles, 32 lanes, 4 steps, 4 registers, 2] float64, with the bit operations
     of `dequantize` in experts.cu."""
     q = packed.values.long() & 0xFFFFFFFF  # [E, strips, tiles, 32, 4]
-    lane = torch.arange(32)
-    pair = packed.scales.flatten(3)[..., :, None].unflatten(3, (-1, 2)).squeeze(-1)  # [..., 16 pairs of bytes, 2]
-    pair = pair[..., lane // 4 * 2 + lane % 4 // 2, :].long()  # [..., 32, 2]
-    scale = bf16_halves(pair * 0x00800080)[..., 0].unsqueeze(-2)  # [..., 32, 1, 2]
-    low, high = scale[..., 0], scale[..., 1]
+    lane, step = torch.arange(32), torch.arange(4)
+    word = packed.scales.flatten(3).contiguous().view(torch.int32)[..., lane // 4, None].long()  # [..., 32, 1]
+    block = 16 * (step // 2)
+    low, high = (bf16_halves((word >> block + 8 * half & 0xFF) * 0x00800080)[..., 0] for half in range(2))
     registers = (
         (q & (SIGN | REST), low),
         ((q << 3) & (SIGN | REST), high),
@@ -47,7 +46,7 @@ def rows_and_columns(packed):
     strip, tile, lane, step, register, odd = torch.meshgrid(*map(torch.arange, shape), indexing="ij")
     g, t, half = lane // 4, lane % 4, register % 2  # PTX ISA, m16n8k16: registers 1 and 3 are rows g + 8
     row = strip * 16 + (2 * g + half if packed.interleaved else g + 8 * half)
-    return row, tile * 64 + t * 16 + step * 4 + register // 2 * 2 + odd
+    return row, tile * 64 + step * 16 + register // 2 * 8 + t * 2 + odd
 
 
 @pytest.mark.parametrize("interleaved", [True, False])

@@ -5,15 +5,18 @@ from itertools import pairwise
 import pytest
 import torch
 
+from kernels.build import MOST_SHARED
 from kernels.hopper.linear import (
     PITCH,
     ROWS,
     STEP,
-    WIDE_STRIPS,
     kernel_for,
+    most_warps,
+    narrow_shared,
     pack,
-    shared_bytes,
     shares_of,
+    wide_grid,
+    wide_shared,
     x_pitch,
 )
 
@@ -46,11 +49,17 @@ def mma(a, b, sums):
     return out
 
 
-def multiply_step(sums, first, second, tokens):
-    """As in linear.cu: first, second [32, 8] are a lane's fragments, tokens [32, 8] its 16 bytes of token g."""
-    tokens = tokens.unflatten(1, (4, 2))  # registers x, y, z, w
-    sums = mma(first.unflatten(1, (4, 2)), tokens[:, :2], sums)
-    return mma(second.unflatten(1, (4, 2)), tokens[:, 2:], sums)
+def ldmatrix(memory, at):
+    """ldmatrix.x4 as the PTX ISA lays it out: memory in bf16, at [32] bytes -> [32, 4, 2], per lane and register."""
+    assert not (at % 16).any()
+    rows = memory[at[:, None] // 2 + torch.arange(8)].unflatten(0, (4, 8))  # matrix, row, column
+    return torch.stack([rows[matrix, GROUP[:, None], PLACE[:, None] * 2 + PAIR] for matrix in range(4)], 1)
+
+
+def multiply_step(sums, first, second, b):
+    """As in linear.cu: first, second [32, 8] are a lane's fragments, b [32, 4, 2] its registers of the tokens."""
+    sums = mma(first.unflatten(1, (4, 2)), b[:, :2], sums)
+    return mma(second.unflatten(1, (4, 2)), b[:, 2:], sums)
 
 
 def partial_sums(sums):
@@ -61,26 +70,33 @@ def partial_sums(sums):
     return memory.view(8, PITCH)[:, : ROWS]
 
 
+def token_banks(at):
+    """Each matrix of an ldmatrix is eight rows of 16 bytes at once: the banks that each touches first."""
+    return (at.view(4, 8) // 4 % 32).sort(1).values
+
+
 def narrow(x, packed):
     """narrow_8 on the packed memory: every address as the kernel forms it."""
     tokens, columns = x.shape
     steps, shares = columns // STEP, shares_of(packed.rows, columns)
     memory, pitch = packed.tiles.flatten().view(-1, 8), x_pitch(columns)
-    flat = torch.full((shared_bytes("narrow_8", columns, shares, tokens) // 2,), torch.nan)  # x in shared memory
-    for piece in range(tokens * columns // 8):
-        to = (piece // (columns // 8) * pitch + piece % (columns // 8) * 16) // 2
-        flat[to : to + 8] = x.flatten()[piece * 8 : piece * 8 + 8]
     out = torch.zeros(tokens, packed.rows)
     for strip in range(packed.tiles.shape[0]):
         parts = []
         for share in range(shares):
             begin = share_begin(steps, share, shares)
+            count = share_begin(steps, share + 1, shares) - begin
+            flat = torch.full((narrow_shared(columns, tokens) // 2,), torch.nan)  # what this warp copies of x
+            x_at = begin * STEP * 2
+            for token in range(tokens):
+                for i in range(count * 4):
+                    to, source = (x_at + token * pitch + i * 16) // 2, token * columns + begin * STEP + i * 8
+                    flat[to : to + 8] = x.flatten()[source : source + 8]
             sums = torch.zeros(32, 4)
-            for step in range(share_begin(steps, share + 1, shares) - begin):
+            for step in range(count):
                 piece = (strip * steps + begin + step) * PIECES + LANES
-                at = GROUP.clamp(max=tokens - 1) * pitch // 2 + (begin + step) * STEP + PLACE * 8
-                b = flat[at[:, None] + torch.arange(8)] * (tokens > GROUP)[:, None]
-                sums = multiply_step(sums, memory[piece], memory[piece + 32], b)
+                at = x_at + (LANES % 8).clamp(max=tokens - 1) * pitch + LANES // 8 * 16 + step * STEP * 2
+                sums = multiply_step(sums, memory[piece], memory[piece + 32], ldmatrix(flat, at))
             parts.append(partial_sums(sums))
         total = parts[0]
         for part in parts[1:]:
@@ -90,56 +106,73 @@ def narrow(x, packed):
     return out
 
 
-def wide(x, packed, tile):
-    """wide_<tile>: x through shared memory, a share of the columns a block, sums met across the cluster."""
+def wide(x, packed, tile, most, resident, depth):
+    """wide_<tile>, every address as the kernel forms it: a share of x in each block, groups of strips dealt to
+    clusters, weights in a ring of `depth` steps that runs on into the next group, sums met across the cluster."""
     tokens, columns = x.shape
     steps, strips, shares = columns // STEP, packed.tiles.shape[0], shares_of(packed.rows, columns)
-    memory = packed.tiles.flatten().view(-1, 8)
-    out = torch.full((tokens, packed.rows), torch.nan)
-    threads = WIDE_STRIPS * 32
-    size = shared_bytes(f"wide_{tile}", columns, shares, tile)
+    memory, tiles, step_bytes = packed.tiles.flatten().view(-1, 8), tile // 8, tile * STEP * 2
+    warps, clusters = wide_grid(strips, most, resident)
+    groups, size = -(-strips // warps), wide_shared(tile, columns, shares, warps)
+    sums_at = -(-steps // shares) * step_bytes
+    out, stores = torch.full((tokens, packed.rows), torch.nan), torch.zeros(tokens, packed.rows, dtype=torch.int)
+    begins = [share_begin(steps, share, shares) for share in range(shares + 1)]
     for first in range(0, tokens, tile):
-        for group in range(-(-strips // WIDE_STRIPS)):
-            sums_of = []
-            for share in range(shares):
-                begin = share_begin(steps, share, shares)
-                count = share_begin(steps, share + 1, shares) - begin
-                i = torch.arange(count * tile * 4)
-                assert (len(i) * 16) <= size
-                token, step = first + i // 4 % tile, i // 4 // tile
-                shared = x[token.clamp(max=tokens - 1)].flatten(1)
-                at = (begin + step) * STEP + i % 4 * 8
-                shared = shared.gather(1, at[:, None] + torch.arange(8)) * (token < tokens)[:, None]
-                floats = torch.full((size // 4,), torch.nan)
-                for warp in range(WIDE_STRIPS):
-                    strip = group * WIDE_STRIPS + warp
-                    if strip * ROWS >= packed.rows:
-                        continue
-                    for eight in range(tile // 8):
-                        sums = torch.zeros(32, 4)
+        copies = []
+        for begin, end in pairwise(begins):
+            flat = torch.full((sums_at // 2,), torch.nan)
+            for i in range((end - begin) * tile * 4):
+                piece, token, step = i % 4, i // 4 % tile, i // 4 // tile
+                to = (step * step_bytes + token * STEP * 2 + (piece ^ token // 2 % 4) * 16) // 2
+                source = (first + token) * columns + (begin + step) * STEP + piece * 8
+                flat[to : to + 8] = x.flatten()[source : source + 8] if first + token < tokens else 0
+            copies.append(flat)
+        for cluster in range(clusters):
+            rings = {}  # share, warp -> the pieces' addresses that each place of the ring holds
+            for group in range(cluster, groups, clusters):
+                floats = torch.full((shares, (size - sums_at) // 4), torch.nan)
+                for share, (begin, end) in enumerate(pairwise(begins)):
+                    for warp in range(warps):
+                        slots = (group * warps + warp, (group + clusters) * warps + warp)
+                        tile_at, next_at = ((min(slot, strips - 1) * steps + begin) * PIECES for slot in slots)
+                        count = end - begin
+                        ring = rings.setdefault(
+                            (share, warp), {i: tile_at + i * PIECES for i in range(min(depth, count))}
+                        )
+                        sums = torch.zeros(tiles, 32, 4)
                         for step in range(count):
-                            piece = (strip * steps + begin + step) * PIECES + LANES
-                            b = shared[(step * (tile // 8) + eight) * 32 + LANES]
-                            sums = multiply_step(sums, memory[piece], memory[piece + 32], b)
-                        base = (warp * tile + eight * 8) * PITCH
-                        place = floats[base : base + 8 * PITCH].view(8, PITCH)
-                        place[:, : ROWS] = partial_sums(sums)
-                sums_of.append(floats)
-            done = []
-            for share in range(shares):
-                for start in range(0, WIDE_STRIPS * tile * ROWS, shares * threads):
-                    i = start + share * threads + torch.arange(threads)
-                    i = i[i < WIDE_STRIPS * tile * ROWS]
-                    done.append(i)
-                    token, slot = i // ROWS % tile, i // ROWS // tile
-                    row = (group * WIDE_STRIPS + slot) * ROWS + i % ROWS
-                    at = (slot * tile + token) * PITCH + i % ROWS
-                    total = sums_of[0][at]
-                    for part in sums_of[1:]:
-                        total = total + part[at]
-                    stored = (first + token < tokens) & (row < packed.rows)
-                    out[(first + token)[stored], row[stored]] = total[stored]
-            assert torch.equal(torch.cat(done).sort().values, torch.arange(WIDE_STRIPS * tile * ROWS))
+                            i = step % depth
+                            piece = ring.pop(i) + LANES
+                            for eight in range(tiles):
+                                at = LANES % 8 * STEP * 2 + (LANES // 8 ^ LANES // 2 % 4) * 16
+                                assert len(token_banks(at).unique(dim=0)) == 1
+                                b = ldmatrix(copies[share], at + step * step_bytes + eight * 8 * STEP * 2)
+                                sums[eight] = multiply_step(sums[eight], memory[piece], memory[piece + 32], b)
+                            within = step + depth < count
+                            if within or group + clusters < groups:
+                                ring[i] = tile_at + (step + depth) * PIECES if within else next_at + i * PIECES
+                        for eight in range(tiles):
+                            base = (warp * tile + eight * 8) * PITCH
+                            floats[share, base : base + 8 * PITCH].view(8, PITCH)[:, :ROWS] = partial_sums(sums[eight])
+                for share in range(shares):
+                    for warp in range(warps):
+                        for turn in range(-(-tiles // shares)):
+                            unit = (turn * warps + warp) * shares + share
+                            slot, token = unit // tiles, unit % tiles * 8 + LANES % 8
+                            if slot >= warps:
+                                continue
+                            row = (group * warps + slot) * ROWS + LANES // 8 * 4
+                            at = (slot * tile + token) * PITCH + LANES // 8 * 4
+                            assert not (at % 4).any()
+                            for j in range(4):
+                                total = floats[0, at + j]
+                                for other in range(1, shares):
+                                    total = total + floats[other, at + j]
+                                there = (first + token < tokens) & (row + j < packed.rows)
+                                out[(first + token)[there], (row + j)[there]] = total[there]
+                                stores[(first + token)[there], (row + j)[there]] += 1
+            assert not any(rings.values())
+    assert (stores == 1).all()
     return out
 
 
@@ -151,7 +184,7 @@ def test_packing_keeps_every_weight_and_pads_with_zeros(rows, columns):
     assert packed.tiles.is_contiguous()
     assert packed.tiles.shape == (-(-rows // 16), columns // 32, 2, 32, 8)
     row, column = torch.meshgrid(torch.arange(-(-rows // 16) * 16), torch.arange(columns), indexing="ij")
-    h, g, t, s, p, e = row // 8 % 2, row % 8, column // 8 % 4, column // 4 % 2, column // 2 % 2, column % 2
+    h, g, s, p, t, e = row // 8 % 2, row % 8, column // 16 % 2, column // 8 % 2, column // 2 % 4, column % 2
     whole = packed.tiles[row // 16, column // 32, s, 4 * g + t, 4 * p + 2 * h + e]
     assert torch.equal(whole[:rows], weight)
     assert not whole[rows:].any()
@@ -171,12 +204,14 @@ def test_a_narrow_block_multiplies_what_was_packed(tokens, rows, columns):
     torch.testing.assert_close(out, x.float() @ weight.float().T, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("tokens", "rows", "columns"), [(9, 40, 64), (17, 150, 224), (70, 20, 32)])
-def test_a_wide_cluster_adds_in_the_narrow_order(tokens, rows, columns):
+@pytest.mark.parametrize(("tokens", "rows", "columns", "most", "resident", "depth"), [
+    (9, 40, 64, 20, 16, 4), (17, 150, 800, 2, 3, 2), (33, 150, 352, 3, 2, 4), (70, 20, 32, 16, 16, 6),
+])
+def test_a_wide_cluster_adds_in_the_narrow_order(tokens, rows, columns, most, resident, depth):
     x, weight = random(tokens, columns), random(rows, columns, seed=1)
     packed = pack(weight)
     tile = int(kernel_for(tokens).split("_")[1])
-    out = wide(x, packed, tile)
+    out = wide(x, packed, tile, most, resident, depth)
     torch.testing.assert_close(out, x.float() @ weight.float().T, rtol=1e-4, atol=1e-4)
     assert torch.equal(out[:8], narrow(x[:8], packed))
 
@@ -190,8 +225,8 @@ def test_shares_cover_all_steps_once_and_fit_a_block(rows, columns):
     assert ends[0] == 0
     assert ends[-1] == steps
     assert max(end - begin for begin, end in pairwise(ends)) == -(-steps // shares)
-    assert shared_bytes("wide_64", columns, shares, 64) <= 227 * 1024
-    assert shared_bytes("narrow_8", columns, shares, 8) <= 227 * 1024
+    assert wide_shared(64, columns, shares, most_warps(columns, shares)) <= MOST_SHARED
+    assert narrow_shared(columns, 8) + shares * 8 * PITCH * 4 <= MOST_SHARED
 
 
 def test_lanes_meet_no_shared_memory_bank_twice_when_sums_are_stored():
@@ -201,9 +236,23 @@ def test_lanes_meet_no_shared_memory_bank_twice_when_sums_are_stored():
 
 
 @pytest.mark.parametrize("columns", [32, 2880, 4096])
-def test_eight_lanes_read_tokens_from_different_banks(columns):
-    eight = (GROUP * x_pitch(columns) + PLACE * 16)[:8]  # a 16-byte load goes eight lanes at a time
-    assert len((eight // 4 % 32).unique()) == 8
+def test_eight_tokens_are_read_from_different_banks(columns):
+    narrow_at = LANES % 8 * x_pitch(columns) + LANES // 8 * 16
+    wide_at = LANES % 8 * STEP * 2 + (LANES // 8 ^ LANES // 2 % 4) * 16
+    for at in (narrow_at, wide_at):
+        assert torch.equal(token_banks(at), torch.arange(0, 32, 4).expand(4, 8))
+
+
+@pytest.mark.parametrize(("rows", "columns", "resident", "expected"), [
+    (5120, 2880, 16, (20, 16)), (2880, 4096, 16, (12, 15)), (201088, 2880, 32, (16, 32)), (5120, 2880, 14, (12, 14)),
+    (640, 2880, 16, (3, 14)), (1, 32, 16, (1, 1)),
+])
+def test_strips_are_dealt_out_evenly_to_clusters_that_are_all_resident(rows, columns, resident, expected):
+    strips, most = -(-rows // ROWS), most_warps(columns, shares_of(rows, columns))
+    warps, clusters = wide_grid(strips, most, resident)
+    assert (warps, clusters) == expected
+    assert warps <= most
+    assert clusters <= min(resident, -(-strips // warps))
 
 
 @pytest.mark.parametrize(("tokens", "name"), [

@@ -113,7 +113,23 @@ def test_experts_equal_a_dense_mixture(tokens, routing):
             gate, up = h[0::2].clamp(max=limit), h[1::2].clamp(-limit, limit)
             h = gate * torch.sigmoid(1.702 * gate) * (up + 1)
             expected[token] += share * (w2[expert] @ h + down[2][expert])
-    assert relative_error(out, expected) < 1e-5
+    assert relative_error(out.sum(1), expected) < 1e-5
+
+
+def test_a_residual_takes_the_sum_of_its_parts_and_is_normed():
+    torch.manual_seed(0)
+    x, parts, scale = torch.randn(5, 96), torch.randn(5, 4, 96), torch.randn(96)
+    residual, normed = ops.add_norm(x, parts, scale, 1e-5)
+    torch.testing.assert_close(residual, x + parts.sum(1))
+    torch.testing.assert_close(normed, torch.nn.functional.rms_norm(residual, (96,), scale, 1e-5))
+    torch.testing.assert_close(ops.combine(parts), parts.sum(1))
+    router, bias = torch.randn(8, 96), torch.randn(8)
+    *same, chosen, shares = ops.add_norm_route(x, parts[:, 0], scale, 1e-5, router, bias, 2)
+    for found, expected in zip(same, ops.add_norm(x, parts[:, :1], scale, 1e-5), strict=True):
+        assert torch.equal(found, expected)
+    best = (same[1] @ router.T + bias).topk(2)
+    assert torch.equal(chosen, best.indices)
+    torch.testing.assert_close(shares, best.values.softmax(-1))
 
 
 def test_router_takes_the_softmax_of_the_chosen_and_the_lower_id_of_equals():
@@ -142,7 +158,7 @@ def test_a_token_has_the_same_bytes_alone_and_in_any_company(dtype):
         return torch.cat([
             ops.rms_norm(x[rows], torch.ones(hidden), 1e-5),
             ops.linear(x[rows], weight, bias),
-            ops.experts(x[rows], chosen, shares, gate_up, down, 7.0),
+            ops.experts(x[rows], chosen, shares, gate_up, down, 7.0).flatten(1),
             ops.attention(q[rows], keys, values, table, slots[rows], positions[rows], sinks, None),
             ops.attention(q[rows], keys, values, table, slots[rows], positions[rows], sinks, 128),
         ], dim=1)

@@ -1,0 +1,44 @@
+"""Microseconds of the products of a prefill step on the H100: `python -m tests.gpu.bench_prefill`.
+
+Medians of graph replays. Operations are those of the live tokens: what a tile pads counts as time lost.
+"""
+
+from functools import partial
+
+import torch
+from torch.nn import functional as F
+
+from kernels.hopper.linear import pack
+from kernels.hopper.prefill import prefill_experts, prefill_linear
+from tests.gpu.bench_experts import ACTIVE, EXPERTS, HIDDEN, INNER, LIMIT, random_matrix
+from tests.gpu.timing import microseconds
+
+TOKENS = (128, 512, 2048, 8192)
+PROJECTIONS = {"qkv": (5120, 2880), "o": (2880, 4096)}
+
+
+def report(name: str, tokens: int, time: float, operations: float) -> None:
+    print(f"{name:<12} {tokens:>6} tokens {time:>9.1f} us {operations / time / 1e6:>7.0f} TFLOP/s", flush=True)
+
+
+def bench() -> None:
+    for name, (rows, columns) in PROJECTIONS.items():
+        weight = torch.randn(rows, columns, device="cuda").bfloat16()
+        packed, bias = pack(weight), torch.randn(rows, device="cuda").bfloat16()
+        for tokens in TOKENS:
+            x = torch.randn(tokens, columns, device="cuda").bfloat16()
+            size = 2.0 * tokens * rows * columns
+            report(name, tokens, microseconds([partial(prefill_linear, x, packed, bias)] * 8), size)
+            report(f"{name} cuBLAS", tokens, microseconds([partial(F.linear, x, weight, bias)] * 8), size)
+    gate_up, down = random_matrix(2 * INNER, HIDDEN, True), random_matrix(HIDDEN, INNER, False)
+    for tokens in TOKENS:
+        x = torch.randn(tokens, HIDDEN, device="cuda").bfloat16()
+        ids = torch.rand(tokens, EXPERTS, device="cuda").argsort(-1)[:, :ACTIVE].contiguous()
+        weights = torch.rand(tokens, ACTIVE, device="cuda").softmax(-1)
+        time = microseconds([partial(prefill_experts, x, ids, weights, gate_up, down, LIMIT)] * 4)
+        report("experts", tokens, time, 6.0 * tokens * ACTIVE * HIDDEN * INNER)
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        bench()

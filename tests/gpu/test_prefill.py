@@ -1,0 +1,115 @@
+"""The products of a prefill step on a Hopper GPU: against the reference in float32, and byte for byte."""
+
+import pytest
+import torch
+
+from kernels import reference
+from kernels.hopper.linear import pack
+from kernels.hopper.prefill import prefill_experts, prefill_linear
+from tests.gpu.test_experts import LIMIT, SHAPES, Layer, distance, uninitialised_is_nan
+
+pytestmark = pytest.mark.gpu
+
+PROJECTIONS = [(5120, 2880), (2560, 2880), (640, 2880), (2880, 4096), (2880, 2048), (2880, 512)]  # at tp 1, 2, 8
+DENSE = [*PROJECTIONS, (8, 32), (24, 96), (1000, 160)]
+TOKENS = [1, 31, 64, 65, 100, 128, 129, 300, 2048]
+
+
+def random(*shape, seed=0, scale=1.0):
+    draw = torch.Generator("cuda").manual_seed(seed)
+    return (torch.randn(*shape, generator=draw, device="cuda") * scale).bfloat16()
+
+
+def packed_layer(rows, columns):
+    weight = random(rows, columns, seed=1, scale=columns**-0.5)
+    return weight, pack(weight), random(rows, seed=2)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize(("rows", "columns"), DENSE)
+def test_a_dense_layer_is_the_reference(tokens, rows, columns):
+    weight, packed, bias = packed_layer(rows, columns)
+    x = random(tokens, columns)
+    with uninitialised_is_nan():
+        out, plain = prefill_linear(x, packed, bias), prefill_linear(x, packed)
+    assert out.shape == (tokens, rows)
+    for found, bias_of in ((out, bias.float()), (plain, None)):
+        expected = reference.linear(x.float(), weight.float(), bias_of)
+        assert (found.float() - expected).norm() / expected.norm() < 5e-3
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(5120, 2880), (2880, 512), (24, 96)])
+def test_a_token_alone_has_the_bytes_of_a_dense_layer_it_has_among_others(rows, columns):
+    _, packed, bias = packed_layer(rows, columns)
+    x = random(700, columns)
+    whole = prefill_linear(x, packed, bias)
+    for start, end in [(0, 1), (699, 700), (5, 40), (3, 80), (64, 180), (100, 400)]:
+        assert torch.equal(prefill_linear(x[start:end].clone(), packed, bias), whole[start:end]), (start, end)
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def layer(request):
+    yield Layer(*SHAPES[request.param])
+    torch.cuda.empty_cache()
+
+
+def run(layer, x, ids, weights):
+    with uninitialised_is_nan():
+        return prefill_experts(x, ids, weights, *layer.packed, LIMIT)
+
+
+@pytest.mark.parametrize("count", [1, 17, 64, 300, 2048])
+def test_experts_are_the_reference(layer, count):
+    tokens = layer.tokens(count)
+    out = run(layer, *tokens)
+    assert out.shape == (count, layer.active, layer.hidden)
+    assert distance(out, layer.exact(*tokens)) < 5e-3
+
+
+@pytest.mark.parametrize("count", [40, 200, 1000])
+def test_every_token_may_choose_the_same_experts(layer, count):
+    x, ids, weights = layer.tokens(count)
+    ids = ids[:1].expand(count, -1)
+    assert distance(run(layer, x, ids, weights), layer.exact(x, ids, weights)) < 5e-3
+
+
+def test_a_token_alone_has_the_bytes_of_its_experts_it_has_among_others(layer):
+    x, ids, weights = layer.tokens(600)
+    together = run(layer, x, ids, weights)
+    for first, count in ((0, 1), (599, 1), (31, 8), (100, 17), (3, 64), (20, 300)):
+        part = slice(first, first + count)
+        assert torch.equal(run(layer, x[part], ids[part], weights[part]), together[part]), (first, count)
+
+
+def test_a_nan_in_one_token_stays_there(layer):
+    x, ids, weights = layer.tokens(200)
+    clean = run(layer, x, ids, weights)
+    x[3] = torch.nan
+    dirty = run(layer, x, ids, weights)
+    assert dirty[3].isnan().all()
+    dirty[3] = clean[3]
+    assert torch.equal(dirty, clean)
+
+
+@pytest.mark.parametrize("count", [64, 500])
+def test_a_captured_chain_replays_the_eager_bytes_for_new_inputs(count):
+    """Each kernel starts before its predecessor has ended: none may read too early or write too soon."""
+    layer = Layer(*SHAPES["20b"])
+    _, packed, bias = packed_layer(2880, 2880)
+
+    def chain(x, ids, weights):
+        for _ in range(4):
+            parts = prefill_experts(x, ids, weights, *layer.packed, LIMIT)
+            x = prefill_linear(parts[:, 0].contiguous(), packed, bias)
+        return x
+
+    inputs = [tensor.contiguous() for tensor in layer.tokens(count)]
+    chain(*inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = chain(*inputs)
+    for _ in range(3):
+        for old, new in zip(inputs, layer.tokens(count), strict=True):
+            old.copy_(new)
+        graph.replay()
+        assert torch.equal(out, chain(*inputs))
