@@ -5,6 +5,7 @@ ticket to wait on. Knows buffers and bodies; not what a body computes.
 """
 
 import ctypes
+import gc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
@@ -80,6 +81,7 @@ class GraphSteps:
         self._graphs: dict[Bucket, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
+        gc.collect()
 
     @torch.inference_mode()
     def capture(self, bucket: Bucket, body: Callable[[], None]) -> None:
@@ -87,8 +89,12 @@ class GraphSteps:
         with torch.cuda.stream(self._stream):
             body()  # once for real: libraries and lazily loaded kernels initialise, which a capture forbids
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            body()
+        gc.disable()  # to free an older graph while one is captured ends the capture
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                body()
+        finally:
+            gc.enable()
         self._graphs[bucket] = graph
 
     @torch.inference_mode()

@@ -135,7 +135,10 @@ def _nvrtc(source: Path, options: list[str]) -> bytes:
     except ImportError as error:
         raise BuildError(f"{source.name}: neither nvcc nor NVRTC (cuda-core) is installed") from error
     defines = [tuple(option[2:].split("=")) for option in options if option.startswith("-D")]
-    settings = ProgramOptions(arch=f"sm_{ARCHITECTURE}", std="c++17", define_macro=defines, name=source.name)
+    settings = ProgramOptions(
+        arch=f"sm_{ARCHITECTURE}", std="c++17", define_macro=defines or None, name=source.name,
+        device_as_default_execution_space=True,  # NVRTC takes no host functions; nvcc takes constexpr ones as both
+    )
     try:
         return bytes(Program(source.read_text(), "c++", settings).compile("cubin").code)
     except Exception as error:  # cuda-core raises several kinds; all of them carry the compiler's log

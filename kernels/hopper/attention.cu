@@ -372,9 +372,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) decode_attention(
         fetch(to, from, (seen.first_page + item.first + WARPS * n) * PAGE, seen, lane);
     };
 
+    // What earlier steps left, the page table and pages, is asked for before the wait for this step's qkv. The one
+    // kernel of the step that writes to the table comes first, and the second lets none start before it has ended.
     int index = blockIdx.x;
     Item next = find(index);
-    wait_for_predecessor();
     look_up(next);
     if (next.count > 0) begin_fetch(my_keys, keys, next, 0);
     while (index < items) {
@@ -382,6 +383,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) decode_attention(
         const int token = item.token, head = item.head, split = item.split, count = item.count;
         const Keys seen(item.position, window);
         if (count > 0) begin_fetch(my_values, values, item, 0);
+        wait_for_predecessor();
         const long long query_row = (static_cast<long long>(token) * kv_heads + head) * GROUP;
         const char* token_qkv = qkv + static_cast<long long>(token) * kv_heads * (GROUP + 2) * ROW_BYTES;
         const long long owner = static_cast<long long>(token) * kv_heads + head;

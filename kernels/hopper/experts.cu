@@ -25,9 +25,7 @@
 // flight) or one warp runs through them (large batches: activations shared by 8 strips), the bytes are the same; a
 // column of an mma does not depend on its neighbours. So a token's result is a function of the token alone.
 
-#include <cuda_bf16.h>
-
-using uint16_t = unsigned short;  // NVRTC has no stdint.h
+using bf16 = unsigned short;  // its bits: NVRTC has no headers to offer
 using uint32_t = unsigned int;
 
 constexpr int WARPS = 8;
@@ -116,6 +114,14 @@ using Down = Matrix<INTER, HIDDEN>;
 
 // --- PTX -------------------------------------------------------------------------------------------------------------
 
+__device__ __forceinline__ float widen(bf16 bits) { return __uint_as_float((unsigned)bits << 16); }
+
+__device__ __forceinline__ bf16 narrow(float value) {
+    bf16 rounded;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(value));
+    return rounded;
+}
+
 // Weights are read once a batch: they should not push activations out of L1. Volatile keeps the loads where they are
 // written, far ahead of their use. Not .nc: ptxas moves such loads below griddepcontrol.wait.
 __device__ __forceinline__ uint4 load_values(const uint4* at) {
@@ -178,11 +184,9 @@ __device__ __forceinline__ float most(float a, float b) {
     return v;
 }
 
-// Of the 8 warps of a team; barrier 0 is the block's.
-template <int TEAMS>
+// Of the 8 warps of one of two teams; barrier 0 is the block's.
 __device__ __forceinline__ void wait_for_team(int team) {
-    static_assert(TEAMS <= 2, "a barrier each");
-    if (TEAMS == 1 || team == 0) asm volatile("bar.sync 1, %0;" :: "n"(THREADS) : "memory");
+    if (team == 0) asm volatile("bar.sync 1, %0;" :: "n"(THREADS) : "memory");
     else asm volatile("bar.sync 2, %0;" :: "n"(THREADS) : "memory");
 }
 
@@ -218,8 +222,8 @@ __device__ __forceinline__ void multiply_tile(
 #pragma unroll
     for (int block = 0; block < 2; block++) {
         // Two bf16 powers of two each: rows g and g + 8.
-        const uint32_t low = (scale >> 16 * block & 0xFF) * 0x00800080u;
-        const uint32_t high = (scale >> (16 * block + 8) & 0xFF) * 0x00800080u;
+        const uint32_t low = __byte_perm(scale, 0, 0x4040 + block * 0x0202) << 7;
+        const uint32_t high = __byte_perm(scale, 0, 0x4141 + block * 0x0202) << 7;
         uint32_t a[8];
         dequantize(words[2 * block], low, high, a);
         dequantize(words[2 * block + 1], low, high, a + 4);
@@ -269,14 +273,14 @@ struct Stream {
 // Copy columns [first_tile * 64, (first_tile + TILES) * 64) of `live` pairs' rows to shared memory; zeros beyond K.
 template <class M, bool UP, int TILES, int STRIDE>
 __device__ __forceinline__ void stage(
-    unsigned char* to, const __nv_bfloat16* source, const int* pair, int live, int active, int first_tile) {
+    unsigned char* to, const bf16* source, const int* pair, int live, int active, int first_tile) {
     constexpr int PIECES = TILES * 8, PITCH = TILES * 128 + 16;  // a piece is 16 bytes, a thread takes every STRIDE-th
 #pragma unroll 1
     for (int i = opaque(threadIdx.x); i < live * PIECES; i += STRIDE) {
         const int row = i / PIECES, piece = i % PIECES, column = first_tile * 64 + piece * 8;
         const int from = UP ? (uint32_t)pair[row] / (uint32_t)active : pair[row];
         const bool inside = column < M::K;
-        const __nv_bfloat16* const at = source + (size_t)from * M::K + (inside ? column : 0);
+        const bf16* const at = source + (size_t)from * M::K + (inside ? column : 0);
         copy_async(to + row * PITCH + piece * 16, at, inside ? 16 : 0);
     }
 }
@@ -284,10 +288,10 @@ __device__ __forceinline__ void stage(
 // The biases of rows g and g + 8 of a strip, in the low and the high half. There, the packed strip holds a gate_up
 // matrix's rows 16 strip + 2 g (gate) and + 1 (up).
 template <class M, bool UP>
-__device__ __forceinline__ uint32_t biases_of(const __nv_bfloat16* bias, int expert, int strip, int g) {
+__device__ __forceinline__ uint32_t biases_of(const bf16* bias, int expert, int strip, int g) {
     const int row = expert * M::ROWS + strip * 16;
     if constexpr (UP) return *reinterpret_cast<const uint32_t*>(bias + row + 2 * g);
-    const unsigned short* const at = reinterpret_cast<const unsigned short*>(bias) + row + g;
+    const bf16* const at = reinterpret_cast<const bf16*>(bias) + row + g;
     return at[0] | (uint32_t)at[8] << 16;
 }
 
@@ -296,7 +300,7 @@ __device__ __forceinline__ uint32_t biases_of(const __nv_bfloat16* bias, int exp
 template <bool UP>
 __device__ __forceinline__ void finish(
     float4 sum, int strip, int g, const int (&pair)[2], const float (&weight)[2], uint32_t biases, float limit,
-    __nv_bfloat16* out) {
+    bf16* out) {
     const float bias_low = __uint_as_float(biases << 16), bias_high = __uint_as_float(biases & 0xFFFF0000u);
     const float low[2] = {sum.x, sum.y}, high[2] = {sum.z, sum.w};
 #pragma unroll
@@ -306,29 +310,159 @@ __device__ __forceinline__ void finish(
         if constexpr (UP) {
             const float gate = least(a, limit), up = most(least(b, limit), -limit);
             const float activated = __fdividef(gate, 1.0f + __expf(-1.702f * gate));
-            out[(size_t)pair[c] * INTER + strip * 8 + g] = __float2bfloat16_rn(activated * (up + 1.0f));
+            out[(size_t)pair[c] * INTER + strip * 8 + g] = narrow(activated * (up + 1.0f));
         } else {
-            __nv_bfloat16* const at = out + (size_t)pair[c] * HIDDEN + strip * 16 + g;
-            at[0] = __float2bfloat16_rn(weight[c] * a);
-            at[8] = __float2bfloat16_rn(weight[c] * b);
+            bf16* const at = out + (size_t)pair[c] * HIDDEN + strip * 16 + g;
+            at[0] = narrow(weight[c] * a);
+            at[8] = narrow(weight[c] * b);
         }
     }
 }
 
-// --- Small batches: at most 256 pairs --------------------------------------------------------------------------------
+// --- Few tokens: at most 8, and 32 pairs -----------------------------------------------------------------------------
 // The work is a list: for each distinct expert among the pairs, its strips, in groups of GROUPS. A block takes one run
-// of it, so that all blocks are resident at once, stream equally much and start once; where a run goes on with the next
-// expert, the activations change in between, while weights keep arriving. A team of 8 warps takes every TEAMS-th group
-// of the run; the parts of K are spread over its warps, each of which has its next strip's tiles in flight while it
-// multiplies this one's: 3 KB, so 48 KB a multiprocessor with two blocks of 8 warps or one of 16.
+// of it: all blocks are resident at once, start once and stream equally much. The parts of K are spread over its warps,
+// each of which has its next strip's tiles in flight while it multiplies this one's: 3 KB, so 76 KB a multiprocessor
+// with three blocks, as many as 80 registers and up to 58 KB of shared memory allow. A lane knows one pair: what there
+// is to find about experts, warps find among their lanes, each for itself, since a run is only some strips long.
 //
-// Two kernels, by the number of tokens in the batch:
-// up to 8: 80 registers x 256 threads, so three blocks fit a multiprocessor's 64K registers; up to 54 KB of activations
-// and sums and 4 KB more, 174 of 228 KB. `up` is launched with two blocks a multiprocessor, so that one of `down` runs
-// beside them, and three when they have gone. Those ask for their first strips before `up` has ended: 24 KB a block,
-// 3.2 MB beside `up` and 9.7 MB in all, of the 17.6 that one token needs of `down`.
-// up to 64: 128 registers x 512 threads, one block; 24 pairs of an expert at once, 139 KB, and 48 KB of sums. One copy
-// of the activations serves 16 warps, and the runs are long: 87 strips when all 32 experts are chosen.
+// `down` asks for its first strips before `up` has ended, as its blocks take the places of `up`'s one by one.
+
+template <class M, bool UP>
+__device__ __forceinline__ void few_tokens(
+    const bf16* source, bf16* out, const uint4* values, const uint32_t* scales,
+    const bf16* bias, const long long* ids, const float* weights, int pairs, int active, float limit) {
+    constexpr uint32_t ALL = 0xFFFFFFFFu;
+    constexpr int PITCH = M::TILES * 128 + 16, PIECES = M::TILES * 8;
+    extern __shared__ __align__(16) unsigned char rows[];  // UP: [tokens][PITCH]. DOWN: [pairs of an expert][PITCH]
+    __shared__ float4 partial[2][WARPS][32];
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
+    const int share = warp % M::SHARES, group = warp / M::SHARES, tiles = opaque(M::tiles_of(share));
+
+    // The router has ended and its ids are visible when this returns. `down` starts once every block of `up` is past
+    // it, and so may read the ids, and weights, before it waits for `up` to end.
+    if constexpr (UP) wait_for_predecessors();
+    launch_dependents();
+    const int id = lane < pairs ? (int)__ldcg(ids + lane) : -1;
+    const float weight_of_pair = !UP && lane < pairs ? __ldcg(weights + lane) : 0.0f;
+    const uint32_t peers = __match_any_sync(ALL, id);  // the pairs of this lane's expert
+    uint32_t left = __ballot_sync(ALL, id >= 0 && (peers & ((1u << lane) - 1)) == 0);  // the first pair of each expert
+    const uint32_t work = __popc(left) * M::STRIP_GROUPS;
+    int item = blockIdx.x * work / gridDim.x;
+    const int end = (blockIdx.x + 1) * work / gridDim.x;
+    if (item == end) return;
+    int at = item % M::STRIP_GROUPS;  // group of strips
+    for (int skip = item / M::STRIP_GROUPS; skip > 0; skip--) left &= left - 1;
+    int expert = __shfl_sync(ALL, id, __ffs(left) - 1);
+
+    uint4 value[M::DEPTH];
+    uint32_t scale[M::DEPTH];  // rows g and g + 8 in the tile's first block of columns, then in the second
+    const uint4* value_at;
+    const uint32_t* scale_at;
+    const auto aim = [&](int expert, int at) {  // past the end: the last strip's
+        const int strip = min(at * M::GROUPS + group, M::STRIPS - 1);
+        const uint32_t tile = (expert * M::STRIPS + strip) * M::TILES + M::first(share);
+        value_at = values + (size_t)tile * 32 + lane;
+        scale_at = scales + (size_t)tile * 8 + g;
+    };
+    const auto load = [&](int j) {
+        value[j] = load_values(value_at + j * 32);
+        scale[j] = load_scales(scale_at + j * 8);
+    };
+    aim(expert, at);
+#pragma unroll
+    for (int j = 0; j < M::DEPTH; j++)
+        if (j < tiles) load(j);
+
+    const auto stage = [&](int to, int from) {
+        for (int piece = thread; piece < PIECES; piece += THREADS) {
+            const bool inside = piece * 8 < M::K;  // zeros past the last column
+            copy_async(rows + to * PITCH + piece * 16, source + (size_t)from * M::K + (inside ? piece * 8 : 0),
+                       inside ? 16 : 0);
+        }
+    };
+    if constexpr (UP) {
+        for (int token = 0; token * active < pairs; token++) stage(token, token);
+        commit_copies();
+        wait_for_copies<0>();
+        __syncthreads();
+    } else {
+        wait_for_predecessors();  // `up` has ended, h is visible
+    }
+    for (int turn = 0; item < end;) {
+        // The expert's pairs: lane l knows the (l % 8)-th; past the last one, the first, and nobody uses its products.
+        uint32_t others = __shfl_sync(ALL, peers, __ffs(left) - 1);
+        const int live = __popc(others);
+        int pair = __ffs(others) - 1;
+        for (int i = 1; i < live; i++) {
+            others &= others - 1;
+            if (lane % 8 == i) pair = __ffs(others) - 1;
+        }
+        if constexpr (!UP) {  // every warp is past the last turn's barrier, and reads the last expert's rows no more
+            for (int i = 0; i < live; i++) stage(i, __shfl_sync(ALL, pair, i));
+            commit_copies();
+            wait_for_copies<0>();
+            __syncthreads();
+        }
+        const int row = UP ? pair / active : lane % 8 < live ? lane % 8 : 0;
+        const uint32_t activations = shared_address(rows) + row * PITCH + lane / 8 * 16 + M::first(share) * 128;
+        const int until = min(end, item + M::STRIP_GROUPS - at);
+        left &= left - 1;
+        const int next_expert = __shfl_sync(ALL, id, left != 0 ? __ffs(left) - 1 : 0);
+#pragma unroll 1
+        for (; item < until; item++, at++, turn++) {
+            const bool more = item + 1 < end;
+            if (item + 1 < until) aim(expert, at + 1);
+            else if (more) aim(next_expert, 0);
+            const int job = (warp + turn) % WARPS, strip = at * M::GROUPS + job;  // which warps add up
+            const bool busy = job < M::GROUPS && strip < M::STRIPS;
+            uint32_t biases = 0;  // asked for well before they are needed
+            if (busy) biases = biases_of<M, UP>(bias, expert, strip, g);
+            float sum[1][4] = {};
+#pragma unroll
+            for (int j = 0; j < M::DEPTH; j++) {
+                if (j >= tiles) break;
+                multiply_tile<1, PITCH>(sum, value[j], scale[j], activations + j * 128, 8);
+                if (more) load(j);
+            }
+            partial[turn % 2][warp][lane] = make_float4(sum[0][0], sum[0][1], sum[0][2], sum[0][3]);
+            __syncthreads();  // the other half of `partial` has been read, too, by every warp that is here
+            if (busy) {
+                float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+                for (int s = 0; s < M::SHARES; s++) {
+                    const float4 part = partial[turn % 2][job * M::SHARES + s][lane];
+                    total.x += part.x, total.y += part.y, total.z += part.z, total.w += part.w;
+                }
+                int pair_of[2];
+                float weight[2];
+#pragma unroll
+                for (int c = 0; c < 2; c++) {
+                    const int of_token = __shfl_sync(ALL, pair, 2 * t + c);
+                    weight[c] = __shfl_sync(ALL, weight_of_pair, of_token);
+                    pair_of[c] = 2 * t + c < live ? of_token : -1;
+                }
+                finish<UP>(total, strip, g, pair_of, weight, biases, limit, out);
+            }
+        }
+        at = 0, expert = next_expert;
+    }
+}
+
+#define FEW_TOKENS(NAME, MATRIX, UP)                                                                                   \
+    extern "C" __global__ void __launch_bounds__(THREADS, 3) NAME(                                                     \
+        const bf16* source, bf16* out, const uint4* values, const uint32_t* scales,                  \
+        const bf16* bias, const long long* ids, const float* weights, int pairs, int active, float limit) {   \
+        few_tokens<MATRIX, UP>(source, out, values, scales, bias, ids, weights, pairs, active, limit);                 \
+    }
+FEW_TOKENS(experts_up_8, Up, true)
+FEW_TOKENS(experts_down_8, Down, false)
+
+// --- Small batches: at most 256 pairs --------------------------------------------------------------------------------
+// As above, with 128 registers x 512 threads, one block a multiprocessor: 24 pairs of an expert at once, 139 KB, and 48
+// KB of sums. Two teams of 8 warps take turns in a block's run, which is long: 87 strips when all 32 experts are
+// chosen. One copy of the activations serves both; where a run goes on with the next expert it changes, while weights
+// keep arriving.
 
 // The index of the n-th set bit (from 0) of 32 words, lane i holding the i-th; -1 if there are not so many.
 __device__ __forceinline__ int nth_set_bit(uint32_t word, int n, int lane) {
@@ -352,12 +486,12 @@ struct Number {
 };
 
 // capacity: rows of activations in shared memory, at most 8 MOST_N. Reads of rows past them end in the sums.
-template <class M, bool UP, int TEAMS, int MOST_N>
+template <class M, bool UP>
 __device__ __forceinline__ void small_batch(
-    const __nv_bfloat16* source, __nv_bfloat16* out, const uint4* values, const uint32_t* scales,
-    const __nv_bfloat16* bias, const long long* ids, const float* weights, int pairs, int active, int capacity,
+    const bf16* source, bf16* out, const uint4* values, const uint32_t* scales,
+    const bf16* bias, const long long* ids, const float* weights, int pairs, int active, int capacity,
     float limit) {
-    constexpr int PITCH = M::TILES * 128 + 16, PARTIAL = WARPS * MOST_N * 32;
+    constexpr int TEAMS = 2, MOST_N = 3, PITCH = M::TILES * 128 + 16, PARTIAL = WARPS * MOST_N * 32;
     extern __shared__ __align__(16) unsigned char shared[];
     unsigned char* const rows = shared;  // [capacity][PITCH]
     __shared__ uint32_t chosen[32];       // a bit for each expert
@@ -372,11 +506,7 @@ __device__ __forceinline__ void small_batch(
 
     if (thread < 32) chosen[thread] = 0;
     __syncthreads();
-    if constexpr (UP) {
-        // The router has ended and its ids are visible when this returns. `down` starts once every block of this
-        // kernel is past it, and so may read the ids, and weights, before it waits for this kernel to end.
-        wait_for_predecessors();
-    }
+    if constexpr (UP) wait_for_predecessors();  // and `down` may read ids before it waits: see few_tokens
     launch_dependents();
     if (thread < pairs) {
         const int id = (int)__ldcg(ids + thread);
@@ -449,7 +579,7 @@ __device__ __forceinline__ void small_batch(
                     for (int i = 0; i < N_TILES; i++)
                         now[(in_team * N_TILES + i) * 32 + lane] =
                             make_float4(sum[i][0], sum[i][1], sum[i][2], sum[i][3]);
-                    wait_for_team<TEAMS>(team);  // every warp that is here has read the other half of `partial`, too
+                    wait_for_team(team);  // every warp that is here has read the other half of `partial`, too
 #pragma unroll 1
                     for (int job = first_job; job < JOBS; job += WARPS) {
                         const int of_group = job / N_TILES, i = job % N_TILES, strip = first_strip + of_group;
@@ -473,7 +603,7 @@ __device__ __forceinline__ void small_batch(
                     }
                 }
             };
-            if (MOST_N == 1 || live <= 8) run(Number<1>());
+            if (live <= 8) run(Number<1>());
             else if (live <= 16) run(Number<2>());
             else run(Number<3>());
         }
@@ -481,18 +611,16 @@ __device__ __forceinline__ void small_batch(
     }
 }
 
-#define SMALL_BATCH(NAME, MATRIX, UP, TEAMS, MOST_N, BLOCKS)                                                           \
-    extern "C" __global__ void __launch_bounds__(TEAMS * THREADS, BLOCKS) NAME(                                        \
-        const __nv_bfloat16* source, __nv_bfloat16* out, const uint4* values, const uint32_t* scales,                  \
-        const __nv_bfloat16* bias, const long long* ids, const float* weights, int pairs, int active, int capacity,    \
+#define SMALL_BATCH(NAME, MATRIX, UP)                                                                                  \
+    extern "C" __global__ void __launch_bounds__(2 * THREADS, 1) NAME(                                                 \
+        const bf16* source, bf16* out, const uint4* values, const uint32_t* scales,                  \
+        const bf16* bias, const long long* ids, const float* weights, int pairs, int active, int capacity,    \
         float limit) {                                                                                                 \
-        small_batch<MATRIX, UP, TEAMS, MOST_N>(                                                                        \
+        small_batch<MATRIX, UP>(                                                                                       \
             source, out, values, scales, bias, ids, weights, pairs, active, capacity, limit);                          \
     }
-SMALL_BATCH(experts_up_8, Up, true, 1, 1, 3)
-SMALL_BATCH(experts_down_8, Down, false, 1, 1, 3)
-SMALL_BATCH(experts_up_24, Up, true, 2, 3, 1)
-SMALL_BATCH(experts_down_24, Down, false, 2, 3, 1)
+SMALL_BATCH(experts_up_24, Up, true)
+SMALL_BATCH(experts_down_24, Down, false)
 
 // --- Large batches ---------------------------------------------------------------------------------------------------
 
@@ -500,8 +628,8 @@ SMALL_BATCH(experts_down_24, Down, false, 2, 3, 1)
 // K at a time, the next part while this one is multiplied.
 template <class M, bool UP>
 __device__ __forceinline__ void large_batch(
-    const __nv_bfloat16* source, __nv_bfloat16* out, const uint4* values, const uint32_t* scales,
-    const __nv_bfloat16* bias, const int4* all_tiles, const int* order, const float* weights, int active, float limit) {
+    const bf16* source, bf16* out, const uint4* values, const uint32_t* scales,
+    const bf16* bias, const int4* all_tiles, const int* order, const float* weights, int active, float limit) {
     constexpr int N_TILES = LARGE_TOKENS / 8, PITCH = M::DEPTH * 128 + 16;
     extern __shared__ __align__(16) unsigned char shared[];  // [2][LARGE_TOKENS][PITCH]
     __shared__ int pair_of[LARGE_TOKENS];
@@ -566,8 +694,8 @@ __device__ __forceinline__ void large_batch(
 
 #define LARGE_BATCH(NAME, MATRIX, UP)                                                                                  \
     extern "C" __global__ void __launch_bounds__(THREADS, 2) NAME(                                                     \
-        const __nv_bfloat16* source, __nv_bfloat16* out, const uint4* values, const uint32_t* scales,                  \
-        const __nv_bfloat16* bias, const int4* tiles, const int* order, const float* weights, int active,              \
+        const bf16* source, bf16* out, const uint4* values, const uint32_t* scales,                  \
+        const bf16* bias, const int4* tiles, const int* order, const float* weights, int active,              \
         float limit) {                                                                                                 \
         large_batch<MATRIX, UP>(source, out, values, scales, bias, tiles, order, weights, active, limit);              \
     }

@@ -16,15 +16,13 @@ from kernels.build import Kernel, compile_module
 WARPS = 8
 THREADS = 32 * WARPS
 LARGE_TOKENS = 64  # pairs of one expert in a block of the large kernels
-SMALL_BATCH = 64  # tokens the small kernels take, and
-FEW = 8  # tokens the kernels experts_*_8 take
-SMALL_PAIRS = 256  # pairs
+FEW_TOKENS, FEW_PAIRS = 8, 32  # that the kernels experts_*_8 take
+SMALL_TOKENS, SMALL_PAIRS = 64, 256  # that the kernels experts_*_24 take
 MOST_SHARED = 223 * 1024  # bytes that a block of the small kernels asks for at most; 4 KB are left for its own
 MAX_EXPERTS = 1024
-# The small kernels, by the tokens of an expert that a block takes at once: its teams of 8 warps, and tiles of 8 tokens;
-# blocks launched for each multiprocessor. experts.cu says why so many.
-TEAMS, TOKEN_TILES = {8: 1, 24: 2}, {8: 1, 24: 3}
-RESIDENT = {("up", 8): 2, ("down", 8): 3, ("up", 24): 1, ("down", 24): 1}
+FEW_BLOCKS = 3  # a multiprocessor, of experts_*_8
+TEAMS, TOKEN_TILES = 2, 3  # of experts_*_24: teams of 8 warps, and tiles of 8 tokens of an expert at once
+SUMS_BYTES = 2 * TEAMS * THREADS * TOKEN_TILES * 16  # two turns' partial sums
 MAX_COLUMNS = 4096  # a warp holds an eighth of a strip's columns in registers
 SCALE_OFFSET = 94  # 126 for the position of the value's bits, less 32 that the epilogue multiplies back
 MAX_SCALE = 254 - SCALE_OFFSET
@@ -105,8 +103,8 @@ def experts(
 ) -> Tensor:
     """Each token through its chosen experts, weighted; who takes the result sums it over the choices, in their order.
 
-    x [T, H] bf16, expert_ids [T, active] int64, expert_weights [T, active] float32, gate_up interleaved
-    -> [T, active, H] bf16. A token's bytes depend on its own row, ids and weights only.
+    x [T, H] bf16, expert_ids [T, active] int64, each token's unlike each other, expert_weights [T, active] float32,
+    gate_up interleaved -> [T, active, H] bf16. A token's bytes depend on its own row, ids and weights only.
     """
     count, active = expert_ids.shape
     pairs, total = count * active, gate_up.bias.shape[0]
@@ -121,14 +119,21 @@ def experts(
     y = torch.empty(count, active, hidden, dtype=torch.bfloat16, device=x.device)
     steps = (("up", x, gate_up, h), ("down", h, down, y))
 
-    if count <= SMALL_BATCH and pairs <= SMALL_PAIRS:
-        tokens = 8 if count <= FEW else 24
+    if count <= FEW_TOKENS and pairs <= FEW_PAIRS:
         for name, source, packed, result in steps:
-            capacity = min(count, 8) if tokens == 8 else min(24, _most_rows(packed.columns, tokens))
-            shared = _small_shared_bytes(packed.columns, tokens, capacity)
-            _kernel(f"experts_{name}_{tokens}", hidden, inner, shared).launch(
-                grid=(_small_grid(packed, RESIDENT[name, tokens], TEAMS[tokens], min(pairs, total)), 1, 1),
-                block=TEAMS[tokens] * THREADS,
+            _kernel(f"experts_{name}_8", hidden, inner, count * _pitch(packed.columns)).launch(
+                grid=_small_grid(packed, FEW_BLOCKS, 1, min(pairs, total)), block=THREADS,
+                args=(
+                    source, result, packed.values, packed.scales, packed.bias, expert_ids, expert_weights, pairs,
+                    active, limit,
+                ),
+            )
+    elif count <= SMALL_TOKENS and pairs <= SMALL_PAIRS:
+        for name, source, packed, result in steps:
+            capacity = min(8 * TOKEN_TILES, (MOST_SHARED - SUMS_BYTES) // _pitch(packed.columns))
+            shared = capacity * _pitch(packed.columns) + SUMS_BYTES
+            _kernel(f"experts_{name}_24", hidden, inner, shared).launch(
+                grid=_small_grid(packed, 1, TEAMS, min(pairs, total)), block=TEAMS * THREADS,
                 args=(
                     source, result, packed.values, packed.scales, packed.bias, expert_ids, expert_weights, pairs,
                     active, capacity, limit,
@@ -193,24 +198,12 @@ def _pitch(columns: int) -> int:
     return -(-columns // TILE_COLUMNS) * 128 + 16
 
 
-def _sums_bytes(tokens: int) -> int:
-    return 2 * TEAMS[tokens] * THREADS * TOKEN_TILES[tokens] * 16  # two turns' partial sums
-
-
-def _most_rows(columns: int, tokens: int) -> int:
-    return (MOST_SHARED - _sums_bytes(tokens)) // _pitch(columns)
-
-
-def _small_shared_bytes(columns: int, tokens: int, capacity: int) -> int:
-    return capacity * _pitch(columns) + _sums_bytes(tokens)
-
-
 def _large_shared_bytes(columns: int) -> int:
     return 2 * LARGE_TOKENS * (split_of(columns)[1] * 128 + 16)
 
 
-def _small_grid(packed: PackedExperts, resident: int, teams: int, distinct: int) -> int:
+def _small_grid(packed: PackedExperts, resident: int, teams: int, distinct: int) -> tuple[int, int, int]:
     """Blocks that share the strips of all chosen experts, each at least a turn of its teams. Changes no result."""
     shares, _ = split_of(packed.columns)
     groups = -(-(packed.rows // STRIP_ROWS) // (WARPS // shares))
-    return min(_multiprocessors() * resident, -(-groups * distinct // teams))
+    return min(_multiprocessors() * resident, -(-groups * distinct // teams)), 1, 1

@@ -18,8 +18,9 @@
 //   wide: a cluster of SHARES blocks, one a multiprocessor, keeps x in shared memory, a share of its columns in each
 //     block (94 KB for 64 tokens of 2880 in four), and walks over groups of strips, a strip for each warp: else 64
 //     tokens of x, read for each strip, would be four times the weights' bytes. The grid is as many clusters as are
-//     resident at once, the strips are dealt out evenly. The partial sums meet through distributed shared memory, while
-//     the next group's first weights are on their way. Above 64 tokens the grid tiles them by 64.
+//     resident at once, the strips are dealt out evenly. Partial sums are sent to the block that adds them up, and
+//     counted there as they arrive: a barrier that ordered memory would wait for the next group's weights, which are on
+//     their way. Above 64 tokens the grid tiles them by 64.
 //
 // The first loads of weights, which no kernel writes, are in flight before the wait for the previous kernel.
 
@@ -59,22 +60,31 @@ __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontr
 
 __device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
-// Shared memory written before is seen by the cluster's other blocks after.
-__device__ __forceinline__ void cluster_exchange() {
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-
-// These two only meet: they order no memory, and so cost no fence.
+// These two only meet: they order no memory, and so cost no fence, which would wait for the weights under way too.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
 
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait;" ::: "memory"); }
 
-__device__ __forceinline__ float4 load_remote(unsigned at, int rank) {
-    float4 sums;
-    asm volatile("{\n .reg .u32 there;\n mapa.shared::cluster.u32 there, %4, %5;\n"
-                 " ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
-                 : "=f"(sums.x), "=f"(sums.y), "=f"(sums.z), "=f"(sums.w) : "r"(at), "r"(rank) : "memory");
-    return sums;
+__device__ __forceinline__ unsigned in_block(unsigned at, int block) {  // that place in the cluster's block's memory
+    unsigned there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(block));
+    return there;
+}
+
+// 16 bytes to a block's shared memory, counted by its barrier as they arrive.
+__device__ __forceinline__ void send(unsigned at, const float (&sums)[4], unsigned barrier, int block) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
+                 :: "r"(in_block(at, block)), "f"(sums[0]), "f"(sums[1]), "f"(sums[2]), "f"(sums[3]),
+                    "r"(in_block(barrier, block)) : "memory");
+}
+
+__device__ __forceinline__ void expect(unsigned barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void wait_for(unsigned barrier, int parity) {
+    asm volatile("{\n .reg .pred done;\nagain:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 " @!done bra again;\n}" :: "r"(barrier), "r"(parity) : "memory");
 }
 
 // threadIdx.x, asked again: what follows from it is computed anew, not kept in registers through a loop.
@@ -116,15 +126,12 @@ __device__ __forceinline__ void multiply_step(float (&sums)[4], const uint4 (&a)
     multiply(sums, a[1], b.z, b.w);
 }
 
-// A warp's sums to partial [8 TILES tokens][PITCH]: sums 0 and 1 are row g of tokens 2t and 2t + 1 (t = lane % 4), sums
-// 2 and 3 row g + 8 of them.
-template <int TILES>
-__device__ __forceinline__ void store_partial(float* partial, const float (&sums)[TILES][4], int lane) {
+// A warp's sums to partial [8 tokens][PITCH]: sums 0 and 1 are row g of tokens 2t and 2t + 1 (t = lane % 4), sums 2 and
+// 3 row g + 8 of them.
+__device__ __forceinline__ void store_partial(float* partial, const float (&sums)[4], int lane) {
     const int row = lane / 4, token = lane % 4 * 2;
 #pragma unroll
-    for (int tile = 0; tile < TILES; ++tile)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) partial[(tile * 8 + token + i % 2) * PITCH + row + i / 2 * 8] = sums[tile][i];
+    for (int i = 0; i < 4; ++i) partial[(token + i % 2) * PITCH + row + i / 2 * 8] = sums[i];
 }
 
 __device__ __forceinline__ float value_of(bf16 bits) { return __uint_as_float(unsigned(bits) << 16); }
@@ -164,13 +171,13 @@ __device__ __forceinline__ void narrow(ARGUMENTS) {
     // Past the last token the last again: its sums are not stored, and touch no other token's.
     const unsigned token_at = x_at + min(lane % 8, tokens - 1) * X_PITCH + lane / 8 * 16;
 
-    float sums[1][4] = {};
+    float sums[4] = {};
     for (int base = 0; base < steps; base += DEPTH)
 #pragma unroll
         for (int i = 0; i < DEPTH; ++i) {
             const int step = base + i;
             if (step < steps) {
-                multiply_step(sums[0], a[i], load_tokens(token_at + step * (STEP * 2)));
+                multiply_step(sums, a[i], load_tokens(token_at + step * (STEP * 2)));
                 if (step + DEPTH < steps)
 #pragma unroll
                     for (int half = 0; half < 2; ++half)
@@ -178,7 +185,7 @@ __device__ __forceinline__ void narrow(ARGUMENTS) {
             }
         }
 
-    store_partial<1>(partial[share], sums, lane);
+    store_partial(partial[share], sums, lane);
     __syncthreads();
     for (int i = threadIdx.x; i < 8 * ROWS; i += SHARES * 32) {
         const int row = i % ROWS, token = i / ROWS, at = token * PITCH + row;
@@ -192,40 +199,21 @@ __device__ __forceinline__ void narrow(ARGUMENTS) {
     }
 }
 
-// Four rows of a token from `row` on: the runs' sums in order, and the bias.
-__device__ __forceinline__ void store_four(
-    bf16* out, const bf16 (&bias)[4], const float4 (&parts)[SHARES], int token, int row, int rows) {
-    float sums[4] = {parts[0].x, parts[0].y, parts[0].z, parts[0].w};
-#pragma unroll
-    for (int share = 1; share < SHARES; ++share) {
-        sums[0] += parts[share].x;
-        sums[1] += parts[share].y;
-        sums[2] += parts[share].z;
-        sums[3] += parts[share].w;
-    }
-    bf16 four[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) four[i] = rounded(sums[i] + value_of(bias[i]));
-    bf16* to = out + size_t(token) * rows + row;
-    if (rows % 4 == 0) {  // 8 bytes lie aligned, and no row is past the last
-        *reinterpret_cast<uint2*>(to) =
-            make_uint2(four[0] | unsigned(four[1]) << 16, four[2] | unsigned(four[3]) << 16);
-    } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            if (row + i < rows) to[i] = four[i];
-    }
-}
-
 // Grid (SHARES, tiles of 8 TILES tokens, clusters that share the groups of strips), up to MOST_WARPS warps. A group is
-// a strip for each warp. Shared memory: x [MOST_STEPS][TOKENS][64 bytes], sums [warps][TOKENS][PITCH]: they must lie in
+// a strip for each warp: warps x TILES units of 16 rows by 8 tokens, which the blocks of the cluster add up in turn.
+// Shared memory: x [MOST_STEPS][TOKENS][64 bytes], then [units of a block][SHARES][32 lanes] of four sums received: in
 // the same place in all blocks of a cluster, whose shares may differ by a step.
 template <int TILES, int DEPTH>
 __device__ __forceinline__ void wide(ARGUMENTS) {
     constexpr int TOKENS = TILES * 8, STEP_BYTES = TOKENS * STEP * 2;
-    constexpr int ROUNDS = (TILES + SHARES - 1) / SHARES;  // of adding up: strips x TILES units, SHARES x warps of them
     extern __shared__ uint4 shared[];
+    __shared__ unsigned long long arrived;
     let_next_start();
+    const unsigned barrier = unsigned(__cvta_generic_to_shared(&arrived));
+    if (threadIdx.x == 0)
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;"
+                     :: "r"(barrier) : "memory");
+    cluster_arrive();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, share = blockIdx.x;
     const int begin = share_begin(share);
     int steps = share_begin(share + 1) - begin;
@@ -244,8 +232,10 @@ __device__ __forceinline__ void wide(ARGUMENTS) {
 
     wait_for_previous();
     const int first = blockIdx.y * TOKENS;
-    const unsigned x_at = unsigned(__cvta_generic_to_shared(shared)), sums_at = x_at + MOST_STEPS * STEP_BYTES;
-    float* partial = reinterpret_cast<float*>(shared) + MOST_STEPS * STEP_BYTES / 4;
+    const unsigned x_at = unsigned(__cvta_generic_to_shared(shared)), received_at = x_at + MOST_STEPS * STEP_BYTES;
+    const float4* received = reinterpret_cast<const float4*>(shared) + MOST_STEPS * STEP_BYTES / 16;
+    const int units = (warps * TILES - share + SHARES - 1) / SHARES;  // of this block
+    unsigned parity = 0;
     // Piece c of 16 bytes of a step's token r lies at c ^ (r / 2 % 4): eight tokens' miss each other. The columns of
     // the first DEPTH steps come first: they are multiplied while the others are under way.
     const auto copy_steps = [&](int from, int to) {
@@ -265,6 +255,7 @@ __device__ __forceinline__ void wide(ARGUMENTS) {
     for (int group = first_group; group < groups; group += gridDim.z) {
         const bool more = group + int(gridDim.z) < groups;
         const uint4* next_at = tiles_of(group + gridDim.z);
+        if (threadIdx.x == 0) expect(barrier, units * SHARES * 512);
         float sums[TILES][4] = {};
         for (int base = 0; base < steps; base += DEPTH) {
             if (group == first_group && base <= DEPTH) {  // later all of x is there
@@ -293,35 +284,38 @@ __device__ __forceinline__ void wide(ARGUMENTS) {
         }
         tile_at = next_at;
 
-        if (group != first_group) cluster_wait();  // for those who read the sums of the group before
+        cluster_wait();  // all blocks have begun, and have read what came to them in the group before
         const int thread = thread_again(), lane = thread % 32, warp = thread / 32;
-        store_partial<TILES>(partial + warp * TOKENS * PITCH, sums, lane);
-        // A warp takes 8 tokens of a strip at a time, a lane four rows of one of them.
-        const auto unit = [&](int round) { return (round * warps + warp) * SHARES + share; };
-        const auto row_of = [&](int round) { return (group * warps + unit(round) / TILES) * ROWS + lane / 8 * 4; };
-        bf16 offsets[ROUNDS][4];
 #pragma unroll
-        for (int round = 0; round < ROUNDS; ++round)
+        for (int tile = 0; tile < TILES; ++tile) {
+            const int unit = warp * TILES + tile;
+            send(received_at + ((unit / SHARES * SHARES + share) * 32 + lane) * 16, sums[tile], barrier, unit % SHARES);
+        }
+        wait_for(barrier, parity);
+        parity ^= 1;
+        for (int slot = warp; slot < units; slot += warps) {
+            const int unit = slot * SHARES + share;
+            float total[4] = {};
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                offsets[round][j] = 0x8000;  // -0, which changes no sum
-                if (bias != nullptr && row_of(round) + j < rows) offsets[round][j] = bias[row_of(round) + j];
+            for (int other = 0; other < SHARES; ++other) {  // in order
+                const float4 part = received[(slot * SHARES + other) * 32 + lane];
+                const float parts[4] = {part.x, part.y, part.z, part.w};
+#pragma unroll
+                for (int i = 0; i < 4; ++i) total[i] = other == 0 ? parts[i] : total[i] + parts[i];
             }
-        cluster_exchange();
+            // Sums 0 and 1 are row g of tokens 2t and 2t + 1, sums 2 and 3 row g + 8 of them.
 #pragma unroll
-        for (int round = 0; round < ROUNDS; ++round) {
-            const int slot = unit(round) / TILES, token = unit(round) % TILES * 8 + lane % 8, row = row_of(round);
-            if (slot < warps && first + token < tokens && row < rows) {
-                const unsigned at = sums_at + ((slot * TOKENS + token) * PITCH + lane / 8 * 4) * sizeof(float);
-                float4 parts[SHARES];
-#pragma unroll
-                for (int other = 0; other < SHARES; ++other) parts[other] = load_remote(at, other);
-                store_four(out, offsets[round], parts, first + token, row, rows);
+            for (int i = 0; i < 4; ++i) {
+                const int row = (group * warps + unit / TILES) * ROWS + lane / 4 + i / 2 * 8;
+                const int token = first + unit % TILES * 8 + lane % 4 * 2 + i % 2;
+                if (token < tokens && row < rows) {
+                    const float sum = bias == nullptr ? total[i] : total[i] + value_of(bias[row]);
+                    out[size_t(token) * rows + row] = rounded(sum);
+                }
             }
         }
-        cluster_arrive();  // what was read of the others' sums is in registers already
+        if (more) cluster_arrive();
     }
-    cluster_wait();  // a block that left would take its sums with it
 }
 
 }  // namespace

@@ -118,9 +118,10 @@ def narrow_shared(columns: int, tokens: int) -> int:
 
 
 def wide_shared(tile: int, columns: int, shares: int, warps: int) -> int:
-    """Bytes of dynamic shared memory: the longest share of x, and a strip's partial sums for each warp."""
+    """Bytes of dynamic shared memory: the longest share of x, and every share's sums of the units a block adds up."""
     steps = -(-(columns // STEP) // shares)
-    return tile * (steps * STEP * 2 + warps * PITCH * 4)
+    units = -(-warps * (tile // 8) // shares)  # of 16 rows by 8 tokens, each 512 bytes
+    return tile * steps * STEP * 2 + units * shares * 512
 
 
 def x_pitch(columns: int) -> int:

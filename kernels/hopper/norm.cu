@@ -1,16 +1,17 @@
 // What stands between the products: embedding + RMSNorm, residual add + RMSNorm, the same with the router's top-k.
 // H is the macro HIDDEN, a multiple of 8.
 //
-// embed_norm, add_norm: a row [H] bf16 a block, 16 bytes a thread and access, kept in registers. add_norm sums the parts
-//   of what is added first: one, or the weighted outputs of a token's experts. They move 8 H and 6 H + 2 H parts bytes a
-//   token (17 to 46 KB at 2880: 1 us of bandwidth at 64 tokens); up to 256 tokens latency is all: two trips to L2 and
-//   a reduction, about 2 us.
+// embed_norm, add_norm: a row [H] bf16 a block, 16 bytes a thread and access, kept in registers. add_norm sums the
+//   parts of what is added first: one, or the weighted outputs of a token's experts. They move 6 H and 6 H + 2 H parts
+//   bytes a token (17 to 40 KB at 2880: 1 us of bandwidth at 64 tokens); up to 256 tokens latency is all: two trips to
+//   L2 and a reduction, about 2 us.
 // add_norm_route: add_norm, then weight [E, H] bf16 -> the `active` largest logits' experts and the softmax over them.
 //   Reads 2 E H bytes of weights (184 KB at 32 experts, 737 KB at 128): 0.1 and 0.2 us for the whole machine, but 2 and
 //   7 us for one multiprocessor. So a cluster of 8 blocks takes a token, a warp an expert, whose whole row lies in the
-//   warp's registers before the wait for the previous kernel; a cluster keeps its weights for all of its tokens. Each of
-//   its blocks norms the row for itself: cheaper than a kernel more. Logits meet in the first block's shared memory.
+//   warp's registers before the wait for the previous kernel; a cluster keeps its weights for all of its tokens. Each
+//   of its blocks norms the row for itself: cheaper than a kernel more. Logits meet in the first block's shared memory.
 //   They are float32 throughout: rounding them makes ties.
+// route: the same choice for many rows that are normed already, by tensor cores.
 // Every sum has one order, whatever T.
 
 #ifndef HIDDEN
@@ -120,7 +121,7 @@ __device__ __forceinline__ void norm_row(
     float eps
 ) {
     __shared__ float of_warp[WARPS];
-    let_next_start();
+    if (!EMBED) let_next_start();
     uint4 scale[TURNS][2];
     float row[TURNS][8];
 #pragma unroll
@@ -133,6 +134,7 @@ __device__ __forceinline__ void norm_row(
     wait_for_previous();
     size_t from = blockIdx.x;
     if (EMBED) {
+        let_next_start();  // only now: later kernels read what `advance`, the one before, wrote, and do not wait for it
         int token;
         asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(token) : "l"(tokens + blockIdx.x) : "memory");
         from = token;
@@ -248,9 +250,12 @@ extern "C" __global__ void __cluster_dims__(RANKS, 1, 1) __launch_bounds__(ROUTE
 ) {
     __shared__ uint4 rows[MOST_TOKENS][PIECES], factors[PIECES][2];
     __shared__ float of_warp[MOST_TOKENS][ROUTER_WARPS];
-    // The first block's takes the whole cluster's. Used in turns: the next is written while the last is read.
-    __shared__ float logits[2][MOST_TOKENS][MOST_EXPERTS];
+    __shared__ float logits[MOST_TOKENS][MOST_EXPERTS];  // the first block's takes the whole cluster's
+    __shared__ unsigned long long arrived;               // and this counts their bytes: cheaper than a barrier of all
     let_next_start();
+    if (blockIdx.x == 0 && threadIdx.x == 0)
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;"
+                     :: "r"(unsigned(__cvta_generic_to_shared(&arrived))) : "memory");
     asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");  // nobody writes to a block that is yet to start
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, rank = blockIdx.x, expert = warp * RANKS + rank;
     const int threads = blockDim.x;
@@ -270,11 +275,17 @@ extern "C" __global__ void __cluster_dims__(RANKS, 1, 1) __launch_bounds__(ROUTE
     asm volatile("barrier.cluster.wait;" ::: "memory");
     wait_for_previous();
 
-    unsigned first;  // the first block's logits
+    const unsigned own_arrived = unsigned(__cvta_generic_to_shared(&arrived));
+    unsigned first, first_arrived;  // the first block's
     asm("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(first) : "r"(unsigned(__cvta_generic_to_shared(logits))));
-    int turn = 0;
-    for (int begin = blockIdx.y * group; begin < tokens; begin += gridDim.y * group, turn ^= 1) {
+    asm("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(first_arrived) : "r"(own_arrived));
+    const int stride = gridDim.y * group;
+    unsigned parity = 0;
+    for (int begin = blockIdx.y * group; begin < tokens; begin += stride, parity ^= 1) {
         const int count = min(group, tokens - begin);
+        if (rank == 0 && threadIdx.x == 0)
+            asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                         :: "r"(own_arrived), "r"(count * experts * 4) : "memory");
         // Each thread's own pieces stay its own until the row is normed: no barrier but the sum's.
         float squares[MOST_TOKENS];
 #pragma unroll
@@ -332,15 +343,19 @@ extern "C" __global__ void __cluster_dims__(RANKS, 1, 1) __launch_bounds__(ROUTE
                     }
                 sum = warp_sum(sum) + offset;
                 if (lane == 0)
-                    asm volatile("st.shared::cluster.f32 [%0], %1;"
-                                 :: "r"(first + ((turn * MOST_TOKENS + token) * MOST_EXPERTS + expert) * 4), "f"(sum)
+                    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];"
+                                 :: "r"(first + (token * MOST_EXPERTS + expert) * 4), "f"(sum), "r"(first_arrived)
                                  : "memory");
             }
-        asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-        if (rank == 0)
+        if (rank == 0) {
+            asm volatile("{\n .reg .pred done;\nagain:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                         " @!done bra again;\n}" :: "r"(own_arrived), "r"(parity) : "memory");
             for (int token = warp; token < count; token += threads / 32)
-                choose(logits[turn][token], experts, active, ids + size_t(begin + token) * active,
+                choose(logits[token], experts, active, ids + size_t(begin + token) * active,
                        shares + size_t(begin + token) * active);
+        }
+        if (begin + stride < tokens)  // then logits and rows are written again
+            asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
     }
 }
 

@@ -97,7 +97,8 @@ def prefill_add_norm_route(
 
 def router_grid(tokens: int, experts: int) -> tuple[int, int]:
     """Clusters, and tokens a cluster takes at once: all clusters are resident, and few tokens spread over them."""
-    clusters = min(tokens, ROUTED_EXPERTS // max(experts, 32))
+    most = ROUTED_EXPERTS // max(experts, 32)
+    clusters = min(tokens if tokens <= most // 2 else -(-tokens // MOST_TOKENS), most)
     return clusters, min(-(-tokens // clusters), MOST_TOKENS)
 
 

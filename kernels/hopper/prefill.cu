@@ -12,20 +12,22 @@
 // TFLOP/s. Bytes past the L2 do not count here, those out of it do: a block of 192 rows by 128 tokens reads 512 + 320
 // (DENSE: 512 + 768) bytes for every two columns, that is 118 (77) operations a byte, and the L2 gives about 5 TB/s.
 //
-// A block: 192 rows (three warpgroups of 64) by up to 128 tokens. A fourth warpgroup brings tokens to shared memory,
-// 64 columns at a time, STAGES deep; rows of MXFP4 pairs are gathered as they come. While one product of 64 columns
-// runs, each warpgroup makes the A operand of the next. A tile with fewer live tokens multiplies by 32, 64 or 96.
+// A block takes items, 192 rows (three warpgroups of 64) by up to 128 tokens, one after the other: as many blocks as
+// multiprocessors, each with every so-manyth item. A fourth warpgroup brings tokens to shared memory, 64 columns at a
+// time, STAGES deep, and runs ahead into the next item; rows of pairs are gathered as they come. While one product of
+// 64 columns runs, each warpgroup makes the A operand of the next. An item with fewer live tokens multiplies by 32, 64
+// or 96. Warpgroups meet only at the stages: while one brings its sums out, the others multiply.
 //
 // A token's sums are one chain over its columns in their order, whatever the tile and the tokens beside it: its bytes
 // depend on nothing else. They are not the bytes of the decode kernels, which cut K.
-
-#include <cuda_bf16.h>
 
 #define DENSE 0
 #define UP 1
 #define DOWN 2
 
 namespace {
+
+using bf16 = unsigned short;  // its bits: NVRTC has no headers to offer
 
 constexpr int CONSUMERS = 3;                    // warpgroups, 64 rows each
 constexpr int ROWS = 64 * CONSUMERS;
@@ -37,18 +39,27 @@ constexpr int STAGE_BYTES = TOKENS * DEPTH * 2;
 constexpr int CONSUMER_THREADS = CONSUMERS * 128;
 constexpr int THREADS = CONSUMER_THREADS + 128;
 constexpr int TURNS = (COLUMNS + DEPTH - 1) / DEPTH;
-constexpr int UNITS = KIND == UP ? ROWS / 2 : ROWS;  // columns of the output that a block makes
-constexpr int OUT_PITCH = UNITS + 8;                 // of a token's outputs in shared memory: lanes meet no bank twice
-constexpr float DEFERRED_SCALE = 4294967296.0f;      // 2^32: see dequantize in experts.cu
+constexpr int UNITS = KIND == UP ? 32 : 64;  // columns of the output that a warpgroup makes
+constexpr int OUT_PITCH = UNITS + 8;         // of a token's outputs in shared memory: lanes meet no bank twice
+constexpr int OUT_BYTES = TOKENS * OUT_PITCH * 2;
+constexpr float DEFERRED_SCALE = 4294967296.0f;  // 2^32: see dequantize in experts.cu
 
 static_assert(COLUMNS % 32 == 0, "columns come in blocks of 32");
-static_assert(TOKENS * OUT_PITCH * 2 <= STAGES * STAGE_BYTES, "outputs take the place of the stages");
 
 // --- PTX -------------------------------------------------------------------------------------------------------------
 
+__device__ __forceinline__ float widen(bf16 bits) { return __uint_as_float((unsigned)bits << 16); }
+
+__device__ __forceinline__ bf16 narrow(float value) {
+    bf16 rounded;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(value));
+    return rounded;
+}
+
 __device__ __forceinline__ unsigned shared_address(const void* at) { return unsigned(__cvta_generic_to_shared(at)); }
 
-__device__ __forceinline__ void copy_async(unsigned to, const void* from, int bytes) {  // 16 bytes, of which read: bytes
+// 16 bytes, of which read: bytes.
+__device__ __forceinline__ void copy_async(unsigned to, const void* from, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
@@ -108,9 +119,9 @@ MULTIPLY(64, D0 ", " D16, LIST(F16(0), F16(16)), "%32, %33, %34, %35", "%36")
 MULTIPLY(96, D0 ", " D16 ", " D32, LIST(F16(0), F16(16), F16(32)), "%48, %49, %50, %51", "%52")
 MULTIPLY(128, D0 ", " D16 ", " D32 ", " D48, LIST(F16(0), F16(16), F16(32), F16(48)), "%64, %65, %66, %67", "%68")
 
-// A stage as wgmma's B operand: rows of 128 bytes (a token's 64 columns), 16-byte chunk c of row r at c ^ (r % 8), eight
-// rows every 1024 bytes. In units of 16 bytes: start in bits 0-13, the stride of eight rows in 32-45, and 1 << 62 for
-// this swizzle. A step of 16 columns is 32 bytes on.
+// A stage as wgmma's B operand: rows of 128 bytes (a token's 64 columns), 16-byte chunk c of row r at c ^ (r % 8),
+// eight rows every 1024 bytes. In units of 16 bytes: start in bits 0-13, the stride of eight rows in 32-45, and 1 << 62
+// for this swizzle. A step of 16 columns is 32 bytes on.
 __device__ __forceinline__ unsigned long long describe(unsigned at) {
     return (unsigned long long)(at >> 4 & 0x3FFF) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
@@ -124,36 +135,41 @@ __device__ __forceinline__ uint4 load_weight(const uint4* at) {
     return v;
 }
 
+// A warp's weights, AHEAD turns of them under way, in places known when compiled.
+
 #if KIND == DENSE
 
-// A lane's weights: [strip of 16 rows][step of 32 columns][2 fragments][32 lanes] of 16 bytes. Loaded a turn ahead.
+template <int N>
+constexpr int AHEAD_OF = N <= 64 ? 2 : 1;
+
+// [strip of 16 rows][step of 32 columns][2 fragments][32 lanes] of 16 bytes.
+template <int AHEAD>
 struct Weights {
     static constexpr int STEPS = COLUMNS / 32;
     const uint4* strip_at;
-    uint4 next[4];
+    uint4 next[AHEAD][4];
 
-    __device__ __forceinline__ Weights(const uint4* weight, const unsigned*, int, int strip)
-        : strip_at(weight + (size_t)strip * (STEPS * 64) + threadIdx.x % 32) {}
+    __device__ __forceinline__ void aim(const uint4* weight, const unsigned*, int strip) {
+        strip_at = weight + (size_t)strip * (STEPS * 64) + threadIdx.x % 32;
+    }
 
-    __device__ __forceinline__ void load(int turn) {
+    __device__ __forceinline__ void load(int turn, int place) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {  // past the end, the last step again: its tokens are zeros
             const int step = COLUMNS % DEPTH == 0 ? turn * 2 + i / 2 : min(turn * 2 + i / 2, STEPS - 1);
-            next[i] = load_weight(strip_at + (step * 2 + i % 2) * 32);
+            next[place][i] = load_weight(strip_at + (step * 2 + i % 2) * 32);
         }
     }
 
-    __device__ __forceinline__ void start() { load(0); }
-
-    // The operand of a turn; and what a later one needs is asked for.
-    __device__ __forceinline__ void operand(int turn, unsigned (&a)[16]) {
+    // The operand of the turn in `place`; and what a later one needs is asked for.
+    __device__ __forceinline__ void operand(int turn, int place, unsigned (&a)[16]) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {  // copies that ptxas keeps: it waits for a product whose operand a load writes
-            const unsigned words[4] = {next[i].x, next[i].y, next[i].z, next[i].w};
+            const unsigned words[4] = {next[place][i].x, next[place][i].y, next[place][i].z, next[place][i].w};
 #pragma unroll
             for (int j = 0; j < 4; ++j) asm volatile("mov.b32 %0, %1;" : "=r"(a[4 * i + j]) : "r"(words[j]));
         }
-        if (turn + 1 < TURNS) load(turn + 1);
+        if (turn + AHEAD < TURNS) load(turn + AHEAD, place);
     }
 };
 
@@ -174,221 +190,267 @@ __device__ __forceinline__ void dequantize(unsigned q, unsigned low, unsigned hi
     a[3] = multiply_pair(((q << 1) & SIGN) | ((q >> 3) & REST), high);
 }
 
-// A lane's weights: tiles of 16 rows by 64 columns, [strip][tile][32 lanes] of 16 bytes, and for each of 8 rows g the
-// scale bytes of rows g and g + 8, of the first 32 columns and of the others. Loaded two turns ahead.
+template <int N>
+constexpr int AHEAD_OF = N <= 64 ? 4 : 2;
+
+// Tiles of 16 rows by 64 columns, [strip][tile][32 lanes] of 16 bytes, and for each of 8 rows g the scale bytes of rows
+// g and g + 8, of the first 32 columns and of the others.
+template <int AHEAD>
 struct Weights {
     const uint4* values;
     const unsigned* scales;
-    uint4 value[2];
-    unsigned scale[2];
+    uint4 value[AHEAD];
+    unsigned scale[AHEAD];
 
-    __device__ __forceinline__ Weights(const uint4* all_values, const unsigned* all_scales, int strips, int strip)
-        : values(all_values + (size_t)strip * TURNS * 32 + threadIdx.x % 32),
-          scales(all_scales + (size_t)strip * TURNS * 8 + threadIdx.x % 32 / 4) {}
+    __device__ __forceinline__ void aim(const uint4* all_values, const unsigned* all_scales, int strip) {
+        values = all_values + (size_t)strip * TURNS * 32 + threadIdx.x % 32;
+        scales = all_scales + (size_t)strip * TURNS * 8 + threadIdx.x % 32 / 4;
+    }
 
     __device__ __forceinline__ void load(int turn, int place) {
         value[place] = load_weight(values + turn * 32);
         asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(scale[place]) : "l"(scales + turn * 8));
     }
 
-    __device__ __forceinline__ void start() {
-        load(0, 0);
-        if (TURNS > 1) load(1, 1);
-    }
-
-    __device__ __forceinline__ void operand(int turn, unsigned (&a)[16]) {
-        const unsigned s = scale[0];
-        const unsigned low[2] = {(s & 0xFF) * 0x00800080u, (s >> 16 & 0xFF) * 0x00800080u};
-        const unsigned high[2] = {(s >> 8 & 0xFF) * 0x00800080u, (s >> 24) * 0x00800080u};
-        dequantize(value[0].x, low[0], high[0], a);
-        dequantize(value[0].y, low[0], high[0], a + 4);
-        dequantize(value[0].z, low[1], high[1], a + 8);
-        dequantize(value[0].w, low[1], high[1], a + 12);
-        value[0] = value[1], scale[0] = scale[1];
-        if (turn + 2 < TURNS) load(turn + 2, 1);
+    __device__ __forceinline__ void operand(int turn, int place, unsigned (&a)[16]) {
+        const unsigned s = scale[place];
+        const unsigned low[2] = {__byte_perm(s, 0, 0x4040) << 7, __byte_perm(s, 0, 0x4242) << 7};
+        const unsigned high[2] = {__byte_perm(s, 0, 0x4141) << 7, __byte_perm(s, 0, 0x4343) << 7};
+        dequantize(value[place].x, low[0], high[0], a);
+        dequantize(value[place].y, low[0], high[0], a + 4);
+        dequantize(value[place].z, low[1], high[1], a + 8);
+        dequantize(value[place].w, low[1], high[1], a + 12);
+        if (turn + AHEAD < TURNS) load(turn + AHEAD, place);
     }
 };
 
 #endif
 
-// --- A block ---------------------------------------------------------------------------------------------------------
+// --- Items -----------------------------------------------------------------------------------------------------------
 
-struct Tile {
-    const __nv_bfloat16* source;  // rows of COLUMNS
-    __nv_bfloat16* out;           // rows of `width`
-    const uint4* weight;          // of the expert
+// What a launch works on, and how it is divided. Items in order: all blocks of rows of a tile of tokens, then the next
+// tile's, so that what runs at a time shares tokens, and weights of few experts.
+struct Work {
+    const uint4* weight;          // of all experts
     const unsigned* scales;       // likewise; dense weights have none
-    const __nv_bfloat16* bias;    // likewise
-    int rows, width, live;
+    const bf16* bias;    // likewise; null: none
+    const bf16* source;  // rows of COLUMNS
+    bf16* out;           // rows of `rows`, UP: of rows / 2
+    const int4* tiles;            // experts: (expert, first place in order, pairs, 0)
+    const int* order;             // experts: pairs by expert
+    const float* shares;          // DOWN: the routing weights by pair
+    int rows, tokens, active;     // weight rows of an expert; tokens: dense only
     float limit;
+
+    __device__ __forceinline__ int row_blocks() const { return (rows + ROWS - 1) / ROWS; }
 };
 
-struct Shared {
-    unsigned long long full[STAGES], empty[STAGES];
-    int from[TOKENS], to[TOKENS];  // rows of source and of out
-    float share[TOKENS];           // DOWN: the routing weight
+struct Item {
+    int block, expert, first, live;  // live 0: there are no more
+
+    __device__ __forceinline__ Item(const Work& work, int index, int tile_count) {
+        const int tile = index / work.row_blocks();
+        block = index - tile * work.row_blocks(), expert = 0, first = tile * TOKENS, live = 0;
+        if (tile >= tile_count) return;
+        if (KIND == DENSE) {
+            live = min(work.tokens - first, TOKENS);
+        } else {
+            const int4 of_expert = __ldcg(work.tiles + tile);
+            expert = of_expert.x, first = of_expert.y, live = of_expert.z;
+        }
+    }
+    // Row of out, and of source but for UP, of the item's token: its pair.
+    __device__ __forceinline__ int row_of(const Work& work, int token) const {
+        if (KIND == DENSE) return first + token;
+        return token < live ? __ldcg(work.order + first + token) : 0;
+    }
 };
 
 // Bring the tokens' columns to the stages, in turn. 128 threads: a thread takes a chunk of 8 columns of every 16th row.
-__device__ __forceinline__ void produce(const Tile& tile, Shared& shared, unsigned stages) {
+__device__ __forceinline__ void produce(
+    const Work& work, int tile_count, unsigned stages, unsigned full, unsigned empty) {
     const int thread = threadIdx.x - CONSUMER_THREADS, chunk = thread % 8, first = thread / 8;
-    const unsigned full = shared_address(shared.full), empty = shared_address(shared.empty);
     const unsigned to = stages + first * 128 + (chunk ^ first % 8) * 16;
-    unsigned at[TOKENS / 16];  // elements from source
+    int count = 0;  // turns so far, over all items
+    const auto declare_full = [&](int turn) {  // the copies are ordinary writes, wgmma reads through another proxy
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        __syncwarp();
+        if (thread % 32 == 0) barrier_arrive(full + turn % STAGES * 8);
+    };
+    for (int index = blockIdx.x;; index += gridDim.x) {
+        const Item item(work, index, tile_count);
+        if (item.live == 0) break;
+        unsigned at[TOKENS / 16];  // elements from source
 #pragma unroll
-    for (int i = 0; i < TOKENS / 16; ++i) {
-        const int row = first + 16 * i;
-        at[i] = row < tile.live ? shared.from[row] * COLUMNS + chunk * 8 : 0;
-    }
-    for (int turn = 0; turn < TURNS + BEHIND; ++turn) {
-        if (turn < TURNS) {
-            const int stage = turn % STAGES, column = turn * DEPTH;
-            if (turn >= STAGES) barrier_wait(empty + stage * 8, (turn / STAGES - 1) & 1);
+        for (int i = 0; i < TOKENS / 16; ++i) {
+            const int row = item.row_of(work, first + 16 * i);
+            at[i] = (KIND == UP ? row / work.active : row) * COLUMNS + chunk * 8;
+        }
+        for (int turn = 0; turn < TURNS; ++turn, ++count) {
+            const int stage = count % STAGES, column = turn * DEPTH;
+            if (count >= STAGES) barrier_wait(empty + stage * 8, (count / STAGES - 1) & 1);
             const bool inside = COLUMNS % DEPTH == 0 || column + chunk * 8 < COLUMNS;  // zeros past the last
 #pragma unroll
             for (int i = 0; i < TOKENS / 16; ++i)
-                if (first + 16 * i < tile.live)
-                    copy_async(to + stage * STAGE_BYTES + i * (16 * 128), tile.source + at[i] + (inside ? column : 0),
+                if (first + 16 * i < item.live)
+                    copy_async(to + stage * STAGE_BYTES + i * (16 * 128), work.source + at[i] + (inside ? column : 0),
                                inside ? 16 : 0);
-        }
-        asm volatile("cp.async.commit_group;" ::: "memory");
-        if (turn >= BEHIND) {
-            // The copies are ordinary writes, wgmma reads through another proxy.
-            asm volatile("cp.async.wait_group %0;\nfence.proxy.async.shared::cta;" :: "n"(BEHIND) : "memory");
-            __syncwarp();
-            if (thread % 32 == 0) barrier_arrive(full + (turn - BEHIND) % STAGES * 8);
+            asm volatile("cp.async.commit_group;" ::: "memory");
+            if (count >= BEHIND) {
+                asm volatile("cp.async.wait_group %0;" :: "n"(BEHIND) : "memory");
+                declare_full(count - BEHIND);
+            }
         }
     }
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    for (int turn = max(count - BEHIND, 0); turn < count; ++turn) declare_full(turn);
 }
 
-// Sums of a warpgroup's 64 rows and N tokens, then out: through shared memory, so that rows leave whole.
+// A warpgroup's 64 rows of one item: N tokens' sums, then out: through shared memory, so that whole lines leave.
 template <int N>
-__device__ __forceinline__ void consume(const Tile& tile, Shared& shared, unsigned stages, __nv_bfloat16* staged) {
+__device__ __forceinline__ void consume(
+    const Work& work, const Item& item, int& count, unsigned stages, unsigned full, unsigned empty,
+    bf16* staged) {
+    constexpr int AHEAD = AHEAD_OF<N>, UNROLL = AHEAD > 2 ? AHEAD : 2;
     const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, g = lane / 4;
-    const unsigned full = shared_address(shared.full), empty = shared_address(shared.empty);
-    const int strips = (tile.rows + 15) / 16, strip = (blockIdx.x * CONSUMERS + group) * 4 + warp;
-    Weights weights(tile.weight, tile.scales, strips, min(strip, strips - 1));  // past the end: the last, never stored
-    weights.start();
+    const int strips = (work.rows + 15) / 16, strip = (item.block * CONSUMERS + group) * 4 + warp;
+    const size_t expert_strips = (size_t)item.expert * strips;
+    Weights<AHEAD> weights;  // past the end: the last strip's, and its sums are not stored
+    weights.aim(work.weight + (KIND == DENSE ? 0 : expert_strips * TURNS * 32),
+                work.scales + (KIND == DENSE ? 0 : expert_strips * TURNS * 8), min(strip, strips - 1));
+#pragma unroll
+    for (int turn = 0; turn < AHEAD; ++turn)
+        if (turn < TURNS) weights.load(turn, turn);
     float sums[N / 2] = {};
     unsigned a[2][16];
-    weights.operand(0, a[0]);
-    const auto multiply_turn = [&](int turn, int place) {
-        const int stage = turn % STAGES;
-        barrier_wait(full + stage * 8, turn / STAGES & 1);
+    weights.operand(0, 0, a[0]);
+    const auto multiply_turn = [&](int turn, int place) {  // place: turn % UNROLL
+        const int stage = (count + turn) % STAGES;
+        barrier_wait(full + stage * 8, (count + turn) / STAGES & 1);
         const unsigned long long b = describe(stages + stage * STAGE_BYTES);
         product_begin();
 #pragma unroll
-        for (int step = 0; step < 4; ++step) multiply(sums, a[place] + 4 * step, b + 2 * step);
+        for (int step = 0; step < 4; ++step) multiply(sums, a[place % 2] + 4 * step, b + 2 * step);
         product_commit();
-        if (turn + 1 < TURNS) weights.operand(turn + 1, a[1 - place]);  // while the product runs
+        if (turn + 1 < TURNS) weights.operand(turn + 1, (place + 1) % AHEAD, a[1 - place % 2]);  // while it runs
         product_wait<0>();
-        hold(a[place]);
+        hold(a[place % 2]);
         if (lane == 0) barrier_arrive(empty + stage * 8);
     };
 #pragma unroll 1
-    for (int turn = 0; turn + 1 < TURNS; turn += 2) {
-        multiply_turn(turn, 0);
-        multiply_turn(turn + 1, 1);
-    }
-    if (TURNS % 2 == 1) multiply_turn(TURNS - 1, 0);
+    for (int turn = 0; turn + UNROLL <= TURNS; turn += UNROLL)
+#pragma unroll
+        for (int i = 0; i < UNROLL; ++i) multiply_turn(turn + i, i);
+#pragma unroll
+    for (int i = 0; i < TURNS % UNROLL; ++i) multiply_turn(TURNS / UNROLL * UNROLL + i, i);
     hold(sums);
+    count += TURNS;
 
-    asm volatile("bar.sync 1, %0;" :: "n"(CONSUMER_THREADS) : "memory");  // nobody reads the stages any more
+    // A lane knows the rows of tokens lane, lane + 32 ... of the item.
+    int to[N / 32];
+    float share[N / 32];
+#pragma unroll
+    for (int i = 0; i < N / 32; ++i) {
+        to[i] = item.row_of(work, i * 32 + lane);
+        share[i] = KIND == DOWN ? __ldcg(work.shares + to[i]) : 0.0f;
+    }
     // Rows g and g + 8 of the strip; packed gate_up strips hold gate 16 strip + 2g and up 16 strip + 2g + 1 there.
     const int row = strip * 16 + (KIND == UP ? 2 * g : g), other_row = row + (KIND == UP ? 1 : 8);
     float bias_low = 0.0f, bias_high = 0.0f;
-    if (tile.bias != nullptr) {
-        if (row < tile.rows) bias_low = __bfloat162float(tile.bias[row]);
-        if (other_row < tile.rows) bias_high = __bfloat162float(tile.bias[other_row]);
+    if (work.bias != nullptr) {
+        const bf16* const bias = work.bias + (size_t)item.expert * work.rows;
+        if (row < work.rows) bias_low = widen(bias[row]);
+        if (other_row < work.rows) bias_high = widen(bias[other_row]);
     }
-    const int in_block = (group * 4 + warp) * (KIND == UP ? 8 : 16) + g;
+    asm volatile("bar.sync %0, 128;" :: "r"(1 + group) : "memory");  // the last item's outputs have been read
+    const int in_group = warp * (KIND == UP ? 8 : 16) + g;
 #pragma unroll
     for (int j = 0; j < N / 8; ++j)
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
             const int token = 8 * j + lane % 4 * 2 + c;
-            __nv_bfloat16* const at = staged + token * OUT_PITCH + in_block;
+            bf16* const at = staged + token * OUT_PITCH + in_group;
             float low = sums[4 * j + c], high = sums[4 * j + 2 + c];
             if (KIND == DENSE) {
-                at[0] = __float2bfloat16_rn(low + bias_low), at[8] = __float2bfloat16_rn(high + bias_high);
+                at[0] = narrow(low + bias_low), at[8] = narrow(high + bias_high);
                 continue;
             }
             low = fmaf(low, DEFERRED_SCALE, bias_low), high = fmaf(high, DEFERRED_SCALE, bias_high);
             if (KIND == UP) {  // NaN wins, as in torch.clamp
                 float gate, up;
-                asm("min.NaN.f32 %0, %1, %2;" : "=f"(gate) : "f"(low), "f"(tile.limit));
-                asm("min.NaN.f32 %0, %1, %2;" : "=f"(up) : "f"(high), "f"(tile.limit));
-                asm("max.NaN.f32 %0, %1, %2;" : "=f"(up) : "f"(up), "f"(-tile.limit));
+                asm("min.NaN.f32 %0, %1, %2;" : "=f"(gate) : "f"(low), "f"(work.limit));
+                asm("min.NaN.f32 %0, %1, %2;" : "=f"(up) : "f"(high), "f"(work.limit));
+                asm("max.NaN.f32 %0, %1, %2;" : "=f"(up) : "f"(up), "f"(-work.limit));
                 const float activated = __fdividef(gate, 1.0f + __expf(-1.702f * gate));
-                at[0] = __float2bfloat16_rn(activated * (up + 1.0f));
+                at[0] = narrow(activated * (up + 1.0f));
             } else {
-                const float share = shared.share[token];
-                at[0] = __float2bfloat16_rn(share * low), at[8] = __float2bfloat16_rn(share * high);
+                const float weight = __shfl_sync(0xFFFFFFFFu, share[j / 4], token % 32);
+                at[0] = narrow(weight * low), at[8] = narrow(weight * high);
             }
         }
-    asm volatile("bar.sync 1, %0;" :: "n"(CONSUMER_THREADS) : "memory");
-    constexpr int CHUNKS = UNITS / 8;
-    const int column = blockIdx.x * UNITS;
-    for (int i = threadIdx.x; i < tile.live * CHUNKS; i += CONSUMER_THREADS) {
-        const int token = i / CHUNKS, chunk = i % CHUNKS;
-        if (column + chunk * 8 < tile.width)
-            *reinterpret_cast<uint4*>(tile.out + (size_t)shared.to[token] * tile.width + column + chunk * 8) =
-                *reinterpret_cast<const uint4*>(staged + token * OUT_PITCH + chunk * 8);
+    asm volatile("bar.sync %0, 128;" :: "r"(1 + group) : "memory");
+    constexpr int CHUNKS = UNITS / 8, ROWS_A_PASS = 32 / CHUNKS;  // a warp stores some whole rows at a time
+    const int width = KIND == UP ? work.rows / 2 : work.rows;
+    const int column = (item.block * CONSUMERS + group) * UNITS + lane % CHUNKS * 8;
+#pragma unroll
+    for (int pass = 0; pass < N / (4 * ROWS_A_PASS); ++pass) {
+        const int base = (pass * 4 + warp) * ROWS_A_PASS, token = base + lane / CHUNKS;
+        const int to_row = __shfl_sync(0xFFFFFFFFu, to[pass * 4 * ROWS_A_PASS / 32], token % 32);
+        if (token < item.live && column < width)
+            *reinterpret_cast<uint4*>(work.out + (size_t)to_row * width + column) =
+                *reinterpret_cast<const uint4*>(staged + token * OUT_PITCH + lane % CHUNKS * 8);
     }
 }
 
-// Every thread has filled its part of `shared`.
-__device__ __forceinline__ void work(const Tile& tile, Shared& shared) {
-    extern __shared__ unsigned char dynamic[];
+__device__ __forceinline__ void run(const Work& work, int tile_count) {
+    extern __shared__ unsigned char dynamic[];  // the stages, on a multiple of 1024; then each consumer's outputs
+    __shared__ unsigned long long barriers[2 * STAGES];
+    const unsigned full = shared_address(barriers), empty = full + STAGES * 8;
     const unsigned stages = (shared_address(dynamic) + 1023) / 1024 * 1024;  // the swizzle's pattern repeats so
     if (threadIdx.x < STAGES) {
-        barrier_init(shared_address(shared.full + threadIdx.x), 4);                 // the producer's warps
-        barrier_init(shared_address(shared.empty + threadIdx.x), CONSUMERS * 4);    // the consumers'
+        barrier_init(full + threadIdx.x * 8, 4);               // the producer's warps
+        barrier_init(empty + threadIdx.x * 8, CONSUMERS * 4);  // the consumers'
     }
     __syncthreads();
-    __nv_bfloat16* const staged = reinterpret_cast<__nv_bfloat16*>(dynamic + (stages - shared_address(dynamic)));
-    if (threadIdx.x >= CONSUMER_THREADS) produce(tile, shared, stages);
-    else if (tile.live > 96) consume<128>(tile, shared, stages, staged);
-    else if (tile.live > 64) consume<96>(tile, shared, stages, staged);
-    else if (tile.live > 32) consume<64>(tile, shared, stages, staged);
-    else consume<32>(tile, shared, stages, staged);
+    if (threadIdx.x >= CONSUMER_THREADS) {
+        produce(work, tile_count, stages, full, empty);
+        return;
+    }
+    bf16* const staged = reinterpret_cast<bf16*>(
+        dynamic + (stages - shared_address(dynamic)) + STAGES * STAGE_BYTES + threadIdx.x / 128 * OUT_BYTES);
+    int count = 0;
+    for (int index = blockIdx.x;; index += gridDim.x) {
+        const Item item(work, index, tile_count);
+        if (item.live == 0) break;
+        if (item.live > 96) consume<128>(work, item, count, stages, full, empty, staged);
+        else if (item.live > 64) consume<96>(work, item, count, stages, full, empty, staged);
+        else if (item.live > 32) consume<64>(work, item, count, stages, full, empty, staged);
+        else consume<32>(work, item, count, stages, full, empty, staged);
+    }
 }
 
 }  // namespace
 
 #if KIND == DENSE
 
-// Grid (blocks of 192 rows, tiles of 128 tokens). bias may be null.
+// bias may be null.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill(
-    const uint4* weight, const __nv_bfloat16* x, const __nv_bfloat16* bias, __nv_bfloat16* out, int rows, int tokens) {
-    __shared__ Shared shared;
+    const uint4* weight, const bf16* x, const bf16* bias, bf16* out, int rows, int tokens) {
     asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
-    const int first = blockIdx.y * TOKENS, live = min(tokens - first, TOKENS);
-    if (threadIdx.x < TOKENS) shared.from[threadIdx.x] = shared.to[threadIdx.x] = first + threadIdx.x;
-    work(Tile{x, out, weight, nullptr, bias, rows, rows, live, 0.0f}, shared);
+    run(Work{weight, nullptr, bias, x, out, nullptr, nullptr, nullptr, rows, tokens, 1, 0.0f},
+        (tokens + TOKENS - 1) / TOKENS);
 }
 
 #else
 
-// Grid (blocks of 192 rows, tiles). tiles and order as experts_group in experts.cu makes them; values and scales of all
-// experts, as packed; source x [T, COLUMNS] (UP) or h [pairs, COLUMNS] (DOWN); weights [pairs] float32.
+// tiles and order as experts_group in experts.cu makes them; values and scales of all experts, as packed; source x [T,
+// COLUMNS] (UP) or h [pairs, COLUMNS] (DOWN); shares [pairs] float32.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill(
-    const uint4* values, const unsigned* scales, const __nv_bfloat16* bias, const __nv_bfloat16* source,
-    __nv_bfloat16* out, const int4* tiles, const int* order, const float* weights, int rows, int active, float limit) {
-    __shared__ Shared shared;
+    const uint4* values, const unsigned* scales, const bf16* bias, const bf16* source,
+    bf16* out, const int4* tiles, const int* order, const float* shares, int rows, int active, int tile_count,
+    float limit) {
     asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
-    const int4 tile = __ldcg(tiles + blockIdx.y);
-    const int expert = tile.x, live = tile.z;
-    if (live == 0) return;
-    if (threadIdx.x < TOKENS) {
-        const int pair = threadIdx.x < live ? __ldcg(order + tile.y + threadIdx.x) : 0;
-        shared.from[threadIdx.x] = KIND == UP ? pair / active : pair;
-        shared.to[threadIdx.x] = pair;
-        shared.share[threadIdx.x] = KIND == DOWN ? __ldcg(weights + pair) : 0.0f;
-    }
-    const size_t packed = (size_t)expert * (rows / 16) * TURNS;
-    work(Tile{source, out, values + packed * 32, scales + packed * 8, bias + (size_t)expert * rows, rows,
-              KIND == UP ? rows / 2 : rows, live, limit}, shared);
+    run(Work{values, scales, bias, source, out, tiles, order, shares, rows, 0, active, limit}, tile_count);
 }
 
 #endif

@@ -16,7 +16,8 @@ from kernels.hopper.linear import PackedLinear
 
 ROWS, TOKENS = 192, 128  # of a block
 THREADS = 512
-SHARED_BYTES = 6 * TOKENS * 64 * 2 + 1024  # STAGES of 64 columns, and room to align them
+STAGE_BYTES, OUT_BYTES = 6 * TOKENS * 64 * 2, 3 * TOKENS * (64 + 8) * 2  # of tokens, and of outputs
+SHARED_BYTES = STAGE_BYTES + OUT_BYTES + 1024  # room to align them
 KINDS = {"dense": 0, "up": 1, "down": 2}
 
 
@@ -32,7 +33,7 @@ def prefill_linear(x: Tensor, weight: PackedLinear, bias: Tensor | None = None) 
         raise ValueError(f"{weight.rows} rows: a multiple of 8 is what leaves in 16-byte pieces")
     out = torch.empty(tokens, weight.rows, dtype=torch.bfloat16, device=x.device)
     _kernel("dense", weight.columns).launch(
-        grid=(-(-weight.rows // ROWS), -(-tokens // TOKENS), 1), block=THREADS,
+        grid=_grid(weight.rows, -(-tokens // TOKENS), x.device), block=THREADS,
         args=(weight.tiles, x, bias, out, weight.rows, tokens),
     )
     return out
@@ -59,13 +60,18 @@ def prefill_experts(
     y = torch.empty(count, active, hidden, dtype=torch.bfloat16, device=x.device)
     for kind, source, packed, result in (("up", x, gate_up, h), ("down", h, down, y)):
         _kernel(kind, packed.columns).launch(
-            grid=(-(-packed.rows // ROWS), tiles.shape[0], 1), block=THREADS,
+            grid=_grid(packed.rows, len(tiles), x.device), block=THREADS,
             args=(
                 packed.values, packed.scales, packed.bias, source, result, tiles, order, expert_weights, packed.rows,
-                active, limit,
+                active, len(tiles), limit,
             ),
         )
     return y
+
+
+def _grid(rows: int, tiles: int, device: torch.device) -> tuple[int, int, int]:
+    """A block a multiprocessor, or an item."""
+    return min(-(-rows // ROWS) * tiles, torch.cuda.get_device_properties(device).multi_processor_count), 1, 1
 
 
 @cache

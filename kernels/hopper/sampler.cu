@@ -20,12 +20,11 @@
 // least the target: a search over histograms of integers. Its first digit is the distance from the best in eighths,
 // which spreads logits over many bins and so over many banks; the other four are those of the logit's order.
 
-#include <cuda_bf16.h>
-
-#include <cfloat>
-#include <cstdint>
-
 namespace {
+
+using uint8_t = unsigned char;  // NVRTC has no headers to offer
+using uint32_t = unsigned;
+using uint64_t = unsigned long long;
 
 constexpr int BLOCKS = 8;  // of a row
 constexpr int THREADS = 1024;
@@ -35,12 +34,14 @@ constexpr int BINS = 256;   // of a histogram: a digit of 8 bits
 constexpr int LEVELS = 5;   // digits of a search: the distance from the best, then 32 bits of order
 constexpr float PER_UNIT = 8.0f;  // bins of the first digit to a difference of 1
 constexpr uint32_t ALL = 0xFFFFFFFF;
+constexpr float MOST = 0x1.fffffep127f;  // the largest finite float
+#define INFINITE __uint_as_float(0x7F800000u)
 
 static_assert(TOP <= WARPS, "the bound on a block's best tokens comes from the best of its warps");
 static_assert(BIAS_ENTRIES <= THREADS, "a thread takes one bias entry");
 
 #if BF16
-using Logit = __nv_bfloat16;
+using Logit = unsigned short;  // its bits
 #else
 using Logit = float;
 #endif
@@ -97,7 +98,7 @@ __device__ __forceinline__ T* in_block(T* here, int block) {
 
 __device__ __forceinline__ float load(const Logit* at) {
 #if BF16
-    return __bfloat162float(*at);
+    return __uint_as_float(uint32_t(*at) << 16);
 #else
     return *at;
 #endif
@@ -270,7 +271,7 @@ __device__ uint32_t threshold(
             if (i < warp) reached += shared.warp_keys[i];
             total += shared.warp_keys[i];
         }
-        if (MASS && level == 0) target = max(int64_t(ceil(double(top_p) * double(total))), int64_t(1));
+        if (MASS && level == 0) target = max((long long)ceil(double(top_p) * double(total)), 1ll);
         if (thread < BINS && reached >= target && reached - here < target)
             shared.search = {BINS - 1 - thread, target - (reached - here)};
         __syncthreads();
@@ -334,8 +335,8 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THRE
     }
 
     // Read the part once: the sum of exp, the thread's best token, the penalties.
-    float2 sum = make_float2(-FLT_MAX, 0.0f);  // finite: exp of a difference of infinities is not a number
-    float best = -INFINITY;
+    float2 sum = make_float2(-MOST, 0.0f);  // finite: exp of a difference of infinities is not a number
+    float best = -INFINITE;
     int best_at = thread;
     for (int first = thread; first < part.count; first += UNROLL * THREADS) {
         float x[UNROLL];
@@ -343,7 +344,7 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THRE
 #pragma unroll
         for (int i = 0; i < UNROLL; i++) {
             const int at = first + i * THREADS;
-            x[i] = at < part.count ? load(part.logits + at) : -INFINITY;
+            x[i] = at < part.count ? load(part.logits + at) : -INFINITE;
         }
 #pragma unroll
         for (int i = 0; i < UNROLL; i++) largest = fmaxf(largest, x[i]);
@@ -387,7 +388,7 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THRE
     uint32_t least = 0;
     float peak = 0.0f;
     if (drawn) {
-        float largest = -INFINITY;
+        float largest = -INFINITE;
         for (int at = thread; at < part.count; at += THREADS) {
             const float scaled = values[at] / temperature;
             values[at] = scaled;
@@ -410,12 +411,12 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THRE
     // noise = -log(-log1p(-u)) <= -log(u), which costs little when approximate.
     const uint32_t key = mix(mix(seeds[2 * slot] + uint32_t(position) * 0x1E3779B1u) ^ seeds[2 * slot + 1]);
     const uint32_t second = mix(key ^ 0x5BD1E995u);
-    float to_beat = -INFINITY;  // the warp's best
-    best = -INFINITY;
+    float to_beat = -INFINITE;  // the warp's best
+    best = -INFINITE;
     best_at = thread;
     for (int first = 0; first < part.count; first += THREADS) {
         const int at = first + thread;
-        float value = at < part.count ? values[at] : -INFINITY;
+        float value = at < part.count ? values[at] : -INFINITE;
         if (drawn) {
             const uint32_t bits = mix(mix(uint32_t(part.begin + at) ^ key) + second);
             const float uniform = (float(bits) + 0.5f) * 0x1p-32f;
@@ -423,7 +424,7 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THRE
             if (kept && value + (1e-3f - __logf(uniform)) >= to_beat)
                 value += -logf(-log1pf(-uniform));
             else
-                value = -INFINITY;
+                value = -INFINITE;
         }
         if (value > best) {
             best = value;

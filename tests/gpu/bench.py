@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections import defaultdict
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,8 +20,11 @@ import triton
 import triton.language as tl
 
 from conf.schema import BucketsConfig, Config, KernelsConfig, ModelConfig, RandomShape, Weights
-from engine.core import build
+from engine.core import Core, build
+from engine.pages import PagePool
 from engine.parallel import Ranks
+from engine.request import SamplingParams, Submit
+from engine.scheduler import Scheduler
 
 SHAPES = {
     "20b": RandomShape(),
@@ -140,6 +144,19 @@ def step_ms(built, bucket, context, launches=40) -> tuple[float, float]:
     return statistics.median(samples), statistics.mean(experts)
 
 
+@torch.inference_mode()
+def loop_ms(built, prompt=1024, tokens=400) -> float:
+    """Milliseconds a token of one request through the whole engine loop, without HTTP; median of hundreds."""
+    scheduler = Scheduler(PagePool(built.ready.pages), built.buffers.buckets, built.ready.max_context)
+    core = Core(scheduler, built.buffers, built.steps, lambda *_: None, lambda _: None)
+    sampling = SamplingParams(max_tokens=tokens, temperature=0.0, seed=0)
+    core.handle(Submit(0, torch.randint(0, 199000, (prompt,)).tolist(), sampling))
+    ends = []
+    while core.turn():
+        ends.append(time.perf_counter())
+    return 1e3 * statistics.median(end - begin for begin, end in pairwise(ends[20:-20]))
+
+
 def by_kernel(built, bucket, replays=20) -> list[tuple[str, int, float]]:
     """The kernels of a bucket's step, whose words are in place: name and grid, launches, and microseconds a step.
 
@@ -202,6 +219,10 @@ def main() -> None:
                   f"{size / ms / 1e6:>6.0f} {share:>8.1%}", flush=True)
             if context == arguments.contexts[0] and bucket.tokens in arguments.kernels:
                 print_kernels(built, bucket)
+    loop = loop_ms(built)
+    alone = next((row["ms"] for row in rows if row["rows"] == 1), None)
+    if alone is not None:
+        print(f"one request in the engine's loop: {loop:.3f} ms a token, {loop / alone - 1:+.1%} on the replay alone")
     for bucket in built.buffers.buckets.prefill:
         for context in {bucket.tokens, min(1024, bucket.tokens)}:
             ms, _ = step_ms(built, bucket, context, launches=3)
@@ -215,7 +236,7 @@ def main() -> None:
     known[arguments.model] = {
         "date": datetime.now(UTC).date().isoformat(), "device": torch.cuda.get_device_name(),
         "torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda,
-        "read_bandwidth": rate, "phases": built.ready.phases, "steps": rows,
+        "read_bandwidth": rate, "phases": built.ready.phases, "loop_ms": loop, "steps": rows,
     }
     OUT.write_text(json.dumps(known, indent=1) + "\n")
 

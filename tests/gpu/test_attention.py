@@ -139,6 +139,12 @@ def test_decode_of_long_contexts(position, window):
 
 
 @pytest.mark.parametrize("window", [None, 128])
+@pytest.mark.parametrize(("heads", "kv_heads"), SHAPES)
+def test_decode_at_the_longest_context(heads, kv_heads, window):
+    rows_at([131071, 64, 9000], heads, kv_heads, width=2048).check(decode_attention, window)
+
+
+@pytest.mark.parametrize("window", [None, 128])
 def test_decode_with_spare_rows(window):
     rows_at([5, 700, 64], 64, 8, width=2048, spare=5).check(decode_attention, window)
 

@@ -1,12 +1,15 @@
-"""The whole model on the Hopper kernels: against the reference, through graphs, and alone against among others."""
+"""The whole model on the Hopper kernels: against reference and transformers, through graphs, alone and among others."""
 
 from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Mxfp4Config
 
 from conf.schema import RandomShape
+from demo.checkpoint import write_checkpoint
 from engine.checkpoint import Architecture
+from graphs import capture
 from kernels import hopper, reference
 from tests.harness import InProcess
 
@@ -40,6 +43,36 @@ def test_logits_are_as_close_to_float32_as_the_references(shape):
         return float(((logits - exact).norm(dim=1) / exact.norm(dim=1)).median())
 
     assert error(hopper) <= 1.2 * error(plain), (error(hopper), error(plain))
+
+
+def test_logits_are_as_close_to_float32_as_those_of_transformers(tmp_path):
+    """On the same files. Two bfloat16 forwards differ from each other as much as each does from float32: where two
+    router logits are nearly equal another expert is chosen.
+    """
+    write_checkpoint(tmp_path, replace(FULL_WIDTH, vocab=4096, experts=8), seed=3)
+    prompts = [prompt_of(300, 4096, seed) for seed in range(4)]
+
+    def theirs(dtype):
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=Mxfp4Config(dequantize=True), dtype=dtype, attn_implementation="eager"
+        ).to(CUDA)
+        return torch.cat([model(torch.tensor([prompt], device=CUDA)).logits[0].float() for prompt in prompts])
+
+    with torch.inference_mode():
+        ours = engine(tmp_path)
+        found = torch.cat([ours.all_logits(prompt, chunk=256) for prompt in prompts])
+        exact = theirs(torch.float32)
+        mine, others = ((x - exact).norm(dim=1) / exact.norm(dim=1) for x in (found, theirs(torch.bfloat16)))
+    assert mine.median() <= 1.2 * others.median(), (mine.median(), others.median())
+
+
+def test_graphs_replay_the_eager_step(monkeypatch):
+    prompts = [prompt_of(length, SMALL.vocab) for length in (1, 5, 64, 65, 130, 256, 300)]
+    replayed = engine(SMALL).generate(*prompts, max_tokens=20)
+    monkeypatch.setattr("tests.harness.steps_for", capture.EagerSteps)  # takes the same arguments
+    eager = engine(SMALL)
+    assert isinstance(eager.steps, capture.EagerSteps)
+    assert eager.generate(*prompts, max_tokens=20) == replayed
 
 
 def test_tokens_through_graphs_are_the_same_bytes_alone_and_among_63_others():

@@ -130,7 +130,7 @@ def wide(x, packed, tile, most, resident, depth):
         for cluster in range(clusters):
             rings = {}  # share, warp -> the pieces' addresses that each place of the ring holds
             for group in range(cluster, groups, clusters):
-                floats = torch.full((shares, (size - sums_at) // 4), torch.nan)
+                received = torch.full((shares, (size - sums_at) // 4), torch.nan)  # by receiving block
                 for share, (begin, end) in enumerate(pairwise(begins)):
                     for warp in range(warps):
                         slots = (group * warps + warp, (group + clusters) * warps + warp)
@@ -152,25 +152,25 @@ def wide(x, packed, tile, most, resident, depth):
                             if within or group + clusters < groups:
                                 ring[i] = tile_at + (step + depth) * PIECES if within else next_at + i * PIECES
                         for eight in range(tiles):
-                            base = (warp * tile + eight * 8) * PITCH
-                            floats[share, base : base + 8 * PITCH].view(8, PITCH)[:, :ROWS] = partial_sums(sums[eight])
+                            unit = warp * tiles + eight
+                            at = ((unit // shares * shares + share) * 32 + LANES) * 4
+                            for i in range(4):
+                                assert received[unit % shares, at + i].isnan().all()  # nobody else sends there
+                                received[unit % shares, at + i] = sums[eight, :, i]
                 for share in range(shares):
-                    for warp in range(warps):
-                        for turn in range(-(-tiles // shares)):
-                            unit = (turn * warps + warp) * shares + share
-                            slot, token = unit // tiles, unit % tiles * 8 + LANES % 8
-                            if slot >= warps:
-                                continue
-                            row = (group * warps + slot) * ROWS + LANES // 8 * 4
-                            at = (slot * tile + token) * PITCH + LANES // 8 * 4
-                            assert not (at % 4).any()
-                            for j in range(4):
-                                total = floats[0, at + j]
-                                for other in range(1, shares):
-                                    total = total + floats[other, at + j]
-                                there = (first + token < tokens) & (row + j < packed.rows)
-                                out[(first + token)[there], (row + j)[there]] = total[there]
-                                stores[(first + token)[there], (row + j)[there]] += 1
+                    units = (warps * tiles - share + shares - 1) // shares
+                    assert len([unit for unit in range(warps * tiles) if unit % shares == share]) == units
+                    for slot in range(units):
+                        unit = slot * shares + share
+                        for i in range(4):
+                            row = (group * warps + unit // tiles) * ROWS + LANES // 4 + i // 2 * 8
+                            token = first + unit % tiles * 8 + LANES % 4 * 2 + i % 2
+                            total = received[share, (slot * shares * 32 + LANES) * 4 + i]
+                            for other in range(1, shares):
+                                total = total + received[share, ((slot * shares + other) * 32 + LANES) * 4 + i]
+                            there = (token < tokens) & (row < packed.rows)
+                            out[token[there], row[there]] = total[there]
+                            stores[token[there], row[there]] += 1
             assert not any(rings.values())
     assert (stores == 1).all()
     return out
