@@ -57,6 +57,23 @@ class Kernel:
         _check(driver.cuLaunchKernelEx(config, self._function, (values, types), 0))
 
 
+    def resident_clusters(self, blocks: int, threads: int) -> int:
+        """Clusters of so many blocks of so many threads that the device holds at once.
+
+        A cluster stays within a GPC, and not all of those have the same number of multiprocessors.
+        """
+        from cuda.bindings import driver
+
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes = self._shared_bytes
+        clusters = _check(driver.cuOccupancyMaxActiveClusters(self._function, config))
+        if clusters < 1:
+            raise RuntimeError(f"no cluster of {blocks} blocks of {threads} threads fits this device")
+        return clusters
+
+
 class Module:
     """A compiled file."""
 

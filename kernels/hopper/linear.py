@@ -70,11 +70,7 @@ def kernel_for(tokens: int) -> str:
 def launch(name: str, x: Tensor, weight: PackedLinear, bias: Tensor | None) -> Tensor:
     """`linear` by the kernel of that name: every one gives the same bytes."""
     tokens, tile = x.shape[0], int(name.split("_")[1])
-    if x.dtype != torch.bfloat16 or not x.is_contiguous() or x.shape != (tokens, weight.columns) or x.data_ptr() % 16:
-        raise ValueError(f"x {tuple(x.shape)} {x.dtype}: a contiguous, 16-byte aligned [T, {weight.columns}] bfloat16 "
-                         "is what this layer takes")
-    if bias is not None and (bias.dtype != torch.bfloat16 or bias.shape != (weight.rows,)):
-        raise ValueError(f"bias {tuple(bias.shape)} {bias.dtype}: [{weight.rows}] bfloat16 is what this layer takes")
+    check(x, weight, bias)
     out = torch.empty(tokens, weight.rows, dtype=torch.bfloat16, device=x.device)
     if not tokens:
         return out
@@ -89,6 +85,15 @@ def launch(name: str, x: Tensor, weight: PackedLinear, bias: Tensor | None) -> T
     kernel = _kernel(name, weight.columns, shares, shared)
     kernel.launch(grid=grid, block=warps * 32, args=(weight.tiles, x, bias, out, weight.rows, tokens))
     return out
+
+
+def check(x: Tensor, weight: PackedLinear, bias: Tensor | None) -> None:
+    """Raises ValueError for an input or a bias that does not fit the weight."""
+    if x.dtype != torch.bfloat16 or not x.is_contiguous() or x.shape[1:] != (weight.columns,) or x.data_ptr() % 16:
+        raise ValueError(f"x {tuple(x.shape)} {x.dtype}: a contiguous, 16-byte aligned [T, {weight.columns}] bfloat16 "
+                         "is what this layer takes")
+    if bias is not None and (bias.dtype != torch.bfloat16 or bias.shape != (weight.rows,)):
+        raise ValueError(f"bias {tuple(bias.shape)} {bias.dtype}: [{weight.rows}] bfloat16 is what this layer takes")
 
 
 def shares_of(rows: int, columns: int) -> int:
@@ -139,15 +144,6 @@ def _kernel(name: str, columns: int, shares: int, shared: int) -> Kernel:
 def _resident(name: str, columns: int, shares: int) -> int:
     """Clusters of the largest blocks that the device holds at once: a cluster stays within a GPC, and not all of those
     have the same number of multiprocessors."""
-    from cuda.bindings import driver
-
     warps = most_warps(columns, shares)
     shared = wide_shared(int(name.split("_")[1]), columns, shares, warps)
-    config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = shares, 1, 1
-    config.blockDimX, config.blockDimY, config.blockDimZ = warps * 32, 1, 1
-    config.sharedMemBytes = shared
-    status, clusters = driver.cuOccupancyMaxActiveClusters(_kernel(name, columns, shares, shared)._function, config)
-    if status != driver.CUresult.CUDA_SUCCESS or clusters < 1:
-        raise RuntimeError(f"{name}: no cluster of {shares} blocks of {warps} warps and {shared} bytes fits: {status}")
-    return clusters
+    return _kernel(name, columns, shares, shared).resident_clusters(shares, warps * 32)

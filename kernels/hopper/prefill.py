@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.build import Kernel, compile_module
 from kernels.hopper.experts import PackedExperts, group
-from kernels.hopper.linear import PackedLinear
+from kernels.hopper.linear import PackedLinear, check
 
 ROWS, TOKENS = 192, 128  # of a block
 THREADS = 512
@@ -24,11 +24,7 @@ KINDS = {"dense": 0, "up": 1, "down": 2}
 def prefill_linear(x: Tensor, weight: PackedLinear, bias: Tensor | None = None) -> Tensor:
     """x [T, K] bf16, bias [N] bf16 -> [T, N] bf16. Raises ValueError where N is not a multiple of 8."""
     tokens = x.shape[0]
-    if x.dtype != torch.bfloat16 or not x.is_contiguous() or x.shape != (tokens, weight.columns) or x.data_ptr() % 16:
-        raise ValueError(f"x {tuple(x.shape)} {x.dtype}: a contiguous, 16-byte aligned [T, {weight.columns}] bfloat16 "
-                         "is what this layer takes")
-    if bias is not None and (bias.dtype != torch.bfloat16 or bias.shape != (weight.rows,)):
-        raise ValueError(f"bias {tuple(bias.shape)} {bias.dtype}: [{weight.rows}] bfloat16 is what this layer takes")
+    check(x, weight, bias)
     if weight.rows % 8:
         raise ValueError(f"{weight.rows} rows: a multiple of 8 is what leaves in 16-byte pieces")
     out = torch.empty(tokens, weight.rows, dtype=torch.bfloat16, device=x.device)
