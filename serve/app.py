@@ -19,7 +19,6 @@ from serve import chat, completions
 from serve.client import Engine
 from serve.generation import Service
 from serve.guard import Guard, read_keys
-from serve.harmony import render
 from serve.metrics import Metrics
 from serve.protocol import ApiError, DetokenizeRequest, TokenizeRequest, check_tokens, parse
 from serve.text import Tokenizer
@@ -98,11 +97,11 @@ def create_app(
         if (asked.prompt is None) == (asked.messages is None):
             raise ApiError(400, "give either prompt or messages", "prompt")
         if asked.messages is not None:
-            turns = [chat.turn_of(message, i) for i, message in enumerate(asked.messages)]
-            work = (render, turns, chat.DEFAULT_EFFORT, today(), service.tokenizer, limits.max_context)
+            ids = await chat.prompt_of(
+                service, len(body), asked.messages, asked.tools, chat.DEFAULT_EFFORT, limits.max_context
+            )
         else:
-            work = (service.tokenizer.encode, asked.prompt, limits.max_context)
-        ids = await service.encoded(len(body), *work)
+            ids = await service.encoded(len(body), service.tokenizer.encode, asked.prompt, limits.max_context)
         if len(ids) > limits.max_context:  # and encoding was given up
             raise ApiError(400, f"more than the context of {limits.max_context} tokens", code="context_length_exceeded")
         reply: dict[str, Any] = {"count": len(ids), "max_model_len": limits.max_context, "tokens": ids}

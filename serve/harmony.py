@@ -7,56 +7,132 @@ takes control tokens for text. The library's parsers raise on what real models s
 
 import datetime
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from openai_harmony import Message, ReasoningEffort, Role, SystemContent
+from openai_harmony import (
+    Conversation,
+    DeveloperContent,
+    Message,
+    ReasoningEffort,
+    RenderConversationConfig,
+    Role,
+    SystemContent,
+    ToolDescription,
+)
 
 from serve.text import FIRST_SPECIAL, Tokenizer, utf8_decoder
 
 ENDOFTEXT, RETURN, CONSTRAIN, CHANNEL = 199999, 200002, 200003, 200005
 START, END, MESSAGE, CALL = 200006, 200007, 200008, 200012
 
+FUNCTIONS = "functions."  # before a function's name where it is a recipient or an author
+
+
+class Call(NamedTuple):
+    """A function that the assistant called."""
+
+    name: str
+    arguments: str  # JSON, as the model wrote it
+
 
 @dataclass(frozen=True)
 class Turn:
     """One message of the conversation as the client sent it."""
 
-    role: str  # system, developer, user or assistant
+    role: str  # system, developer, user, assistant or tool
     content: str
     reasoning: str = ""  # an assistant's
+    calls: tuple[Call, ...] = ()  # an assistant's, after its content
+    name: str = ""  # of the function whose answer this is: a tool's
 
 
-def render(turns: list[Turn], effort: str, today: datetime.date, tokenizer: Tokenizer, limit: int) -> list[int]:
+class Function(NamedTuple):
+    """What the model may call."""
+
+    name: str
+    description: str
+    parameters: dict[str, Any] | None  # JSON schema of an object
+
+
+def render(
+    turns: list[Turn], effort: str, today: datetime.date, tokenizer: Tokenizer, limit: int,
+    functions: Sequence[Function] = (),
+) -> list[int]:
     """The prompt for the assistant's next message; it ends with `<|start|>assistant`.
 
-    System and developer turns become developer messages, as in OpenAI's chat template. Reasoning of turns before the
-    last user message is dropped: the model was trained to see only that of the turn in progress. Rendering stops early
-    with more than `limit` ids.
+    System and developer turns become developer messages, as in OpenAI's chat template; functions are described in the
+    first of them. Reasoning of turns before the last user message is dropped: the model was trained to see only that of
+    the turn in progress, calls and their answers included. Rendering stops early with more than `limit` ids.
+
+    Raises ValueError for functions that cannot be described.
     """
-    system = SystemContent(
-        reasoning_effort=ReasoningEffort(effort.capitalize()), conversation_start_date=today.isoformat()
-    )
-    ids = tokenizer.encoding.render(Message.from_role_and_content(Role.SYSTEM, system))
+    ids, tools = _begin(effort, today, tokenizer, functions)
+    if tools and not (turns and turns[0].role in ("system", "developer")):
+        ids += _message(tokenizer, limit, "developer", tools)
     last_user = max((i for i, turn in enumerate(turns) if turn.role == "user"), default=-1)
     for i, turn in enumerate(turns):
         if turn.role == "assistant":
-            messages = [("assistant", "final", turn.content)] if turn.content else []
             if turn.reasoning and i > last_user:
-                messages.insert(0, ("assistant", "analysis", turn.reasoning))
+                ids += _message(tokenizer, limit, "assistant", turn.reasoning, "analysis")
+            if turn.content:  # before a call it is a preamble
+                ids += _message(tokenizer, limit, "assistant", turn.content, "commentary" if turn.calls else "final")
+            for call in turn.calls:
+                ids += [START, *tokenizer.encode("assistant"), *call_header(tokenizer, call.name)]
+                ids += [*tokenizer.encode(call.arguments, limit), CALL]
+        elif turn.role == "tool":
+            ids += _message(tokenizer, limit, FUNCTIONS + turn.name, turn.content, "commentary to=assistant")
         elif turn.role == "user":
-            messages = [("user", None, turn.content)]
+            ids += _message(tokenizer, limit, "user", turn.content)
         else:
-            messages = [("developer", None, f"# Instructions\n\n{turn.content}")]
-        for role, channel, content in messages:
-            ids += [START, *tokenizer.encode(role)]
-            if channel:
-                ids += [CHANNEL, *tokenizer.encode(channel)]
-            ids += [MESSAGE, *tokenizer.encode(content, limit), END]
+            content = f"# Instructions\n\n{turn.content}" + (f"\n\n{tools}" if tools and i == 0 else "")
+            ids += _message(tokenizer, limit, "developer", content)
         if len(ids) > limit:
             break
     return [*ids, START, *tokenizer.encode("assistant")]
+
+
+def call_header(tokenizer: Tokenizer, name: str) -> list[int]:
+    """What makes a message of the assistant a call, up to its arguments."""
+    return [
+        CHANNEL, *tokenizer.encode(f"commentary to={FUNCTIONS}{name} "), CONSTRAIN, *tokenizer.encode("json"), MESSAGE
+    ]
+
+
+def any_call_header(tokenizer: Tokenizer) -> list[int]:
+    """The same up to where the function's name begins, its dot included in how names are tokenised."""
+    return [CHANNEL, *tokenizer.encode("commentary to=functions")]
+
+
+def _message(tokenizer: Tokenizer, limit: int, role: str, content: str, channel: str | None = None) -> list[int]:
+    header = [CHANNEL, *tokenizer.encode(channel)] if channel else []
+    return [START, *tokenizer.encode(role), *header, MESSAGE, *tokenizer.encode(content, limit), END]
+
+
+def _begin(
+    effort: str, today: datetime.date, tokenizer: Tokenizer, functions: Sequence[Function]
+) -> tuple[list[int], str]:
+    """The system message, which says whether there are functions, and the functions' description for the model."""
+    system = SystemContent(
+        reasoning_effort=ReasoningEffort(effort.capitalize()), conversation_start_date=today.isoformat()
+    )
+    message, encoding = Message.from_role_and_content(Role.SYSTEM, system), tokenizer.encoding
+    if not functions:
+        return encoding.render(message), ""
+    try:
+        described = DeveloperContent.new().with_function_tools([
+            ToolDescription.new(f.name, f.description, parameters=f.parameters) for f in functions
+        ])
+        both = [message, Message.from_role_and_content(Role.DEVELOPER, described)]
+        ids = encoding.render_conversation(
+            Conversation.from_messages(both), RenderConversationConfig(auto_drop_analysis=False)
+        )
+    except Exception as error:  # the library raises several kinds over a schema that is none
+        raise ValueError(str(error)) from error
+    end = ids.index(END) + 1
+    text = encoding.decode(ids[end:])  # and back: whatever a description holds is text
+    return ids[:end], text.partition("<|message|>")[2].removesuffix("<|end|>")
 
 
 @dataclass(frozen=True)
@@ -70,15 +146,23 @@ class Segment:
 
     @property
     def kind(self) -> str:
-        """Where its text goes: "content", "reasoning", or "hidden" for what is not addressed to the user.
+        """Where its text goes: "content", "reasoning", "call", or "hidden" for what is not addressed to the user.
 
         A preamble (commentary without a recipient) is content: the format describes it as written for the user. So is
-        text on an unknown channel or on none: the model said it, the client pays for it. A call to a tool is hidden,
-        and so is a message that the model invents for another role.
+        text on an unknown channel or on none: the model said it, the client pays for it. A function is called on any
+        channel. A message to another tool is hidden, and so is one that the model invents for another role.
         """
+        if self.role == "assistant" and self.function:
+            return "call"
         if self.role != "assistant" or self.recipient not in (None, "all", "user", "assistant"):
             return "hidden"
         return "reasoning" if self.channel == "analysis" else "content"
+
+    @property
+    def function(self) -> str:
+        """The name of the function that is called; empty where none is."""
+        recipient = self.recipient or ""
+        return recipient.removeprefix(FUNCTIONS) if recipient.startswith(FUNCTIONS) else ""
 
 
 class Event(NamedTuple):
@@ -115,12 +199,21 @@ class Parser:
     - Text in a header that no header would contain is the text of a message whose <|message|> was left out.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, begun: Iterable[int] = ()) -> None:
+        """`begun`: tokens of the assistant's message that already stand in the prompt."""
         self._token_bytes = tokenizer.token_bytes
         self._position = 0
         self._segment: Segment | None = None  # None: in a header
         self._decoder = utf8_decoder()
         self._open_header(_IMPLIED)
+        for token in begun:
+            self.feed(token)
+        self._position = 0
+
+    @property
+    def segment(self) -> Segment | None:
+        """The message in progress; None in a header."""
+        return self._segment
 
     def feed(self, token: int) -> Event | None:
         """The next generated token. An event may carry no text yet, where a character is incomplete."""
@@ -132,10 +225,11 @@ class Parser:
                 return Event(self._segment, text, position, self._position)
             return self._header_text(text, position)
         if token == MESSAGE:
-            if not self._segment:
-                self._segment = Segment(**self._fields)
-                self._decoder.reset()
-            return None
+            if self._segment:
+                return None
+            self._segment = Segment(**self._fields)
+            self._decoder.reset()
+            return Event(self._segment, "", self._position, self._position)  # a call may have no text
         if token in (START, END, RETURN, CALL, ENDOFTEXT):
             event = self.finish()
             self._open_header(_STARTED if token == START else _IMPLIED)

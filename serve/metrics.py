@@ -113,7 +113,7 @@ class Meter:
         self._tokens += len(delta.tokens)
 
     def finish(self, reason: str) -> None:
-        """`reason`: stop, length, error, or abort where the client went away or ran out of time."""
+        """`reason`: stop, tool_calls, length, error, or abort where the client went away or ran out of time."""
         self._metrics.request.observe(time.perf_counter() - self._begun)
         self._metrics.generation_tokens.inc(self._tokens)
         self._metrics.finished(reason)

@@ -128,14 +128,39 @@ def test_values_that_change_nothing_are_accepted(live):
         assert "x-ignored-parameters" not in response.headers
 
 
-@pytest.mark.parametrize("given", [
-    {"tools": [{"type": "function", "function": {"name": "f"}}]}, {"tool_choice": "required"},
-    {"tool_choice": {"type": "function", "function": {"name": "f"}}},
-    {"messages": [*USER, {"role": "tool", "tool_call_id": "1", "content": "x"}]},
-    {"messages": [*USER, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
+FUNCTION = {"type": "function", "function": {"name": "f"}}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(("given", "param"), [
+    ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+    ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
+    ({"tools": [FUNCTION] * 129}, "tools"),
+    ({"tools": [FUNCTION, FUNCTION]}, "tools"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"tool_choice": "perhaps"}, "tool_choice"),
+    ({"tool_choice": FUNCTION}, "tool_choice"),
+    ({"messages": [*USER, {"role": "tool", "tool_call_id": "1", "content": "x"}]}, "messages[1].tool_call_id"),
+    ({"messages": [*USER, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "x"}]},
+     "messages[2].tool_call_id"),
+    ({"messages": [*USER, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
+     "messages[1].tool_calls[0].function"),
+    ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
+    ({"messages": [*USER, {"role": "assistant", "content": "", "function_call": {"name": "f", "arguments": ""}}]},
+     "messages[1].function_call"),
+    ({"messages": [*USER, {"role": "function", "name": "f", "content": "x"}]}, "messages[1].role"),
 ])
-def test_tools_are_not_implemented(live, given):
-    assert error(live.chat(**given), 501)["code"] == "tools_not_supported"
+def test_tools_that_do_not_fit_together_are_refused_by_name(live, given, param):
+    assert error(live.chat(**given), 400)["param"] == param
+
+
+def test_a_schema_too_deep_to_describe_is_refused(live):
+    schema = {"type": "string"}
+    for _ in range(300):
+        schema = {"type": "object", "properties": {"x": schema}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    assert error(live.chat(tools=[tool]), 400)["param"] == "tools"
 
 
 def test_unknown_fields_are_ignored_and_named(live):

@@ -83,7 +83,7 @@ CHATTY = st.lists(
 @given(tokens=CHATTY.filter(bool), cuts=st.lists(st.integers(0, 40), max_size=8), stops=STOPS, stopped=st.booleans())
 def test_a_chat_says_the_same_however_its_tokens_arrive(tokens, cuts, stops, stopped):
     def told(pieces: list[list[int]]) -> tuple:
-        choice = ChatChoice(0, ChatRequest(messages=[]), StopStrings(stops), TOKENIZER)
+        choice = ChatChoice(0, ChatRequest(messages=[]), StopStrings(stops), TOKENIZER, [])
         parts, last = [], "stop" if stopped else "length"
         for piece in pieces:
             parts.append(choice.feed(Delta(0, piece, last if piece is pieces[-1] else None)))
