@@ -137,7 +137,7 @@ def check(config: Config) -> None:
         sizes = getattr(buckets, key)
         require(bool(sizes) and all(s > 0 for s in sizes) and sizes == sorted(set(sizes)),
                 f"buckets.{key}", sizes, "positive sizes in ascending order, each once")
-    require(buckets.decode_rows[-1] <= 1024, "buckets.decode_rows", buckets.decode_rows, "at most 1024 rows")
+    require(buckets.decode_rows[-1] <= 256, "buckets.decode_rows", buckets.decode_rows, "at most 256 rows")
     require(buckets.prefill_tokens[-1] >= PAGE_TOKENS, "buckets.prefill_tokens", buckets.prefill_tokens,
             f"a largest bucket of at least one page ({PAGE_TOKENS} tokens)")
     require(1 <= buckets.prefill_sequences <= 256, "buckets.prefill_sequences", buckets.prefill_sequences, "1 to 256")

@@ -47,6 +47,7 @@ def test_a_models_buckets_give_way_to_those_asked_for():
     (["tp=3"], ["tp", "3", "1, 2, 4 or 8"]),
     (["buckets.decode_rows=[4,2]"], ["buckets.decode_rows", "[4, 2]", "ascending"]),
     (["buckets.decode_rows=[]"], ["buckets.decode_rows", "[]"]),
+    (["buckets.decode_rows=[1,512]"], ["buckets.decode_rows", "512", "256 rows"]),
     (["buckets.prefill_tokens=[32]"], ["buckets.prefill_tokens", "64"]),
     (["buckets.max_context=1000"], ["buckets.max_context", "1000", "multiple of 64"]),
     (["server.api_key_file=/nowhere/keys"], ["server.api_key_file", "/nowhere/keys"]),
