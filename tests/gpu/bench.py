@@ -42,23 +42,38 @@ def read(source, out, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out + tl.program_id(0), tl.sum(total))
 
 
+def seconds(run) -> float:
+    """The median of a dozen."""
+    times = []
+    for _ in range(12):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
 def read_bandwidth() -> float:
-    """Bytes a second of a streaming read of 4 GiB; the best of three block shapes, each a median."""
+    """Bytes a second of a streaming read of 4 GiB; the best of three block shapes."""
     source = torch.randn(2**31, device="cuda", dtype=torch.bfloat16)
     rates = []
     for block, count, warps in ((8192, 16, 8), (16384, 8, 8), (4096, 32, 8)):
         programs = source.numel() // (block * count)
         out = torch.empty(programs, device="cuda")
-        times = []
-        for _ in range(12):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+
+        def run(programs=programs, out=out, block=block, count=count, warps=warps) -> None:
             read[(programs,)](source, out, count, block, num_warps=warps)
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
-        rates.append(source.nbytes / statistics.median(times))
+
+        rates.append(source.nbytes / seconds(run))
     return max(rates)
+
+
+def matmul_rate() -> float:
+    """Operations a second of the library's product of two random 8192 x 8192 bfloat16 matrices."""
+    left, right = torch.randn(2, 8192, 8192, device="cuda").bfloat16()
+    return 2 * 8192**3 / seconds(lambda: left @ right)
 
 
 def decode_bytes(shape: RandomShape, rows: int, context: int, experts: float) -> float:
@@ -199,11 +214,12 @@ def main() -> None:
     parser.add_argument("--kernels", type=int, nargs="*", default=[1, 64, 2048], help="buckets to take apart")
     parser.add_argument("--contexts", type=int, nargs="*", default=[1024], help="longer ones at one row only")
     arguments = parser.parse_args()
-    shape, rate = SHAPES[arguments.model], read_bandwidth()
+    shape, rate, products = SHAPES[arguments.model], read_bandwidth(), matmul_rate()
     torch.cuda.empty_cache()
     built = engine(shape, arguments.rows, arguments.prefill, max(32768, *arguments.contexts))
     rows = []
-    print(f"read bandwidth {rate / 1e12:.2f} TB/s; phases {built.ready.phases}")
+    print(f"read bandwidth {rate / 1e12:.2f} TB/s, matrix products {products / 1e12:.0f} TFLOP/s; "
+          f"phases {built.ready.phases}")
     print(f"{'bucket':>14} {'context':>8} {'ms':>8} {'experts':>8} {'GB':>7} {'GB/s':>6} {'of floor':>9}")
     for context in arguments.contexts:
         for bucket in built.buffers.buckets.decode:
@@ -236,7 +252,7 @@ def main() -> None:
     known[arguments.model] = {
         "date": datetime.now(UTC).date().isoformat(), "device": torch.cuda.get_device_name(),
         "torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda,
-        "read_bandwidth": rate, "phases": built.ready.phases, "loop_ms": loop, "steps": rows,
+        "read_bandwidth": rate, "matmul_rate": products, "phases": built.ready.phases, "loop_ms": loop, "steps": rows,
     }
     OUT.write_text(json.dumps(known, indent=1) + "\n")
 
