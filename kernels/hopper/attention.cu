@@ -16,8 +16,9 @@
 // Queries are rotated in registers by whoever loads them. The token's own key and value are rotated and written by the
 // warp that has its last page, to the page and to the warp's own copy: nobody else reads them in this launch.
 //
-// Positions and slots are constant while a graph runs, so a block finds its first split before it waits for the kernel
-// before. What then is serial: its page table entries, its pages, the products, the combination.
+// Positions and slots are constant while a graph runs, and pages are what earlier steps left: a block finds its first
+// split and asks for its pages before it waits for the kernel before. What then is serial: qkv, the products, the
+// combination.
 //
 // GROUP query heads share a kv head and are the rows of both products (mma.m16n8k16; rows past GROUP are zero): the
 // scores' accumulators are then, packed to bf16, the second product's A fragments, and a lane owns one head's softmax.
