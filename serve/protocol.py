@@ -178,7 +178,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # Change nothing here whatever their value is.
 ACCEPTED = {
-    "best_of", "user", "metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "add_special_tokens",
+    "best_of", "user", "metadata", "prompt_cache_key", "safety_identifier", "add_special_tokens",
 }
 IGNORED_HEADER = "x-ignored-parameters"  # of a response: the fields of the request that nobody here knows
 

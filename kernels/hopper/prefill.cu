@@ -106,7 +106,7 @@ __device__ __forceinline__ void hold(float (&registers)[COUNT]) {
 #define D16 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define D32 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define D48 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define MULTIPLY(N, SUMS, OPERANDS, A, B, ...)                                                                         \
+#define MULTIPLY(N, SUMS, OPERANDS, A, B)                                                                              \
     __device__ __forceinline__ void multiply(float (&d)[N / 2], const unsigned* a, unsigned long long b) {             \
         asm volatile("{\n .reg .pred add;\n setp.eq.u32 add, 0, 0;\n"                                                  \
                      " wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" SUMS "}, {" A "}, " B               \
