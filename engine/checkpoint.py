@@ -168,8 +168,9 @@ class Architecture:
 class LayerWeights:
     """One layer of one rank. H hidden, d head_dim, q and kv this rank's heads, E experts, C the compute dtype.
 
-    I is this rank's share of the intermediate size in whole blocks of 32. Where the blocks do not divide, the last
-    ranks' spare columns are zero in weights, scales and biases: gate = up = 0 gives 0 · sigmoid(0) · (0 + 1) = 0.
+    I is this rank's share of the intermediate size in whole blocks of 32; where the blocks do not divide, some ranks
+    have one more than others. A rank that would have none has one of zeros in weights, scales and biases: gate = up = 0
+    gives 0 · sigmoid(0) · (0 + 1) = 0.
     """
 
     attention_norm: torch.Tensor  # [H] float32
@@ -260,18 +261,25 @@ def assemble(a: Architecture, rank: int, tp: int, device: torch.device | str, dt
             raise _mismatch("tp", found=tp, expected=f"a divisor of {field} = {count}")
     specs = tensor_specs(a)
     heads, kv_heads, vocab = a.heads // tp, a.kv_heads // tp, math.ceil(a.vocab / tp)  # of one rank
-    blocks = math.ceil(a.intermediate // BLOCK / tp)  # of 32 intermediate columns, of one rank
+    first, last = (n * (a.intermediate // BLOCK) // tp for n in (rank, rank + 1))  # its blocks of intermediate columns
 
-    def cut(name: str, kind: torch.dtype = dtype, dim: int = 0, share: int | None = None) -> torch.Tensor:
-        """This rank's `share` of dimension `dim`, zero where the tensor ends before it; all of it without a share."""
+    def cut(name: str, kind: torch.dtype = dtype, dim: int = 0, part: range | None = None,
+            held: int | None = None) -> torch.Tensor:
+        """The entries `part` of dimension `dim`, or all; then zeros if more are to be `held`."""
         shape = list(specs[name].shape)
-        start = 0 if share is None else min(rank * share, shape[dim])
-        size = min(share or shape[dim], shape[dim] - start)
-        shape[dim] = share or shape[dim]
+        part = range(shape[dim]) if part is None else part
+        shape[dim] = held or len(part)
         out = torch.zeros(shape, dtype=kind, device=device)
-        if size:
-            out.narrow(dim, 0, size).copy_(read(name, (EVERY,) * dim + (slice(start, start + size),)))
+        if part:
+            out.narrow(dim, 0, len(part)).copy_(read(name, (EVERY,) * dim + (slice(part.start, part.stop),)))
         return out
+
+    def share(size: int) -> range:
+        return range(rank * size, (rank + 1) * size)
+
+    def cut_blocks(name: str, kind: torch.dtype, dim: int, width: int) -> torch.Tensor:
+        """This rank's blocks, each of `width` entries of dimension `dim`."""
+        return cut(name, kind, dim, range(first * width, last * width), max(last - first, 1) * width)
 
     def once(name: str) -> torch.Tensor:
         """A bias behind a product whose parts the ranks add up: the first rank's alone."""
@@ -283,19 +291,19 @@ def assemble(a: Architecture, rank: int, tp: int, device: torch.device | str, dt
         qkv = {"q_proj": heads * a.head_dim, "k_proj": kv_heads * a.head_dim, "v_proj": kv_heads * a.head_dim}
         return LayerWeights(
             attention_norm=cut(f"{name}input_layernorm.weight", torch.float32),
-            qkv_weight=torch.cat([cut(f"{attention}{part}.weight", share=rows) for part, rows in qkv.items()]),
-            qkv_bias=torch.cat([cut(f"{attention}{part}.bias", share=rows) for part, rows in qkv.items()]),
-            sinks=cut(f"{attention}sinks", torch.float32, share=heads),
-            o_weight=cut(f"{attention}o_proj.weight", dim=1, share=heads * a.head_dim),
+            qkv_weight=torch.cat([cut(f"{attention}{part}.weight", part=share(rows)) for part, rows in qkv.items()]),
+            qkv_bias=torch.cat([cut(f"{attention}{part}.bias", part=share(rows)) for part, rows in qkv.items()]),
+            sinks=cut(f"{attention}sinks", torch.float32, part=share(heads)),
+            o_weight=cut(f"{attention}o_proj.weight", dim=1, part=share(heads * a.head_dim)),
             o_bias=once(f"{attention}o_proj.bias"),
             mlp_norm=cut(f"{name}post_attention_layernorm.weight", torch.float32),
             router_weight=cut(f"{name}mlp.router.weight"),
             router_bias=cut(f"{name}mlp.router.bias"),
-            gate_up_blocks=cut(f"{experts}gate_up_proj_blocks", torch.uint8, dim=1, share=blocks * 2 * BLOCK),
-            gate_up_scales=cut(f"{experts}gate_up_proj_scales", torch.uint8, dim=1, share=blocks * 2 * BLOCK),
-            gate_up_bias=cut(f"{experts}gate_up_proj_bias", dim=1, share=blocks * 2 * BLOCK),
-            down_blocks=cut(f"{experts}down_proj_blocks", torch.uint8, dim=2, share=blocks),
-            down_scales=cut(f"{experts}down_proj_scales", torch.uint8, dim=2, share=blocks),
+            gate_up_blocks=cut_blocks(f"{experts}gate_up_proj_blocks", torch.uint8, 1, 2 * BLOCK),
+            gate_up_scales=cut_blocks(f"{experts}gate_up_proj_scales", torch.uint8, 1, 2 * BLOCK),
+            gate_up_bias=cut_blocks(f"{experts}gate_up_proj_bias", dtype, 1, 2 * BLOCK),
+            down_blocks=cut_blocks(f"{experts}down_proj_blocks", torch.uint8, 2, 1),
+            down_scales=cut_blocks(f"{experts}down_proj_scales", torch.uint8, 2, 1),
             down_bias=once(f"{experts}down_proj_bias"),
         )
 
@@ -303,7 +311,7 @@ def assemble(a: Architecture, rank: int, tp: int, device: torch.device | str, dt
         embedding=cut("model.embed_tokens.weight"),
         layers=[layer(n) for n in range(a.layers)],
         norm=cut("model.norm.weight", torch.float32),
-        lm_head=cut("lm_head.weight", share=vocab),
+        lm_head=cut("lm_head.weight", part=range(*(min(n * vocab, a.vocab) for n in (rank, rank + 1))), held=vocab),
     )
 
 

@@ -156,7 +156,9 @@ def build(config: Config, ranks: Ranks, device: torch.device) -> Engine:
     parts = [vars(part).values() for part in (weights, *weights.layers)]
     weights_bytes = sum(value.nbytes for part in parts for value in part if isinstance(value, torch.Tensor))
     del parts  # the model lets go of what it has packed
-    model = Model(shape, weights, ops, ranks, context)
+    prefill = buckets.prefill[-1].tokens
+    peers = ops.join(ranks, buckets.max_rows, prefill, config.buckets.prefill_sequences, shape.hidden, device)
+    model = Model(shape, weights, ops, peers, context)
     phase("weights")
 
     dimensions = {
@@ -233,7 +235,7 @@ def run_rank(config: Config, rank: int, run_folder: str) -> None:
     logging.basicConfig(level=config.server.log_level.upper(), format=f"%(levelname)s rank {rank}: %(message)s")
     try:
         device = _device(config, rank)
-        ranks = Ranks(rank, config.tp, device, Path(run_folder))
+        ranks = Ranks(rank, config.tp, Path(run_folder))
         engine = build(config, ranks, device)
         channel = StepChannel(ranks, engine.buffers.max_words, Path(run_folder))
         if rank == 0:

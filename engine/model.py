@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint import Architecture, LayerWeights, ModelWeights
-from engine.parallel import Ranks
 from graphs.buckets import Bucket
 from graphs.buffers import TOP_LOGPROBS, Buffers
 
@@ -35,12 +34,15 @@ class Layer(NamedTuple):
 
 class Model:
     def __init__(
-        self, architecture: Architecture, weights: ModelWeights, ops: ModuleType, ranks: Ranks, max_context: int
+        self, architecture: Architecture, weights: ModelWeights, ops: ModuleType, peers: Any, max_context: int
     ) -> None:
-        """Takes `weights` over: its layers are packed one by one, and what was packed is let go."""
+        """Takes `weights` over: its layers are packed one by one, and what was packed is let go.
+
+        peers: what `ops.join` returned.
+        """
         self.architecture = architecture
         self.ops = ops
-        self.ranks = ranks
+        self.peers = peers
         self.cos, self.sin = rope_tables(architecture, max_context, weights.embedding.device)
         self.embedding = weights.embedding
         self.norm = weights.norm
@@ -69,13 +71,13 @@ class Model:
         self, kind: Literal["decode", "prefill"], buffers: Buffers, tokens: Tensor, positions: Tensor, slots: Tensor
     ) -> Tensor:
         """tokens, positions, slots [T] int32 -> normed hidden states [T, H]; appends keys and values to the pages."""
-        ops, ranks, shape, table = self.ops, self.ranks, self.architecture, buffers.page_table
+        ops, peers, shape, table = self.ops, self.peers, self.architecture, buffers.page_table
         if kind == "decode":  # each token of a request of its own
             linear, attention = ops.linear, ops.decode_attention
-            route, experts = ops.add_norm_route, ops.experts
+            route, experts, add_norm = ops.add_norm_route, ops.experts, ops.add_norm
         else:
             linear, attention = ops.prefill_linear, ops.prefill_attention
-            route, experts = ops.prefill_add_norm_route, ops.prefill_experts
+            route, experts, add_norm = ops.prefill_add_norm_route, ops.prefill_experts, ops.prefill_add_norm
         norms = [layer.attention_norm for layer in self.layers[1:]] + [self.norm]  # that follow each layer
         x, h = ops.embed_norm(tokens, self.embedding, self.layers[0].attention_norm, shape.norm_eps)  # [T, H] both
         for layer, window, keys, values, norm in zip(
@@ -85,26 +87,24 @@ class Model:
             h = attention(
                 qkv, self.cos, self.sin, positions, slots, table, keys, values, layer.sinks, window
             )  # [T, q heads * D]
-            delta = ranks.all_reduce(linear(h, layer.o, layer.o_bias))  # [T, H]
-            x, h, chosen, shares = route(
-                x, delta, layer.mlp_norm, shape.norm_eps, layer.router, layer.router_bias, shape.experts_per_token
+            delta = linear(h, layer.o, layer.o_bias)  # [T, H], this rank's part
+            x, h, chosen, shares = route(  # the ranks' parts added up first
+                x, delta, layer.mlp_norm, shape.norm_eps, layer.router, layer.router_bias, shape.experts_per_token,
+                peers,
             )
-            parts = experts(h, chosen, shares, layer.gate_up, layer.down, shape.swiglu_limit)  # [T, n, H]
-            if ranks.size > 1:
-                parts = ranks.all_reduce(ops.combine(parts)).unsqueeze(1)
-            x, h = ops.add_norm(x, parts, norm, shape.norm_eps)
+            parts = experts(h, chosen, shares, layer.gate_up, layer.down, shape.swiglu_limit)  # [T, n, H], likewise
+            x, h = add_norm(x, parts, norm, shape.norm_eps, peers)
         return h
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Normed hidden states [R, H] -> [R, V], whole on every rank. R is small in a prefill step too: its prompts."""
-        shard = self.ops.linear(hidden, self.lm_head)  # [R, V / ranks]
-        return self.ranks.all_gather(shard)[:, : self.architecture.vocab].contiguous()
+        """Normed hidden states [R, H] -> this rank's logits [R, V / ranks]. R is small in a prefill step too."""
+        return self.ops.linear(hidden, self.lm_head)
 
     def sample(self, buffers: Buffers, logits: Tensor, slots: Tensor, positions: Tensor) -> None:
         """Draw and emit one token a row. Every option is a value in the state of the row's slot: one graph for all."""
-        top = min(TOP_LOGPROBS, logits.shape[1])
+        top = min(TOP_LOGPROBS, self.architecture.vocab)
         drawn = self.ops.sample(
-            logits, slots, positions, buffers.sampling, buffers.output_counts, buffers.in_prompt, top
+            logits, slots, positions, buffers.sampling, buffers.output_counts, buffers.in_prompt, top, self.peers
         )
         self.ops.emit(slots, *drawn, buffers.last_token, buffers.output_counts, buffers.outputs)
 

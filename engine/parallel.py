@@ -1,7 +1,7 @@
-"""Tensor-parallel ranks: their collectives, and the channel by which rank 0's steps reach the others.
+"""Tensor-parallel ranks: collectives of CPUs, and the channel by which rank 0's steps reach the others.
 
 Every rank holds its shard of the weights and replays the same buckets; rank 0 schedules. Knows tensors and packed
-words; no requests.
+words; no requests. What GPUs exchange is their kernels' business.
 """
 
 import mmap
@@ -19,16 +19,14 @@ from torch import Tensor
 class Ranks:
     """This process's place among the ranks. With one rank every collective is the identity."""
 
-    def __init__(self, rank: int, size: int, device: torch.device, run_folder: Path) -> None:
+    def __init__(self, rank: int, size: int, run_folder: Path) -> None:
         """Joins the others through a file in `run_folder`; blocks until all have come."""
         self.rank = rank
         self.size = size
         if size > 1:
-            # Ranks share a machine: nothing of theirs listens beyond it.
-            os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # ranks share a machine: nothing of theirs listens beyond it
             store = f"file://{run_folder / 'rendezvous'}"
-            dist.init_process_group(backend, init_method=store, rank=rank, world_size=size)
+            dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over ranks, in place."""

@@ -10,12 +10,13 @@ sees one shape whatever the batch, and attention reads keys in blocks that begin
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from conf.schema import PAGE_TOKENS
+from conf.schema import PAGE_TOKENS, ConfigError
 
 TILE = 8  # tokens a matrix product takes at once
 KEY_BLOCK_PAGES = 8  # pages of keys attention reads at once
@@ -44,22 +45,30 @@ def embed_norm(tokens: Tensor, table: Tensor, weight: Tensor, eps: float) -> tup
     return x, rms_norm(x, weight, eps)
 
 
-def add_norm(x: Tensor, parts: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x [T, H], parts [T, n, H] -> x + the parts' sum in x's dtype, and its `rms_norm`."""
-    x = (x.float() + parts.float().sum(1)).to(x.dtype)
+def join(ranks: Any, decode_rows: int, prefill_tokens: int, sequences: int, hidden: int, device: torch.device) -> Any:
+    """What the operations take as `peers`: here engine.parallel.Ranks as they are. Raises ConfigError."""
+    if ranks.size > 1 and device.type == "cuda":
+        raise ConfigError(f"tp: got {ranks.size}, allowed: 1 with reference kernels on a GPU, which cannot exchange")
+    return ranks
+
+
+def add_norm(x: Tensor, parts: Tensor, weight: Tensor, eps: float, peers: Any) -> tuple[Tensor, Tensor]:
+    """x [T, H], parts [T, n, H] -> x + the parts' sum over all ranks, in x's dtype, and its `rms_norm`."""
+    delta = parts.float().sum(1)
+    if peers.size > 1:
+        delta = peers.all_reduce(delta.to(x.dtype)).float()
+    x = (x.float() + delta).to(x.dtype)
     return x, rms_norm(x, weight, eps)
 
 
-def combine(parts: Tensor) -> Tensor:
-    """parts [T, n, H] -> their sum [T, H]."""
-    return parts.float().sum(1).to(parts.dtype)
+prefill_add_norm = add_norm
 
 
 def add_norm_route(
-    x: Tensor, delta: Tensor, weight: Tensor, eps: float, router: Tensor, bias: Tensor, active: int
+    x: Tensor, delta: Tensor, weight: Tensor, eps: float, router: Tensor, bias: Tensor, active: int, peers: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, delta [T, H] -> x + delta, its `rms_norm`, and what `route` chooses for that with router [E, H], bias [E]."""
-    x, normed = add_norm(x, delta.unsqueeze(1), weight, eps)
+    """`add_norm` of x, delta [T, H], and what `route` chooses for its norm with router [E, H], bias [E]."""
+    x, normed = add_norm(x, delta.unsqueeze(1), weight, eps, peers)
     return x, normed, *route(normed, router, bias, active)
 
 
@@ -283,15 +292,17 @@ def emit(
 
 def sample(
     logits: Tensor, slots: Tensor, positions: Tensor, state: SimpleNamespace, output_counts: Tensor, in_prompt: Tensor,
-    top: int,
+    top: int, peers: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw a token for each row: logits [R, V], slots [R], positions [R] of the tokens to be drawn.
+    """Draw a token for each row: logits [R, N], slots [R], positions [R] of the tokens to be drawn.
+
+    A rank's logits are those of tokens rank * N, rank * N + 1, ...: columns past the vocabulary V do not count.
 
     state: the sampling parameters by slot, with the names of graphs.buffers.SAMPLING; output_counts [slots, V] int32;
     in_prompt [slots, V] uint8. Penalties and bias first, then temperature, then the filters. -> tokens [R] int32, their
     log probability [R] under the raw logits, and ids and values [R, top] of the likeliest tokens.
     """
-    raw = logits.float()
+    raw = peers.all_gather(logits)[:, : output_counts.shape[1]].float()
     adjusted = penalize(
         raw, output_counts[slots], in_prompt[slots], state.repetition_penalty[slots], state.frequency_penalty[slots],
         state.presence_penalty[slots],

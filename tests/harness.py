@@ -23,6 +23,7 @@ from kernels import reference
 
 GREEDY = {"max_tokens": 16, "seed": 0, "temperature": 0.0}
 CPU = torch.device("cpu")
+ALONE = Ranks(0, 1, Path())
 
 
 class InProcess:
@@ -33,17 +34,20 @@ class InProcess:
     def __init__(
         self, source: Path | checkpoint.Architecture, *, dtype=torch.float32, decode_rows=(1, 2, 4, 8),
         prefill_tokens=(64, 256), sequences=4, max_context=1024, pages=200, prefix_cache=True, poison=True, device=CPU,
-        ops=reference,
+        ops=reference, ranks=ALONE,
     ) -> None:
+        part = ranks.rank, ranks.size, device, dtype
         if isinstance(source, checkpoint.Architecture):
-            self.shape, weights = source, checkpoint.random_weights(source, 0, 1, device, dtype)
+            self.shape, weights = source, checkpoint.random_weights(source, *part)
         else:
-            self.shape, weights = checkpoint.load(source, 0, 1, device, dtype)
+            self.shape, weights = checkpoint.load(source, *part)
         self.buckets = Buckets.of(list(decode_rows), list(prefill_tokens), sequences)
-        self.model = Model(self.shape, weights, ops, Ranks(0, 1, device, Path()), max_context)
+        peers = ops.join(ranks, self.buckets.max_rows, max(prefill_tokens), sequences, self.shape.hidden, device)
+        self.model = Model(self.shape, weights, ops, peers, max_context)
         self.buffers = Buffers(
-            buckets=self.buckets, layers=self.shape.layers, kv_heads=self.shape.kv_heads, head_dim=self.shape.head_dim,
-            vocab=self.shape.vocab, max_context=max_context, pages=pages, device=device, dtype=dtype,
+            buckets=self.buckets, layers=self.shape.layers, kv_heads=self.shape.kv_heads // ranks.size,
+            head_dim=self.shape.head_dim, vocab=self.shape.vocab, max_context=max_context, pages=pages, device=device,
+            dtype=dtype,
         )
         if poison:
             self.buffers.keys.fill_(float("nan"))

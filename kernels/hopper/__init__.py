@@ -5,13 +5,14 @@ from kernels.hopper.experts import experts
 from kernels.hopper.experts import pack as pack_experts
 from kernels.hopper.linear import linear
 from kernels.hopper.linear import pack as pack_linear
-from kernels.hopper.norm import add_norm, add_norm_route, combine, embed_norm, prefill_add_norm_route
+from kernels.hopper.norm import add_norm, add_norm_route, embed_norm, prefill_add_norm, prefill_add_norm_route
+from kernels.hopper.peers import join
 from kernels.hopper.prefill import prefill_experts, prefill_linear
 from kernels.hopper.sampler import sample
 from kernels.hopper.step import advance, emit
 
 __all__ = [
-    "add_norm", "add_norm_route", "advance", "combine", "decode_attention", "embed_norm", "emit", "experts", "linear",
-    "pack_experts", "pack_linear", "prefill_add_norm_route", "prefill_attention", "prefill_experts", "prefill_linear",
-    "sample",
+    "add_norm", "add_norm_route", "advance", "decode_attention", "embed_norm", "emit", "experts", "join", "linear",
+    "pack_experts", "pack_linear", "prefill_add_norm", "prefill_add_norm_route", "prefill_attention", "prefill_experts",
+    "prefill_linear", "sample",
 ]

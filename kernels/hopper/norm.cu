@@ -13,9 +13,20 @@
 //   They are float32 throughout: rounding them makes ties.
 // route: the same choice for many rows that are normed already, by tensor cores.
 // Every sum has one order, whatever T.
+//
+// With RANKS > 1 what is added is the sum over the ranks, too, and these kernels exchange it: each rank writes its row,
+// in bf16, to the memory of the others, which wait for it there. No flags: a word that is EMPTY has not come yet, no
+// rounding gives that word, and the reader of a row makes it EMPTY again. Two areas take turns, one for what follows
+// attention, one for what follows the experts. A rank writes to an area again only after an exchange through the other
+// one, to which its peers contributed after their kernels that read and emptied the first had ended: so nothing counts
+// replays, and buckets may follow each other as they like. Ranks are added in their order, in float32, and the sum is
+// rounded to bf16: the same bytes on every rank, and by both ways to exchange:
+//   one shot (decode): a row goes to all others; each adds. RANKS - 1 rows out, one hop.
+//   two shots (prefill): to the row's owner, which adds and sends the sum to all: 2 (RANKS - 1) / RANKS rows out a row.
+// A row waits only for the same row of others, and sends before it waits: blocks of late rows need not be resident.
 
-#ifndef HIDDEN
-#error "HIDDEN: columns of x, a multiple of 8"
+#if !defined(HIDDEN) || !defined(RANKS)
+#error "HIDDEN: columns of x, a multiple of 8; RANKS: that share the model"
 #endif
 
 namespace {
@@ -28,10 +39,11 @@ constexpr int WARPS = THREADS / 32;
 constexpr int TURNS = (PIECES + THREADS - 1) / THREADS;  // pieces a thread takes: piece = thread + turn * THREADS
 constexpr int LANE_TURNS = (PIECES + 31) / 32;           // pieces a lane takes where a warp takes a row
 
-constexpr int RANKS = 8;          // blocks of a router's cluster, as many as are portable
+constexpr int ROUTER_BLOCKS = 8;          // blocks of a router's cluster, as many as are portable
 constexpr int MOST_EXPERTS = 128;
-constexpr int ROUTER_WARPS = MOST_EXPERTS / RANKS;
+constexpr int ROUTER_WARPS = MOST_EXPERTS / ROUTER_BLOCKS;
 constexpr int MOST_TOKENS = 2;    // that a cluster takes between two barriers
+constexpr int AHEAD = RANKS <= 2 ? 3 : 1;  // pieces that a thread of the router loads at once
 
 constexpr int MANY_TOKENS = 16;   // of a block of `route`
 constexpr int MANY_WARPS = 8;
@@ -58,6 +70,45 @@ __device__ __forceinline__ uint4 load(const void* at) {
                  : "=r"(piece.x), "=r"(piece.y), "=r"(piece.z), "=r"(piece.w) : "l"(at) : "memory");
     return piece;
 }
+
+constexpr unsigned EMPTY = 0xffffffffu;  // two NaNs that no rounding makes
+
+__device__ __forceinline__ bool has_come(uint4 piece) {
+    return piece.x != EMPTY && piece.y != EMPTY && piece.z != EMPTY && piece.w != EMPTY;
+}
+
+// An area of every rank's memory, in pieces of 16 bytes, as this rank sees them.
+struct Area {
+    int rank;
+    uint4* own;
+    uint4* others[RANKS];  // RANKS - 1, in their order
+
+    Area() = default;
+    // `memories` holds the addresses, which never change: this may run before the wait for the previous kernel.
+    __device__ __forceinline__ Area(const unsigned long long* memories, int offset, int own_rank) : rank(own_rank) {
+        if (RANKS == 1) return;
+        own = reinterpret_cast<uint4*>(memories[rank] + offset);
+#pragma unroll
+        for (int i = 0; i < RANKS - 1; ++i) others[i] = reinterpret_cast<uint4*>(memories[rank_of(i)] + offset);
+    }
+    __device__ __forceinline__ int rank_of(int other) const { return other < rank ? other : other + 1; }
+    __device__ __forceinline__ void send(int other, size_t place, uint4 piece) const {
+        asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};"
+                     :: "l"(others[other] + place), "r"(piece.x), "r"(piece.y), "r"(piece.z), "r"(piece.w) : "memory");
+    }
+    __device__ __forceinline__ uint4 look(size_t place) const {
+        uint4 piece;
+        asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(piece.x), "=r"(piece.y), "=r"(piece.z), "=r"(piece.w) : "l"(own + place) : "memory");
+        return piece;
+    }
+    __device__ __forceinline__ uint4 wait(size_t place) const {
+        uint4 piece = look(place);
+        while (!has_come(piece)) piece = look(place);
+        return piece;
+    }
+    __device__ __forceinline__ void empty(size_t place) const { own[place] = make_uint4(EMPTY, EMPTY, EMPTY, EMPTY); }
+};
 
 __device__ __forceinline__ float low(unsigned pair) { return __uint_as_float(pair << 16); }
 
@@ -114,11 +165,64 @@ __device__ __forceinline__ void sum_parts(float (&sum)[8], const bf16* first, in
     }
 }
 
-// residual = the row given, or that plus the sum of parts, in bf16; out = residual / rms(residual) * weight.
-template <bool EMBED>
+// Pieces of all ranks, this one's and those of the others -> their sum in the order of ranks, rounded to bf16.
+__device__ __forceinline__ uint4 sum_ranks(const Area& area, uint4 own, const uint4* others) {
+    float sum[8], more[8];
+#pragma unroll
+    for (int rank = 0; rank < RANKS; ++rank) {
+        uint4 piece = own;  // this rank's, or that of another: no index known at run time
+        if (rank < RANKS - 1 && rank < area.rank) piece = others[rank];
+        if (rank > 0 && rank > area.rank) piece = others[rank - 1];
+        widen(more, piece);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sum[i] = rank == 0 ? more[i] : sum[i] + more[i];
+    }
+    return narrow(sum);
+}
+
+// This rank's piece of a row -> the sum over all ranks.
+__device__ __forceinline__ uint4 one_shot(const Area& area, uint4 own, int row, int rows, int piece) {
+    auto from = [&](int rank) { return (size_t(rank) * rows + row) * PIECES + piece; };
+    uint4 others[RANKS];
+#pragma unroll
+    for (int i = 0; i < RANKS - 1; ++i) area.send(i, from(area.rank), own);
+#pragma unroll
+    for (int i = 0; i < RANKS - 1; ++i) {
+        others[i] = area.wait(from(area.rank_of(i)));
+        area.empty(from(area.rank_of(i)));
+    }
+    return sum_ranks(area, own, others);
+}
+
+__device__ __forceinline__ uint4 two_shots(const Area& area, uint4 own, int row, int rows, int piece) {
+    const int each = (rows + RANKS - 1) / RANKS, owner = row % RANKS;  // rows of an owner
+    auto from = [&](int rank) { return (size_t(rank) * each + row / RANKS) * PIECES + piece; };
+    const size_t of_sum = (size_t(RANKS) * each + row) * PIECES + piece;
+    if (area.rank != owner) {
+#pragma unroll
+        for (int i = 0; i < RANKS - 1; ++i)
+            if (area.rank_of(i) == owner) area.send(i, from(area.rank), own);
+        const uint4 sum = area.wait(of_sum);
+        area.empty(of_sum);
+        return sum;
+    }
+    uint4 others[RANKS];
+#pragma unroll
+    for (int i = 0; i < RANKS - 1; ++i) {
+        others[i] = area.wait(from(area.rank_of(i)));
+        area.empty(from(area.rank_of(i)));
+    }
+    const uint4 sum = sum_ranks(area, own, others);
+#pragma unroll
+    for (int i = 0; i < RANKS - 1; ++i) area.send(i, of_sum, sum);
+    return sum;
+}
+
+// residual = the row given, or that plus the sum of parts and ranks, in bf16; out = residual / rms(residual) * weight.
+template <bool EMBED, bool TWO_SHOTS>
 __device__ __forceinline__ void norm_row(
     const bf16* rows, const int* tokens, const bf16* parts, int count, const float* weight, bf16* residual, bf16* out,
-    float eps
+    float eps, Area area = {}
 ) {
     __shared__ float of_warp[WARPS];
     if (!EMBED) let_next_start();
@@ -148,6 +252,8 @@ __device__ __forceinline__ void norm_row(
             if (!EMBED) {
                 float more[8];
                 sum_parts(more, parts + (size_t(blockIdx.x) * count * PIECES + piece) * 8, count);
+                if (RANKS > 1)
+                    widen(more, (TWO_SHOTS ? two_shots : one_shot)(area, narrow(more), blockIdx.x, gridDim.x, piece));
                 widen(row[turn], given);
 #pragma unroll
                 for (int i = 0; i < 8; ++i) row[turn][i] += more[i];
@@ -222,31 +328,29 @@ __device__ __forceinline__ void choose(const float* logits, int experts, int act
 extern "C" __global__ void __launch_bounds__(THREADS) embed_norm(
     const int* tokens, const bf16* table, const float* weight, bf16* residual, bf16* out, float eps
 ) {
-    norm_row<true>(table, tokens, nullptr, 0, weight, residual, out, eps);
+    norm_row<true, false>(table, tokens, nullptr, 0, weight, residual, out, eps);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) add_norm(
-    const bf16* x, const bf16* parts, const float* weight, bf16* residual, bf16* out, int count, float eps
+    const bf16* x, const bf16* parts, const float* weight, bf16* residual, bf16* out, int count, float eps,
+    const unsigned long long* memories, int offset, int rank
 ) {
-    norm_row<false>(x, nullptr, parts, count, weight, residual, out, eps);
+    norm_row<false, false>(x, nullptr, parts, count, weight, residual, out, eps, Area(memories, offset, rank));
 }
 
-// A row's parts to their sum, a block a row.
-extern "C" __global__ void __launch_bounds__(THREADS) combine(const bf16* parts, bf16* out, int count) {
-    let_next_start();
-    wait_for_previous();
-    for (int piece = threadIdx.x; piece < PIECES; piece += THREADS) {
-        float sum[8];
-        sum_parts(sum, parts + (size_t(blockIdx.x) * count * PIECES + piece) * 8, count);
-        *reinterpret_cast<uint4*>(out + size_t(blockIdx.x) * HIDDEN + piece * 8) = narrow(sum);
-    }
+extern "C" __global__ void __launch_bounds__(THREADS) prefill_add_norm(
+    const bf16* x, const bf16* parts, const float* weight, bf16* residual, bf16* out, int count, float eps,
+    const unsigned long long* memories, int offset, int rank
+) {
+    norm_row<false, true>(x, nullptr, parts, count, weight, residual, out, eps, Area(memories, offset, rank));
 }
 
-// Grid (RANKS, clusters); a block has a warp for every RANKS-th expert. A cluster takes `group` <= MOST_TOKENS tokens
-// at once, then as many again, further on by what all clusters take.
-extern "C" __global__ void __cluster_dims__(RANKS, 1, 1) __launch_bounds__(ROUTER_WARPS * 32, 1) add_norm_route(
+// Grid (ROUTER_BLOCKS, clusters); a block has a warp for every ROUTER_BLOCKS-th expert. A cluster takes `group` <=
+// MOST_TOKENS tokens at once, then as many again, further on by what all clusters take.
+extern "C" __global__ void __cluster_dims__(ROUTER_BLOCKS, 1, 1) __launch_bounds__(ROUTER_WARPS * 32, 1) add_norm_route(
     const bf16* x, const bf16* delta, const float* scale, const bf16* weight, const bf16* bias, bf16* residual,
-    bf16* out, long long* ids, float* shares, int tokens, int experts, int active, int group, float eps
+    bf16* out, long long* ids, float* shares, int tokens, int experts, int active, int group, float eps,
+    const unsigned long long* memories, int offset, int rank
 ) {
     __shared__ uint4 rows[MOST_TOKENS][PIECES], factors[PIECES][2];
     __shared__ float of_warp[MOST_TOKENS][ROUTER_WARPS];
@@ -257,21 +361,23 @@ extern "C" __global__ void __cluster_dims__(RANKS, 1, 1) __launch_bounds__(ROUTE
         asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;"
                      :: "r"(unsigned(__cvta_generic_to_shared(&arrived))) : "memory");
     asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");  // nobody writes to a block that is yet to start
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, rank = blockIdx.x, expert = warp * RANKS + rank;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, block = blockIdx.x;
+    const int expert = warp * ROUTER_BLOCKS + block;
     const int threads = blockDim.x;
     const bool busy = expert < experts;  // the same in a warp
     uint4 row[LANE_TURNS];
-    float offset = 0;
+    float bias_of = 0;
 #pragma unroll
     for (int turn = 0; turn < LANE_TURNS; ++turn) {
         row[turn] = make_uint4(0, 0, 0, 0);
         if (busy && lane + turn * 32 < PIECES)
             row[turn] = load_constant(weight + size_t(expert) * HIDDEN + (lane + turn * 32) * 8);
     }
-    if (busy) offset = __uint_as_float(unsigned(bias[expert]) << 16);
+    if (busy) bias_of = __uint_as_float(unsigned(bias[expert]) << 16);
     for (int piece = threadIdx.x; piece < PIECES; piece += threads)  // read back by the same thread
 #pragma unroll
         for (int half = 0; half < 2; ++half) factors[piece][half] = load_constant(scale + piece * 8 + half * 4);
+    const Area area(memories, offset, rank);
     asm volatile("barrier.cluster.wait;" ::: "memory");
     wait_for_previous();
 
@@ -280,36 +386,62 @@ extern "C" __global__ void __cluster_dims__(RANKS, 1, 1) __launch_bounds__(ROUTE
     asm("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(first) : "r"(unsigned(__cvta_generic_to_shared(logits))));
     asm("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(first_arrived) : "r"(own_arrived));
     const int stride = gridDim.y * group;
+    auto place = [&](int rank, int token, int piece) { return unsigned((rank * tokens + token) * PIECES + piece); };
+    if (RANKS > 1) {  // each block sends an eighth of its cluster's rows, before anyone waits
+        constexpr int SHARE = (PIECES + ROUTER_BLOCKS - 1) / ROUTER_BLOCKS;
+        for (int begin = blockIdx.y * group; begin < tokens; begin += stride)
+            for (int token = begin; token < min(begin + group, tokens); ++token)
+                for (int piece = block * SHARE + threadIdx.x; piece < min(block * SHARE + SHARE, PIECES);
+                     piece += threads) {
+                    const uint4 own = load(delta + size_t(token) * HIDDEN + piece * 8);
+#pragma unroll
+                    for (int i = 0; i < RANKS - 1; ++i) area.send(i, place(rank, token, piece), own);
+                }
+    }
     unsigned parity = 0;
     for (int begin = blockIdx.y * group; begin < tokens; begin += stride, parity ^= 1) {
         const int count = min(group, tokens - begin);
-        if (rank == 0 && threadIdx.x == 0)
+        if (block == 0 && threadIdx.x == 0)
             asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
                          :: "r"(own_arrived), "r"(count * experts * 4) : "memory");
         // Each thread's own pieces stay its own until the row is normed: no barrier but the sum's.
-        float squares[MOST_TOKENS];
+        for (int token = 0; token < count; ++token) {
+            float squares = 0;
+            for (int base = threadIdx.x; base < PIECES; base += AHEAD * threads) {
+                uint4 given[AHEAD], added[AHEAD], others[AHEAD][RANKS];
 #pragma unroll
-        for (int token = 0; token < MOST_TOKENS; ++token) {
-            squares[token] = 0;
-            if (token < count)
-#pragma unroll 3
-                for (int piece = threadIdx.x; piece < PIECES; piece += threads) {
-                    const size_t at = size_t(begin + token) * HIDDEN + piece * 8;
+                for (int turn = 0; turn < AHEAD; ++turn) {
+                    const int piece = min(base + turn * threads, PIECES - 1);
+                    const unsigned at = place(0, begin + token, piece);
+                    given[turn] = load(reinterpret_cast<const uint4*>(x) + at);
+                    added[turn] = load(reinterpret_cast<const uint4*>(delta) + at);
+#pragma unroll
+                    for (int i = 0; i < RANKS - 1; ++i)
+                        others[turn][i] = area.look(place(area.rank_of(i), begin + token, piece));
+                }
+#pragma unroll
+                for (int turn = 0; turn < AHEAD; ++turn) {
+                    const int piece = base + turn * threads;
+                    if (piece >= PIECES) continue;
+#pragma unroll
+                    for (int i = 0; i < RANKS - 1; ++i)
+                        while (!has_come(others[turn][i]))
+                            others[turn][i] = area.look(place(area.rank_of(i), begin + token, piece));
                     float sum[8], more[8];
-                    const uint4 given = load(x + at), added = load(delta + at);
-                    widen(sum, given);
-                    widen(more, added);
+                    widen(sum, given[turn]);
+                    widen(more, RANKS > 1 ? sum_ranks(area, added[turn], others[turn]) : added[turn]);
 #pragma unroll
                     for (int i = 0; i < 8; ++i) sum[i] += more[i];
                     const uint4 rounded = narrow(sum);
                     rows[token][piece] = rounded;
-                    if (rank == 1) *reinterpret_cast<uint4*>(residual + at) = rounded;
+                    if (block == 1) reinterpret_cast<uint4*>(residual)[place(0, begin + token, piece)] = rounded;
                     widen(sum, rounded);
 #pragma unroll
-                    for (int i = 0; i < 8; ++i) squares[token] += sum[i] * sum[i];
+                    for (int i = 0; i < 8; ++i) squares += sum[i] * sum[i];
                 }
-            squares[token] = warp_sum(squares[token]);
-            if (lane == 0) of_warp[token][warp] = squares[token];
+            }
+            squares = warp_sum(squares);
+            if (lane == 0) of_warp[token][warp] = squares;
         }
         __syncthreads();
 #pragma unroll
@@ -324,7 +456,7 @@ extern "C" __global__ void __cluster_dims__(RANKS, 1, 1) __launch_bounds__(ROUTE
                     scaled(normed, inverse, factors[piece]);
                     const uint4 rounded = narrow(normed);
                     rows[token][piece] = rounded;
-                    if (rank == 2)
+                    if (block == 2)
                         *reinterpret_cast<uint4*>(out + size_t(begin + token) * HIDDEN + piece * 8) = rounded;
                 }
             }
@@ -341,15 +473,20 @@ extern "C" __global__ void __cluster_dims__(RANKS, 1, 1) __launch_bounds__(ROUTE
 #pragma unroll
                         for (int j = 0; j < 8; ++j) sum += left[j] * right[j];
                     }
-                sum = warp_sum(sum) + offset;
+                sum = warp_sum(sum) + bias_of;
                 if (lane == 0)
                     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];"
                                  :: "r"(first + (token * MOST_EXPERTS + expert) * 4), "f"(sum), "r"(first_arrived)
                                  : "memory");
             }
-        if (rank == 0) {
+        if (block == 0) {
             asm volatile("{\n .reg .pred done;\nagain:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
                          " @!done bra again;\n}" :: "r"(own_arrived), "r"(parity) : "memory");
+            if (RANKS > 1)  // every block has a logit to send, and sent it after reading the rows
+                for (int at = threadIdx.x; at < count * PIECES; at += threads)
+#pragma unroll
+                    for (int i = 0; i < RANKS - 1; ++i)
+                        area.empty(place(area.rank_of(i), begin + at / PIECES, at % PIECES));
             for (int token = warp; token < count; token += threads / 32)
                 choose(logits[token], experts, active, ids + size_t(begin + token) * active,
                        shares + size_t(begin + token) * active);

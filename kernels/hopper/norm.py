@@ -1,6 +1,8 @@
 """Embedding, residual add, RMSNorm and routing on Hopper: the operations of that name in `kernels.reference`.
 
-One difference from the reference: routing keeps its logits in float32 instead of rounding them to bf16.
+With several ranks, what is added is the sum over all of them, each rank's rounded to bf16 and so is the sum: the same
+bytes on every rank. One difference from the reference: routing keeps its logits in float32 instead of rounding them to
+bf16.
 """
 
 from functools import cache
@@ -10,9 +12,10 @@ import torch
 from torch import Tensor
 
 from kernels.build import Kernel, compile_module
+from kernels.hopper.peers import Area, Peers
 
 ROW_THREADS = 384
-RANKS = 8  # blocks of a router's cluster
+ROUTER_BLOCKS = 8  # of a router's cluster
 MOST_EXPERTS = 128
 MOST_TOKENS = 2  # that a cluster takes between two barriers
 MANY_TOKENS, MANY_WARPS = 16, 8  # of a block where tokens are many
@@ -29,34 +32,40 @@ def embed_norm(tokens: Tensor, table: Tensor, weight: Tensor, eps: float) -> tup
     x, out = (torch.empty(count, hidden, dtype=table.dtype, device=table.device) for _ in range(2))
     if count:
         arguments = (tokens, table, weight, x, out, float(eps))
-        _kernel("embed_norm", hidden).launch(grid=(count, 1, 1), block=ROW_THREADS, args=arguments)
+        _kernel("embed_norm", hidden, 1).launch(grid=(count, 1, 1), block=ROW_THREADS, args=arguments)
     return x, out
 
 
-def add_norm(x: Tensor, parts: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x [T, H], parts [T, n, H] bf16, weight [H] float32 -> x + the parts' sum, rounded to bf16, and its RMSNorm."""
+def add_norm(x: Tensor, parts: Tensor, weight: Tensor, eps: float, peers: Peers) -> tuple[Tensor, Tensor]:
+    """x [T, H], parts [T, n, H] bf16, weight [H] float32 -> x + the parts' sum, rounded to bf16, and its RMSNorm.
+
+    Each rank sends its rows to all others: right for few rows.
+    """
+    return _add_norm("add_norm", x, parts, weight, eps, peers, peers.mlp)
+
+
+def prefill_add_norm(x: Tensor, parts: Tensor, weight: Tensor, eps: float, peers: Peers) -> tuple[Tensor, Tensor]:
+    """`add_norm` for many rows: each is summed by one rank, which sends the sum to the others. The same bytes."""
+    return _add_norm("prefill_add_norm", x, parts, weight, eps, peers, peers.mlp)
+
+
+def _add_norm(
+    name: str, x: Tensor, parts: Tensor, weight: Tensor, eps: float, peers: Peers, area: Area
+) -> tuple[Tensor, Tensor]:
     tokens, hidden = _rows("x", x)
     _check_scale(weight, hidden)
     count = _parts(parts, tokens, hidden)
     residual, out = torch.empty_like(x), torch.empty_like(x)
     if tokens:
-        arguments = (x, parts, weight, residual, out, count, float(eps))
-        _kernel("add_norm", hidden).launch(grid=(tokens, 1, 1), block=ROW_THREADS, args=arguments)
+        each = -(-tokens // peers.size)  # rows that a rank sums where it does so for the others
+        slots = peers.size * tokens if name == "add_norm" else peers.size * each + tokens
+        arguments = (x, parts, weight, residual, out, count, float(eps), *area.arguments(2 * hidden * slots))
+        _kernel(name, hidden, peers.size).launch(grid=(tokens, 1, 1), block=ROW_THREADS, args=arguments)
     return residual, out
 
 
-def combine(parts: Tensor) -> Tensor:
-    """parts [T, n, H] bf16 -> their sum [T, H]."""
-    tokens, _, hidden = parts.shape
-    count = _parts(parts, tokens, hidden)
-    out = parts.new_empty(tokens, hidden)
-    if tokens:
-        _kernel("combine", hidden).launch(grid=(tokens, 1, 1), block=ROW_THREADS, args=(parts, out, count))
-    return out
-
-
 def add_norm_route(
-    x: Tensor, delta: Tensor, weight: Tensor, eps: float, router: Tensor, bias: Tensor, active: int
+    x: Tensor, delta: Tensor, weight: Tensor, eps: float, router: Tensor, bias: Tensor, active: int, peers: Peers
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `add_norm`, with one part, delta [T, H]; then router [E, H], bias [E] bf16 choose experts for the normed rows.
 
@@ -68,28 +77,31 @@ def add_norm_route(
     experts = _check_router(router, bias, hidden, active)
     if _rows("delta", delta) != (tokens, hidden):
         raise ValueError(f"delta {tuple(delta.shape)} is added to x {tuple(x.shape)}: their shapes must be equal")
+    if peers.size > 1 and experts < ROUTER_BLOCKS:
+        raise ValueError(f"{experts} experts: with several ranks, each of the {ROUTER_BLOCKS} blocks must have one")
     residual, out = torch.empty_like(x), torch.empty_like(x)
     ids = torch.empty(tokens, active, dtype=torch.int64, device=x.device)
     shares = torch.empty(tokens, active, dtype=torch.float32, device=x.device)
     if tokens:
         clusters, group = router_grid(tokens, experts)
         arguments = (x, delta, weight, router, bias, residual, out, ids, shares, tokens, experts, active, group,
-                     float(eps))
-        threads = -(-experts // RANKS) * 32
-        _kernel("add_norm_route", hidden).launch(grid=(RANKS, clusters, 1), block=threads, args=arguments)
+                     float(eps), *peers.attention.arguments(2 * hidden * peers.size * tokens))
+        threads = -(-experts // ROUTER_BLOCKS) * 32
+        kernel = _kernel("add_norm_route", hidden, peers.size)
+        kernel.launch(grid=(ROUTER_BLOCKS, clusters, 1), block=threads, args=arguments)
     return residual, out, ids, shares
 
 
 def prefill_add_norm_route(
-    x: Tensor, delta: Tensor, weight: Tensor, eps: float, router: Tensor, bias: Tensor, active: int
+    x: Tensor, delta: Tensor, weight: Tensor, eps: float, router: Tensor, bias: Tensor, active: int, peers: Peers
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`add_norm_route` for many tokens: `add_norm`, then routing by tensor cores. The bytes are not the same."""
-    residual, out = add_norm(x, delta.unsqueeze(1), weight, eps)
+    """`add_norm_route` for many tokens: sums as `prefill_add_norm`, routing by tensor cores. The bytes differ."""
+    residual, out = _add_norm("prefill_add_norm", x, delta.unsqueeze(1), weight, eps, peers, peers.attention)
     tokens, hidden = out.shape
     experts = _check_router(router, bias, hidden, active)
     ids = torch.empty(tokens, active, dtype=torch.int64, device=x.device)
     shares = torch.empty(tokens, active, dtype=torch.float32, device=x.device)
-    kernel = _kernel("route", hidden, MANY_WARPS * MANY_TOKENS * experts * 4)
+    kernel = _kernel("route", hidden, 1, MANY_WARPS * MANY_TOKENS * experts * 4)
     arguments = (out, router, bias, ids, shares, tokens, experts, active)
     kernel.launch(grid=(-(-tokens // MANY_TOKENS), 1, 1), block=MANY_WARPS * 32, args=arguments)
     return residual, out, ids, shares
@@ -133,5 +145,6 @@ def _check_scale(weight: Tensor, hidden: int) -> None:
 
 
 @cache
-def _kernel(name: str, hidden: int, shared_bytes: int = 0) -> Kernel:
-    return compile_module(Path(__file__).with_name("norm.cu"), {"HIDDEN": hidden}).kernel(name, shared_bytes)
+def _kernel(name: str, hidden: int, ranks: int, shared_bytes: int = 0) -> Kernel:
+    module = compile_module(Path(__file__).with_name("norm.cu"), {"HIDDEN": hidden, "RANKS": ranks})
+    return module.kernel(name, shared_bytes)

@@ -19,6 +19,17 @@
 // Filters: a threshold is the largest t such that the logits >= t have a count, or a mass in units of 2^-40, of at
 // least the target: a search over histograms of integers. Its first digit is the distance from the best in eighths,
 // which spreads logits over many bins and so over many banks; the other four are those of the logit's order.
+//
+// With RANKS > 1 each rank has a range of the vocabulary, and its cluster handles that: no logits are gathered. What
+// the blocks of a cluster tell each other, the ranks do as well, as norm.cu's kernels do, without flags, through an
+// area of each rank's memory: the best scaled logit where a row has filters, the histograms' sums at each level of a
+// search (2 KB), and at the end the best tokens, the sum of exp and the token a rank would draw, TOP + 3 words. A word
+// has its own place for the whole kernel; block 0 makes those that were used EMPTY when all blocks have read. The
+// exchanges through norm.cu's areas lie between this kernel's and its next one's.
+
+#if !defined(RANKS)
+#error "RANKS: that share the vocabulary"
+#endif
 
 namespace {
 
@@ -36,7 +47,13 @@ constexpr float PER_UNIT = 8.0f;  // bins of the first digit to a difference of 
 constexpr uint32_t ALL = 0xFFFFFFFF;
 constexpr float MOST = 0x1.fffffep127f;  // the largest finite float
 #define INFINITE __uint_as_float(0x7F800000u)
+constexpr uint64_t EMPTY = ~0ull;  // no count, sum or key that is sent
 
+// Words of a row from a rank: histograms of top_k's and of top_p's search, and what follows them.
+enum Word { HISTOGRAMS = 0, PEAK = 2 * LEVELS * BINS, BEST, SUM = BEST + TOP, DRAWN, LOGIT, WORDS };
+
+static_assert(BINS / 32 == BLOCKS, "a warp's bins of a block's histogram are one block's to send");
+static_assert(RANKS * TOP <= THREADS, "a thread takes one of the best tokens of all ranks");
 static_assert(TOP <= WARPS, "the bound on a block's best tokens comes from the best of its warps");
 static_assert(BIAS_ENTRIES <= THREADS, "a thread takes one bias entry");
 
@@ -66,13 +83,51 @@ struct Shared {
     Search search;
     int bias_ids[BIAS_ENTRIES];
     float bias_values[BIAS_ENTRIES];
+    uint64_t ranks_top[RANKS][TOP];  // in block 0: the best tokens of every rank
 };
 
 // A block's part of a row.
 struct Part {
     const Logit* logits;
-    int begin, count;  // first token and number of tokens
+    int begin, count;  // first token, of the whole vocabulary, and number of tokens
     int block;
+};
+
+// Where the ranks write for a row, [RANKS][rows][WORDS] words, as this one sees it. `other` counts the others in their
+// order.
+struct Area {
+    int rank;
+    size_t of_rank, of_row;  // words from one rank's to the next one's, and up to the row
+    uint64_t* own;
+    uint64_t* others[RANKS];
+
+    __device__ __forceinline__ Area(const uint64_t* memories, int offset, int own_rank, int row, int rows)
+        : rank(own_rank), of_rank(size_t(rows) * WORDS), of_row(size_t(row) * WORDS) {
+        if (RANKS == 1) return;
+        own = reinterpret_cast<uint64_t*>(memories[rank] + offset) + of_row;
+#pragma unroll
+        for (int i = 0; i < RANKS - 1; i++)
+            others[i] = reinterpret_cast<uint64_t*>(memories[rank_of(i)] + offset) + rank * of_rank + of_row;
+    }
+    __device__ __forceinline__ int rank_of(int other) const { return other < rank ? other : other + 1; }
+    __device__ __forceinline__ void send(int word, uint64_t value) const {
+        value = min(value, EMPTY - 1);  // the key of a NaN, if anything
+#pragma unroll
+        for (int i = 0; i < RANKS - 1; i++)
+            asm volatile("st.relaxed.sys.global.u64 [%0], %1;" :: "l"(others[i] + word), "l"(value) : "memory");
+    }
+    __device__ __forceinline__ uint64_t wait(int other, int word) const {
+        uint64_t value;
+        do
+            asm volatile("ld.relaxed.sys.global.u64 %0, [%1];"
+                         : "=l"(value) : "l"(own + rank_of(other) * of_rank + word) : "memory");
+        while (value == EMPTY);
+        return value;
+    }
+    __device__ __forceinline__ void empty(int word) const {
+#pragma unroll
+        for (int i = 0; i < RANKS - 1; i++) own[rank_of(i) * of_rank + word] = EMPTY;
+    }
 };
 
 __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
@@ -220,7 +275,8 @@ __device__ __forceinline__ int distance_digit(float x, float peak) {
 // the share top_p of the mass of all of order >= least. `turn` is the histogram to fill first.
 template <bool MASS>
 __device__ uint32_t threshold(
-    Shared& shared, const float* values, int count, float peak, uint32_t least, int top_k, float top_p, int& turn
+    Shared& shared, const float* values, const Part& part, float peak, uint32_t least, int top_k, float top_p,
+    int& turn, const Area& area
 ) {
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     uint64_t target = MASS ? 0 : top_k;
@@ -231,7 +287,7 @@ __device__ uint32_t threshold(
         const int shift = 32 - 8 * level;  // of the level's digit in the order
         if (thread < BINS) histogram[thread] = make_uint2(0, 0);
         __syncthreads();
-        for (int at = thread; at < count; at += THREADS) {
+        for (int at = thread; at < part.count; at += THREADS) {
             const float x = values[at];
             const uint32_t order = order_of(x);
             int digit = distance_digit(x, peak);
@@ -257,6 +313,10 @@ __device__ uint32_t threshold(
                 const uint2 bin = *in_block(&histogram[BINS - 1 - thread], block);
                 here += uint64_t(bin.y) << 32 | bin.x;
             }
+            const int word = HISTOGRAMS + (int(MASS) * LEVELS + level) * BINS + thread;
+            if (warp == part.block) area.send(word, here);
+#pragma unroll
+            for (int i = 0; i < RANKS - 1; i++) here += area.wait(i, word);
             reached = here;
             for (int apart = 1; apart < 32; apart *= 2) {
                 const uint64_t above = __shfl_up_sync(ALL, reached, apart);
@@ -301,16 +361,19 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THRE
     const float* presences, const uint32_t* seeds, const int* bias_ids,
     const float* bias_values, const int* bias_until, const int* output_counts,
     const uint8_t* in_prompt, int* tokens, float* logprobs,
-    int* top_ids, float* top_logprobs, int vocab, int part_size
+    int* top_ids, float* top_logprobs, int vocab, int part_size, int first_token, int shard, int stride,
+    const uint64_t* memories, int offset, int rank
 ) {
     extern __shared__ __align__(16) float values[];  // [part_size]
     __shared__ Shared shared;
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     Part part;
     part.block = blockIdx.x;
-    part.begin = min(part.block * part_size, vocab);
-    part.count = min(part_size, vocab - part.begin);
-    part.logits = logits + size_t(blockIdx.y) * vocab + part.begin;
+    const int begin = min(part.block * part_size, shard);
+    part.begin = first_token + begin;
+    part.count = min(part_size, shard - begin);
+    part.logits = logits + size_t(blockIdx.y) * stride + begin;
+    const Area area(memories, offset, rank, blockIdx.y, gridDim.y);
     uint64_t* const candidates = reinterpret_cast<uint64_t*>(values + part_size);
     cluster_arrive();  // waited for before the first write to another block: by then all have started
     wait_for_previous();
@@ -322,6 +385,7 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THRE
     const int top_k = top_ks[slot];
     const bool drawn = temperature > 0.0f;
     const bool by_count = drawn && top_k > 0 && top_k < vocab, by_share = drawn && top_p < 1.0f;
+    const bool filtered = by_count || by_share || (drawn && min_p > 0.0f);
     // The spare slot's repetition is 0.
     const bool penalized = (repetition > 0.0f && repetition != 1.0f) || frequency != 0.0f || presence != 0.0f;
     const size_t state = size_t(slot) * vocab + part.begin;
@@ -394,17 +458,20 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THRE
             values[at] = scaled;
             largest = fmaxf(largest, scaled);
         }
-        if (by_count || by_share || min_p > 0.0f) {
+        if (filtered) {
             largest = of_order(uint32_t(block_max(shared, uint64_t(order_of(largest)) << 32) >> 32));
             if (thread < BLOCKS) *in_block(&shared.peaks[part.block], thread) = largest;
             cluster_sync();
             peak = shared.peaks[0];
             for (int block = 1; block < BLOCKS; block++) peak = fmaxf(peak, shared.peaks[block]);
+            if (part.block == 0 && thread == 0) area.send(PEAK, order_of(peak));
+#pragma unroll
+            for (int i = 0; i < RANKS - 1; i++) peak = fmaxf(peak, of_order(uint32_t(area.wait(i, PEAK))));
         }
         int turn = 0;
-        if (by_count) least = threshold<false>(shared, values, part.count, peak, 0, top_k, 1.0f, turn);
+        if (by_count) least = threshold<false>(shared, values, part, peak, 0, top_k, 1.0f, turn, area);
         // Nothing below the threshold of top_k can be the threshold of a share of what top_k left.
-        if (by_share) least = threshold<true>(shared, values, part.count, peak, least, 0, top_p, turn);
+        if (by_share) least = threshold<true>(shared, values, part, peak, least, 0, top_p, turn, area);
     }
 
     // The largest logit, with noise where one is drawn. Most logits cannot win whatever the fine print of their noise:
@@ -438,21 +505,68 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THRE
     if (part.block != 0) return;
 
     sum = shared.sums[0];
-    for (int block = 1; block < BLOCKS; block++) sum = merge(sum, shared.sums[block]);
+    uint64_t token = shared.drawn[0];
+    for (int block = 1; block < BLOCKS; block++) {
+        sum = merge(sum, shared.sums[block]);
+        token = max(token, shared.drawn[block]);
+    }
+    float logit = -INFINITE;
+    if (thread == 0 && token != 0)
+        logit = load(logits + size_t(blockIdx.y) * stride + token_of(token) - first_token);
+    const uint64_t* tops = &shared.top[0][0];
+    int top_count = BLOCKS * TOP;
+    if (RANKS > 1) {
+        uint64_t* const own_top = shared.ranks_top[rank];
+        if (thread < TOP) own_top[thread] = 0;
+        __syncthreads();
+        if (thread < top_count) {
+            const int place = greater_than(tops[thread], tops, top_count);
+            if (tops[thread] != 0 && place < TOP) own_top[place] = tops[thread];
+        }
+        __syncthreads();
+        if (thread < TOP) area.send(BEST + thread, own_top[thread]);
+        if (thread == 0) {
+            area.send(SUM, uint64_t(__float_as_uint(sum.y)) << 32 | __float_as_uint(sum.x));
+            area.send(DRAWN, token);
+            area.send(LOGIT, __float_as_uint(logit));
+        }
+        if (thread < RANKS * TOP && thread / TOP != rank) {
+            const int of = thread / TOP;
+            shared.ranks_top[of][thread % TOP] = area.wait(of - (of > rank), BEST + thread % TOP);
+        }
+        if (thread == 0) {
+            float2 all;
+            for (int of = 0; of < RANKS; of++) {  // the same order on every rank
+                float2 more = sum;
+                if (of != rank) {
+                    const int other = of - (of > rank);
+                    const uint64_t bits = area.wait(other, SUM), drawn_there = area.wait(other, DRAWN);
+                    const float its_logit = __uint_as_float(uint32_t(area.wait(other, LOGIT)));
+                    more = make_float2(__uint_as_float(uint32_t(bits)), __uint_as_float(uint32_t(bits >> 32)));
+                    if (drawn_there > token) token = drawn_there, logit = its_logit;
+                }
+                all = of == 0 ? more : merge(all, more);
+            }
+            shared.sums[0] = all;
+        }
+        __syncthreads();
+        sum = shared.sums[0];
+        tops = &shared.ranks_top[0][0];
+        top_count = RANKS * TOP;
+        for (int word = thread; word < WORDS; word += THREADS)
+            if (word < LEVELS * BINS ? by_count : word < PEAK ? by_share : word == PEAK ? filtered : true)
+                area.empty(word);
+    }
     const float log_sum = sum.x + logf(sum.y);
     if (thread == 0) {
-        uint64_t all = shared.drawn[0];
-        for (int block = 1; block < BLOCKS; block++) all = max(all, shared.drawn[block]);
-        const int token = token_of(all);
-        tokens[blockIdx.y] = token;
-        logprobs[blockIdx.y] = load(logits + size_t(blockIdx.y) * vocab + token) - log_sum;
+        tokens[blockIdx.y] = token_of(token);
+        logprobs[blockIdx.y] = logit - log_sum;
     }
-    if (thread < BLOCKS * TOP) {
-        const uint64_t candidate = (&shared.top[0][0])[thread];
-        const int place = greater_than(candidate, &shared.top[0][0], BLOCKS * TOP);
-        if (candidate != 0 && place < TOP) {
-            top_ids[blockIdx.y * TOP + place] = token_of(candidate);
-            top_logprobs[blockIdx.y * TOP + place] = of_order(uint32_t(candidate >> 32)) - log_sum;
+    if (thread < top_count) {
+        const int place = greater_than(tops[thread], tops, top_count);
+        if (tops[thread] != 0 && place < TOP) {
+            top_ids[blockIdx.y * TOP + place] = token_of(tops[thread]);
+            top_logprobs[blockIdx.y * TOP + place] = of_order(uint32_t(tops[thread] >> 32)) - log_sum;
         }
     }
 }

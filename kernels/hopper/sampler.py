@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.build import Kernel, compile_module
+from kernels.hopper.peers import Peers
 
 BLOCKS = 8  # of a row: a cluster
 THREADS = 1024
@@ -19,32 +20,38 @@ SHARED_LIMIT = 212 * 1024  # bytes of dynamic shared memory; the kernel's fixed 
 
 def sample(
     logits: Tensor, slots: Tensor, positions: Tensor, state: SimpleNamespace, output_counts: Tensor, in_prompt: Tensor,
-    top: int,
+    top: int, peers: Peers,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw a token for each row: logits [R, V] bf16 or float32, slots [R], positions [R] int32 of the tokens to draw.
+    """Draw a token for each row: logits [R, N] bf16 or float32, slots [R], positions [R] int32 of the tokens to draw.
 
+    A rank's logits are those of tokens rank * N, rank * N + 1, ...: columns past the vocabulary V are not read.
     state: the sampling parameters by slot, with the names of graphs.buffers.SAMPLING; output_counts [slots, V] int32;
     in_prompt [slots, V] uint8. -> tokens [R] int32, their log probability [R] float32 under the raw logits, and ids
     [R, top] int32 and values [R, top] float32 of the likeliest tokens, of equal ones the lower id first. A row's bytes
-    do not depend on the others.
+    do not depend on the others, and are the same on every rank.
     """
-    rows, vocab = logits.shape
+    rows, columns = logits.shape
+    vocab = output_counts.shape[1]
     if logits.dtype not in (torch.bfloat16, torch.float32) or not logits.is_contiguous() or not 1 <= top <= vocab:
         raise ValueError(f"logits {tuple(logits.shape)} {logits.dtype}, top {top}: contiguous bfloat16 or float32 with "
-                         "1 <= top <= V is what can be sampled")
+                         f"1 <= top <= {vocab} is what can be sampled")
+    if columns * peers.size < vocab:
+        raise ValueError(f"logits {tuple(logits.shape)} of {peers.size} ranks are too few for {vocab} tokens")
+    first = min(peers.rank * columns, vocab)
     device = logits.device
     tokens = torch.empty(rows, dtype=torch.int32, device=device)
     logprobs = torch.empty(rows, dtype=torch.float32, device=device)
     top_ids = torch.empty(rows, top, dtype=torch.int32, device=device)
     top_logprobs = torch.empty(rows, top, dtype=torch.float32, device=device)
-    part, shared_bytes = layout(vocab, top)
+    part, shared_bytes = layout(columns, top)
     if rows:
-        kernel = _kernel(logits.dtype, top, state.bias_ids.shape[1], shared_bytes)
+        kernel = _kernel(logits.dtype, top, state.bias_ids.shape[1], peers.size, shared_bytes)
+        area = peers.sampler.arguments(8 * (2 * 5 * 256 + top + 4) * peers.size * rows)  # sampler.cu's words
         kernel.launch(grid=(BLOCKS, rows, 1), block=THREADS, args=(
             logits, slots, positions, state.temperature, state.top_k, state.top_p, state.min_p,
             state.repetition_penalty, state.frequency_penalty, state.presence_penalty, state.seed, state.bias_ids,
             state.bias_values, state.bias_until, output_counts, in_prompt, tokens, logprobs, top_ids, top_logprobs,
-            vocab, part,
+            vocab, part, first, min(columns, vocab - first), columns, *area,
         ))
     return tokens, logprobs, top_ids, top_logprobs
 
@@ -63,6 +70,6 @@ def layout(vocab: int, top: int) -> tuple[int, int]:
 
 
 @cache
-def _kernel(dtype: torch.dtype, top: int, bias_entries: int, shared_bytes: int) -> Kernel:
-    defines = {"BF16": int(dtype == torch.bfloat16), "TOP": top, "BIAS_ENTRIES": bias_entries}
+def _kernel(dtype: torch.dtype, top: int, bias_entries: int, ranks: int, shared_bytes: int) -> Kernel:
+    defines = {"BF16": int(dtype == torch.bfloat16), "TOP": top, "BIAS_ENTRIES": bias_entries, "RANKS": ranks}
     return compile_module(Path(__file__).with_name("sampler.cu"), defines).kernel("sample", shared_bytes=shared_bytes)

@@ -1,12 +1,15 @@
-"""Whole steps on one H100, through graphs: `make gpu-bench`. Prints tables and writes benchmarks/h100.json.
+"""Whole steps on H100s, through graphs: `make gpu-bench`. Prints tables and writes benchmarks/h100.json.
 
-The floor of a decode step is the bytes it must read once over the read bandwidth measured in the same run. Of the
-experts' weights those count that the rows of the timed step chose.
+The floor of a decode step is the bytes a rank must read once over the read bandwidth measured in the same run. Of the
+experts' weights those count that the rows of the timed step chose. With `--tp` every rank times the same steps, and the
+first one's figures are shown.
 """
 
 import argparse
 import json
+import os
 import statistics
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -25,6 +28,7 @@ from engine.pages import PagePool
 from engine.parallel import Ranks
 from engine.request import SamplingParams, Submit
 from engine.scheduler import Scheduler
+from tests.gpu.ranks import together
 
 SHAPES = {
     "20b": RandomShape(),
@@ -76,25 +80,24 @@ def matmul_rate() -> float:
     return 2 * 8192**3 / seconds(lambda: left @ right)
 
 
-def decode_bytes(shape: RandomShape, rows: int, context: int, experts: float) -> float:
-    """Bytes that a decode step must read once; `experts`: those that the rows chose, over all layers."""
+def decode_bytes(shape: RandomShape, rows: int, context: int, experts: float, tp: int) -> float:
+    """Bytes that each rank must read once in a decode step; `experts`: those that the rows chose, over all layers."""
     width = shape.head_dim * (2 * shape.num_attention_heads + 2 * shape.num_key_value_heads)
     expert = 3 * shape.hidden_size * shape.intermediate_size * 4.25 / 8
     token = 2 * 2 * shape.num_key_value_heads * shape.head_dim
     cache = rows * token * (context + min(context, shape.sliding_window)) / 2
     layer = 2 * shape.hidden_size * width + cache
-    return shape.num_hidden_layers * layer + experts * expert + 2 * shape.hidden_size * shape.vocab_size
+    return (shape.num_hidden_layers * layer + experts * expert + 2 * shape.hidden_size * shape.vocab_size) / tp
 
 
-def engine(shape, decode_rows, prefill_tokens, max_context):
+def engine(shape, decode_rows, prefill_tokens, max_context, ranks, device):
     config = Config(
         model=ModelConfig(name="bench", weights=Weights.random, random_shape=shape),
         buckets=BucketsConfig(decode_rows, prefill_tokens, 16, max_context, page_memory=0.8),
         kernels=KernelsConfig(),
-        tp=1,
+        tp=ranks.size,
     )
-    device = torch.device("cuda", 0)
-    built = build(config, Ranks(0, 1, device, Path()), device)
+    built = build(config, ranks, device)
     built.buffers.keys.normal_()
     built.buffers.values.normal_()
     return built
@@ -206,17 +209,14 @@ def print_kernels(built, bucket) -> None:
             print(f"  {name:<76} {count:>4} x {spent / max(count, 1):>8.2f} us = {spent:>8.1f}", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=SHAPES, default="20b")
-    parser.add_argument("--rows", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--prefill", type=int, nargs="*", default=[2048])
-    parser.add_argument("--kernels", type=int, nargs="*", default=[1, 64, 2048], help="buckets to take apart")
-    parser.add_argument("--contexts", type=int, nargs="*", default=[1024], help="longer ones at one row only")
-    arguments = parser.parse_args()
-    shape, rate, products = SHAPES[arguments.model], read_bandwidth(), matmul_rate()
+def measure(ranks: Ranks, device: torch.device, arguments: argparse.Namespace) -> dict:
+    if ranks.rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    torch.manual_seed(0)  # alike on all ranks
+    shape, tp = SHAPES[arguments.model], ranks.size
+    rate, products = read_bandwidth(), matmul_rate()
     torch.cuda.empty_cache()
-    built = engine(shape, arguments.rows, arguments.prefill, max(32768, *arguments.contexts))
+    built = engine(shape, arguments.rows, arguments.prefill, max(32768, *arguments.contexts), ranks, device)
     rows = []
     print(f"read bandwidth {rate / 1e12:.2f} TB/s, matrix products {products / 1e12:.0f} TFLOP/s; "
           f"phases {built.ready.phases}")
@@ -226,7 +226,7 @@ def main() -> None:
             if context > 1024 and bucket.tokens > 1:
                 continue
             ms, experts = step_ms(built, bucket, context)
-            size = decode_bytes(shape, bucket.tokens, context, experts)
+            size = decode_bytes(shape, bucket.tokens, context, experts, tp)
             share = size / rate / (ms / 1e3)
             rows.append({"kind": "decode", "rows": bucket.tokens, "context": context, "ms": ms, "bytes": size,
                          "experts_per_layer": experts / shape.num_hidden_layers, "share_of_floor": share})
@@ -247,13 +247,29 @@ def main() -> None:
             print(f"{'prefill':>9} {bucket.tokens:>4} {context:>8} {ms:>8.2f} {speed}", flush=True)
             if context == bucket.tokens in arguments.kernels:
                 print_kernels(built, bucket)
-    OUT.parent.mkdir(exist_ok=True)
-    known = json.loads(OUT.read_text()) if OUT.exists() else {}
-    known[arguments.model] = {
+    return {
         "date": datetime.now(UTC).date().isoformat(), "device": torch.cuda.get_device_name(),
         "torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda,
         "read_bandwidth": rate, "matmul_rate": products, "phases": built.ready.phases, "loop_ms": loop, "steps": rows,
     }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=SHAPES, default="20b")
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--rows", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--prefill", type=int, nargs="*", default=[2048])
+    parser.add_argument("--kernels", type=int, nargs="*", default=[1, 64, 2048], help="buckets to take apart")
+    parser.add_argument("--contexts", type=int, nargs="*", default=[1024], help="longer ones at one row only")
+    arguments = parser.parse_args()
+    if arguments.tp == 1:
+        found = measure(Ranks(0, 1, Path()), torch.device("cuda", 0), arguments)
+    else:
+        found, *_ = together(measure, arguments.tp, arguments)
+    OUT.parent.mkdir(exist_ok=True)
+    known = json.loads(OUT.read_text()) if OUT.exists() else {}
+    known[arguments.model + (f" tp {arguments.tp}" if arguments.tp > 1 else "")] = found
     OUT.write_text(json.dumps(known, indent=1) + "\n")
 
 

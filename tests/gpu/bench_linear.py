@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from kernels.hopper.linear import kernel_for, linear, pack
 from kernels.hopper.norm import add_norm, add_norm_route, embed_norm
+from kernels.hopper.peers import ALONE
 from tests.gpu.timing import BANDWIDTH, microseconds
 
 ROTATING = 400e6
@@ -47,13 +48,13 @@ def bench_rows(layers: int = 36) -> None:
         parts = torch.randn(tokens, 4, 2880, device="cuda").bfloat16()
         cells = [
             microseconds([lambda s=s, ids=ids: embed_norm(ids, table, s, 1e-5) for s in scales]),
-            microseconds([lambda s=s, x=x, parts=parts: add_norm(x, parts, s, 1e-5) for s in scales]),
+            microseconds([lambda s=s, x=x, parts=parts: add_norm(x, parts, s, 1e-5, ALONE) for s in scales]),
         ]
         for experts in (32, 128):
             routers = torch.randn(layers, experts, 2880, device="cuda").bfloat16()
             bias = torch.randn(experts, device="cuda").bfloat16()
             cells.append(microseconds([
-                lambda r=r, x=x, bias=bias: add_norm_route(x, x, scales[0], 1e-5, r, bias, 4) for r in routers
+                lambda r=r, x=x, bias=bias: add_norm_route(x, x, scales[0], 1e-5, r, bias, 4, ALONE) for r in routers
             ]))
         print(f"{tokens:7}" + "".join(f"{cell:10.2f}" for cell in cells), flush=True)
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import torch
 
 from graphs.buffers import SAMPLING
+from kernels.hopper.peers import ALONE
 from kernels.hopper.sampler import sample
 from tests.gpu.timing import BANDWIDTH, microseconds
 
@@ -42,7 +43,7 @@ def sample_time(rows: int, options: dict, dtype: torch.dtype) -> float:
     prompt = torch.zeros(rows, VOCAB, dtype=torch.uint8, device="cuda")
     state = state_of(rows, options)
 
-    return microseconds([partial(sample, part, slots, slots, state, counts, prompt, 20) for part in logits])
+    return microseconds([partial(sample, part, slots, slots, state, counts, prompt, 20, ALONE) for part in logits])
 
 
 def bench() -> None:

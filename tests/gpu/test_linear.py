@@ -6,6 +6,7 @@ import torch
 from kernels import reference
 from kernels.hopper.linear import WIDE_TOKENS, launch, linear, pack
 from kernels.hopper.norm import add_norm
+from kernels.hopper.peers import ALONE
 
 pytestmark = pytest.mark.gpu
 
@@ -97,13 +98,13 @@ def test_a_captured_chain_replays_what_runs_one_by_one(tokens):
     x = random(tokens, 2880)
 
     def chain(pause):
-        residual, h = add_norm(x, x.unsqueeze(1), scale, 1e-5)
+        residual, h = add_norm(x, x.unsqueeze(1), scale, 1e-5, ALONE)
         for _ in range(12):
             wide = linear(h, qkv)
             pause()
             delta = linear(wide[:, :4096].contiguous(), o)
             pause()
-            residual, h = add_norm(residual, delta.unsqueeze(1), scale, 1e-5)
+            residual, h = add_norm(residual, delta.unsqueeze(1), scale, 1e-5, ALONE)
             pause()
         return residual
 

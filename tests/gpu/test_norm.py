@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kernels import reference
-from kernels.hopper.norm import add_norm, add_norm_route, combine, embed_norm, prefill_add_norm_route
+from kernels.hopper.norm import add_norm, add_norm_route, embed_norm, prefill_add_norm, prefill_add_norm_route
+from kernels.hopper.peers import ALONE
 
 pytestmark = pytest.mark.gpu
 
@@ -33,7 +34,7 @@ def error(out, expected):
 def route(x, weight, bias, active, op=add_norm_route):
     """Routing alone: rows that are normed already, a weight of ones, and nothing added."""
     ones = torch.ones(x.shape[1], device="cuda")
-    return op(x, torch.zeros_like(x), ones, EPS, weight, bias, active)[2:]
+    return op(x, torch.zeros_like(x), ones, EPS, weight, bias, active, ALONE)[2:]
 
 
 def normed(tokens, hidden):
@@ -60,14 +61,15 @@ def test_embedding_takes_rows_and_norms_them(tokens, hidden):
 def test_a_residual_takes_the_sum_of_its_parts_and_is_normed(tokens, hidden, count):
     x, parts, weight = random(tokens, hidden), random(tokens, count, hidden, seed=1), random(hidden, seed=2).float()
     poison(tokens, hidden)
-    residual, out = add_norm(x, parts, weight, EPS)
+    residual, out = add_norm(x, parts, weight, EPS, ALONE)
     total = parts[:, 0].float()
     for n in range(1, count):
         total = total + parts[:, n].float()
     assert torch.equal(residual, (x.float() + total).bfloat16())
     assert error(out, reference.rms_norm(residual.float(), weight, EPS)) < 1e-2
     poison(tokens, hidden)
-    assert torch.equal(combine(parts), total.bfloat16())
+    assert all(torch.equal(*both) for both in zip(
+        prefill_add_norm(x, parts, weight, EPS, ALONE), (residual, out), strict=True))
 
 
 @by_both
@@ -79,7 +81,7 @@ def test_what_is_routed_is_the_norm_of_the_sum(op, tokens, experts, hidden):
     poison(tokens, hidden)
     poison(tokens, 4, dtype=torch.int64)
     poison(tokens, 4, dtype=torch.float32)
-    residual, out, ids, shares = op(x, delta, scale, EPS, weight, bias, 4)
+    residual, out, ids, shares = op(x, delta, scale, EPS, weight, bias, 4, ALONE)
     assert torch.equal(residual, x + delta)
     assert error(out, reference.rms_norm(residual.float(), scale, EPS)) < 1e-2
     logits = out.double() @ weight.double().T + bias.double()
@@ -123,7 +125,8 @@ def test_a_token_alone_has_the_bytes_it_has_among_others(op, experts):
 
     def everything(rows):
         some, more = x[rows].clone(), parts[rows].clone()
-        return *add_norm(some, more, scale, EPS), *op(some, combine(more), scale, EPS, weight, bias, 4)
+        one = more[:, 0].contiguous()
+        return *add_norm(some, more, scale, EPS, ALONE), *op(some, one, scale, EPS, weight, bias, 4, ALONE)
 
     whole = everything(slice(None))
     for start, end in [(0, 1), (299, 300), (5, 8), (60, 77), (100, 164)]:
@@ -149,11 +152,11 @@ def test_a_captured_chain_replays_what_runs_one_by_one(tokens):
     def chain(pause):
         residual, delta, outs = x, torch.zeros_like(x), []
         for _ in range(8):
-            residual, out, ids, shares = add_norm_route(residual, delta, scale, EPS, weight, bias, 4)
+            residual, out, ids, shares = add_norm_route(residual, delta, scale, EPS, weight, bias, 4, ALONE)
             pause()
             delta, _ = embed_norm((ids[:, 0] * 3).int(), table, scale, EPS)
             pause()
-            residual, delta = add_norm(residual, torch.stack((delta, out), dim=1), scale, EPS)
+            residual, delta = add_norm(residual, torch.stack((delta, out), dim=1), scale, EPS, ALONE)
             pause()
             outs += [ids, shares]
         return [*outs, residual]

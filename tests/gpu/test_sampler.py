@@ -8,7 +8,9 @@ import torch
 
 from graphs.buffers import BIAS_ENTRIES, SAMPLING
 from kernels import reference
+from kernels.hopper.peers import ALONE
 from kernels.hopper.sampler import sample
+from tests.harness import ALONE as ONE_RANK
 
 pytestmark = pytest.mark.gpu
 
@@ -35,34 +37,42 @@ OPTIONS = {
 }
 
 
+def draw(*arguments):
+    return sample(*arguments, ALONE)
+
+
+def expected_draw(*arguments):
+    return reference.sample(*arguments, ONE_RANK)
+
+
 def case(vocab, names, dtype=torch.float32, spread=3.0, bias=True):
-    """Arguments of `sample` for one row an option name, in shuffled slots; the last slot is the spare one, zeros."""
+    """Arguments of `draw` for one row an option name, in shuffled slots; the last slot is the spare one, zeros."""
     rows = len(names)
-    draw = torch.Generator().manual_seed(vocab + rows)
+    chance = torch.Generator().manual_seed(vocab + rows)
     state = SimpleNamespace(**{
         name: torch.zeros(rows + 1, *shape, dtype=getattr(torch, kind)) for name, (shape, kind) in SAMPLING.items()
     })
-    slots = torch.randperm(rows, generator=draw).int()
+    slots = torch.randperm(rows, generator=chance).int()
     for slot, option in zip(slots.tolist(), names, strict=True):
         for name, value in {**NEUTRAL, **OPTIONS[option]}.items():
             getattr(state, name)[slot] = value
-    state.seed[:rows] = torch.randint(-(2**31), 2**31, (rows, 2), generator=draw).int()
-    positions = torch.randint(0, 5000, (rows,), generator=draw).int()
-    logits = (torch.randn(rows, vocab, generator=draw) * spread).to(dtype)
+    state.seed[:rows] = torch.randint(-(2**31), 2**31, (rows, 2), generator=chance).int()
+    positions = torch.randint(0, 5000, (rows,), generator=chance).int()
+    logits = (torch.randn(rows, vocab, generator=chance) * spread).to(dtype)
     if bias:  # several of one token, some no longer in force, some that forbid
-        state.bias_ids[:rows, :40] = torch.randint(0, vocab, (rows, 40), generator=draw).int()
+        state.bias_ids[:rows, :40] = torch.randint(0, vocab, (rows, 40), generator=chance).int()
         state.bias_ids[:rows, 300:] = state.bias_ids[:rows, :20]
-        values = torch.randint(-8, 9, (rows, BIAS_ENTRIES), generator=draw) / 4
+        values = torch.randint(-8, 9, (rows, BIAS_ENTRIES), generator=chance) / 4
         values[:, 10:14] = -math.inf
         state.bias_values[:rows] = values
-        active = torch.randint(0, 2, values.shape, generator=draw).int()
+        active = torch.randint(0, 2, values.shape, generator=chance).int()
         state.bias_until[slots.long()] = positions.unsqueeze(1) + active
         state.bias_until[:, 40:300] = 0
         state.bias_ids[slots.long(), 1] = logits.argmax(-1).int()  # of the likeliest token, three times
         state.bias_ids[slots.long(), 2] = logits.argmax(-1).int()
         state.bias_ids[slots.long(), 10] = logits.argmax(-1).int()
-    counts = torch.randint(-6, 4, (rows + 1, vocab), generator=draw).clamp(min=0).int()
-    prompt = (torch.rand(rows + 1, vocab, generator=draw) < 0.1).byte()
+    counts = torch.randint(-6, 4, (rows + 1, vocab), generator=chance).clamp(min=0).int()
+    prompt = (torch.rand(rows + 1, vocab, generator=chance) < 0.1).byte()
     state = SimpleNamespace(**{name: value.to(DEVICE) for name, value in vars(state).items()})
     tensors = (tensor.to(DEVICE) for tensor in (logits, slots, positions, counts, prompt))
     logits, slots, positions, counts, prompt = tensors
@@ -86,9 +96,9 @@ def check_logprobs(arguments, sampled):
 def test_rows_of_every_kind_draw_what_the_reference_draws(rows, vocab, dtype):
     names = [list(OPTIONS)[(row + 3 * rows) % len(OPTIONS)] for row in range(rows)]
     arguments = case(vocab, names, dtype)
-    sampled = sample(*arguments)
+    sampled = draw(*arguments)
     assert [out.dtype for out in sampled] == [torch.int32, torch.float32, torch.int32, torch.float32]
-    expected = reference.sample(*arguments)[0]
+    expected = expected_draw(*arguments)[0]
     assert (sampled[0] != expected).sum() == 0
     check_logprobs(arguments, sampled)
 
@@ -99,7 +109,7 @@ def test_an_option_draws_the_references_tokens_at_many_positions(option):
     different = 0
     for _ in range(4):
         arguments[2] = arguments[2] + 1
-        different += int((sample(*arguments)[0] != reference.sample(*arguments)[0]).sum())
+        different += int((draw(*arguments)[0] != expected_draw(*arguments)[0]).sum())
     assert different <= 1  # exp and log may round one tie the other way
 
 
@@ -107,15 +117,15 @@ def test_an_option_draws_the_references_tokens_at_many_positions(option):
 @pytest.mark.parametrize("spread", [0.0, 0.01, 30.0])
 def test_filters_of_flat_and_of_steep_rows(option, spread):
     arguments = case(5000, [option] * 3, spread=spread, bias=False)
-    assert torch.equal(sample(*arguments)[0], reference.sample(*arguments)[0])
+    assert torch.equal(draw(*arguments)[0], expected_draw(*arguments)[0])
 
 
 def test_top_p_counts_a_crowd_of_unlikely_tokens():
     arguments = case(20000, ["low_p", "top_p"] * 8, spread=0.01, bias=False)
     arguments[0][:, 1:] -= 6 * arguments[3].temperature[arguments[1]].unsqueeze(1)  # 1/400 of the best, each of them
-    sampled = sample(*arguments)
+    sampled = draw(*arguments)
     assert len(set(sampled[0].tolist())) > 8
-    assert torch.equal(sampled[0], reference.sample(*arguments)[0])
+    assert torch.equal(sampled[0], expected_draw(*arguments)[0])
 
 
 def test_ties_go_to_the_lower_id_and_all_stay_at_a_threshold():
@@ -123,10 +133,10 @@ def test_ties_go_to_the_lower_id_and_all_stay_at_a_threshold():
     logits = arguments[0]
     logits.copy_((logits * 2).round() / 2)  # few different values
     logits[0, ::2], logits[0, 1::2] = 0.0, -0.0  # equal, all of them
-    sampled = sample(*arguments)
+    sampled = draw(*arguments)
     assert int(sampled[0][0]) == 0
     assert sampled[2][0].tolist() == list(range(20))
-    assert torch.equal(sampled[0], reference.sample(*arguments)[0])
+    assert torch.equal(sampled[0], expected_draw(*arguments)[0])
     check_logprobs(arguments, sampled)
 
 
@@ -134,7 +144,7 @@ def test_ties_go_to_the_lower_id_and_all_stay_at_a_threshold():
 def test_the_likeliest_tokens_of_a_sorted_row(descending):
     arguments = case(201088, ["greedy"], bias=False)
     arguments[0].copy_(torch.linspace(-20, 20, 201088).sort(descending=descending).values)
-    sampled = sample(*arguments)
+    sampled = draw(*arguments)
     assert int(sampled[0][0]) == (0 if descending else 201087)
     check_logprobs(arguments, sampled)
 
@@ -142,9 +152,9 @@ def test_the_likeliest_tokens_of_a_sorted_row(descending):
 @pytest.mark.parametrize("top", [1, 5])
 def test_fewer_likeliest_tokens(top):
     arguments = (*case(1000, ["greedy", "plain", "top_p"])[:-1], top)
-    sampled = sample(*arguments)
+    sampled = draw(*arguments)
     assert sampled[2].shape == sampled[3].shape == (3, top)
-    assert torch.equal(sampled[0], reference.sample(*arguments)[0])
+    assert torch.equal(sampled[0], expected_draw(*arguments)[0])
     check_logprobs(arguments, sampled)
 
 
@@ -153,7 +163,7 @@ def test_the_spare_slot_draws_some_token_whatever_its_logits(value):
     logits, slots, *rest = case(1000, ["plain", "filters", "plain"])
     logits[1:] = value
     slots[2] = 3
-    tokens, _, ids, _ = sample(logits, slots, *rest)
+    tokens, _, ids, _ = draw(logits, slots, *rest)
     for some in (tokens, ids):
         assert int(some.min()) >= 0
         assert int(some.max()) < 1000
@@ -162,9 +172,9 @@ def test_the_spare_slot_draws_some_token_whatever_its_logits(value):
 @pytest.mark.parametrize("vocab", [1000, 201088])
 def test_a_row_alone_gives_the_bytes_it_gives_among_others(vocab):
     logits, slots, positions, *rest = case(vocab, [list(OPTIONS)[row % len(OPTIONS)] for row in range(64)])
-    together = sample(logits, slots, positions, *rest)
+    together = draw(logits, slots, positions, *rest)
     for row in range(0, 64, 5):
         part = slice(row, row + 1)
-        alone = sample(logits[part], slots[part], positions[part], *rest)
+        alone = draw(logits[part], slots[part], positions[part], *rest)
         for one, all_rows in zip(alone, together, strict=True):
             assert torch.equal(one[0], all_rows[row])

@@ -7,6 +7,7 @@ import torch
 from scipy import stats
 
 from kernels import reference as ops
+from tests.harness import ALONE
 
 PAGE = 64
 ABSURD = 10**9  # a page id that no pool has
@@ -119,13 +120,12 @@ def test_experts_equal_a_dense_mixture(tokens, routing):
 def test_a_residual_takes_the_sum_of_its_parts_and_is_normed():
     torch.manual_seed(0)
     x, parts, scale = torch.randn(5, 96), torch.randn(5, 4, 96), torch.randn(96)
-    residual, normed = ops.add_norm(x, parts, scale, 1e-5)
+    residual, normed = ops.add_norm(x, parts, scale, 1e-5, ALONE)
     torch.testing.assert_close(residual, x + parts.sum(1))
     torch.testing.assert_close(normed, torch.nn.functional.rms_norm(residual, (96,), scale, 1e-5))
-    torch.testing.assert_close(ops.combine(parts), parts.sum(1))
     router, bias = torch.randn(8, 96), torch.randn(8)
-    *same, chosen, shares = ops.add_norm_route(x, parts[:, 0], scale, 1e-5, router, bias, 2)
-    for found, expected in zip(same, ops.add_norm(x, parts[:, :1], scale, 1e-5), strict=True):
+    *same, chosen, shares = ops.add_norm_route(x, parts[:, 0], scale, 1e-5, router, bias, 2, ALONE)
+    for found, expected in zip(same, ops.add_norm(x, parts[:, :1], scale, 1e-5, ALONE), strict=True):
         assert torch.equal(found, expected)
     best = (same[1] @ router.T + bias).topk(2)
     assert torch.equal(chosen, best.indices)

@@ -1,0 +1,70 @@
+"""Microseconds that ranks take to add up rows: `python -m tests.gpu.bench_ranks --tp 2`.
+
+Medians of graph replays of a chain of additions, as in a step: what is added comes out of the one before. For one shot
+(each rank sends its rows to all) and two (each row is summed by one rank), their time less that of the same kernel on
+one rank is what the exchange costs. Beside them NCCL's all-reduce, which adds nothing and norms nothing.
+"""
+
+import argparse
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from kernels.hopper.norm import add_norm, add_norm_route, prefill_add_norm
+from kernels.hopper.peers import ALONE, join
+from tests.gpu.ranks import together
+from tests.gpu.timing import microseconds
+
+HIDDEN, EXPERTS, EPS = 2880, 32, 1e-5
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+MOST_ROWS = 512  # of one shot
+CALLS = 100
+
+
+def times(ranks, device) -> list[tuple]:
+    peers = join(ranks, MOST_ROWS, max(ROWS), 16, HIDDEN, device)
+    turns = [peers, replace(peers, attention=peers.mlp, mlp=peers.attention)]  # the areas take turns
+    nccl = dist.new_group(backend="nccl")
+    scale = torch.ones(HIDDEN, device=device)
+    router = (torch.randn(EXPERTS, HIDDEN, device=device) * 0.03).bfloat16()
+    bias = torch.zeros(EXPERTS, device=device).bfloat16()
+    table = []
+    for rows in ROWS:
+        x, part = torch.randn(2, rows, HIDDEN, device=device).bfloat16()
+        whole = torch.randn(rows, HIDDEN, device=device).bfloat16()
+
+        def chain(op, peers_by_turn, rows=rows, x=x, part=part):
+            last = [part]
+            ranks.smallest(0)  # the chain before may have ended with the area in which this one begins
+
+            def call(turn):
+                parts = last[0].view(rows, 1, HIDDEN)
+                last[0] = op(x, parts, scale, EPS, peers_by_turn[turn % 2])[1]
+
+            return microseconds([lambda turn=turn: call(turn) for turn in range(CALLS)])
+
+        def route(x, parts, scale, eps, peers):
+            return add_norm_route(x, parts[:, 0], scale, eps, router, bias, 4, peers)
+
+        few = rows <= MOST_ROWS
+        row = [rows, chain(add_norm, [ALONE] * 2)]
+        row += [chain(add_norm, turns) if few else None, chain(prefill_add_norm, turns)]
+        row += [chain(route, [ALONE] * 2), chain(route, turns)] if rows <= 64 else [None, None]
+        row += [microseconds([lambda whole=whole: dist.all_reduce(whole, group=nccl)] * CALLS)]
+        table.append(tuple(row))
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tp", type=int, default=torch.cuda.device_count())
+    size = parser.parse_args().tp
+    heads = ("rows", "norm", "one shot", "two shots", "router", "one shot", "NCCL")
+    print(f"tp {size}, us:", " ".join(f"{head:>10}" for head in heads))
+    for row in together(times, size)[0]:
+        print(" " * 9, " ".join(f"{'' if cell is None else round(cell, 2):>10}" for cell in row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
