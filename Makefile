@@ -35,7 +35,7 @@ gpu-test: $(BIN)/.tests ## what needs an H100
 
 gpu-bench: $(BIN)/.tests ## steps and kernels on an H100 against the memory floor; writes benchmarks/h100.json
 	$(BIN)/python -m tests.gpu.bench $(ARGS)
-	for kernels in linear experts attention prefill sampler; do $(BIN)/python -m tests.gpu.bench_$$kernels || exit; done
+	for kernels in linear experts attention prefill sampler ranks; do $(BIN)/python -m tests.gpu.bench_$$kernels || exit; done
 
 lint: $(BIN)/.tests ## ruff
 	$(BIN)/ruff check .

@@ -73,10 +73,10 @@ class Model:
         """tokens, positions, slots [T] int32 -> normed hidden states [T, H]; appends keys and values to the pages."""
         ops, peers, shape, table = self.ops, self.peers, self.architecture, buffers.page_table
         if kind == "decode":  # each token of a request of its own
-            linear, attention = ops.linear, ops.decode_attention
+            linear, linear_part, attention = ops.linear, ops.linear_part, ops.decode_attention
             route, experts, add_norm = ops.add_norm_route, ops.experts, ops.add_norm
         else:
-            linear, attention = ops.prefill_linear, ops.prefill_attention
+            linear, linear_part, attention = ops.prefill_linear, ops.prefill_linear_part, ops.prefill_attention
             route, experts, add_norm = ops.prefill_add_norm_route, ops.prefill_experts, ops.prefill_add_norm
         norms = [layer.attention_norm for layer in self.layers[1:]] + [self.norm]  # that follow each layer
         x, h = ops.embed_norm(tokens, self.embedding, self.layers[0].attention_norm, shape.norm_eps)  # [T, H] both
@@ -87,7 +87,7 @@ class Model:
             h = attention(
                 qkv, self.cos, self.sin, positions, slots, table, keys, values, layer.sinks, window
             )  # [T, q heads * D]
-            delta = linear(h, layer.o, layer.o_bias)  # [T, H], this rank's part
+            delta = linear_part(h, layer.o, layer.o_bias, peers)  # [T, H]
             x, h, chosen, shares = route(  # the ranks' parts added up first
                 x, delta, layer.mlp_norm, shape.norm_eps, layer.router, layer.router_bias, shape.experts_per_token,
                 peers,

@@ -85,6 +85,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 prefill_linear = linear  # one product for both kinds of step
 
 
+def linear_part(x: Tensor, weight: Tensor, bias: Tensor | None, peers: Any) -> Tensor:
+    """`linear` for a result of which every rank has a part: who takes it adds them up."""
+    return linear(x, weight, bias)
+
+
+prefill_linear_part = linear_part
+
+
 def rope_append(
     qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor, page_table: Tensor, keys: Tensor,
     values: Tensor,

@@ -52,7 +52,7 @@ class InProcess:
         if poison:
             self.buffers.keys.fill_(float("nan"))
             self.buffers.values.fill_(float("nan"))
-        self.steps = steps_for(self.buffers, os.cpu_count())
+        self.steps = steps_for(self.buffers, max(1, os.cpu_count() // ranks.size))
         for bucket in sorted(self.buckets.all, key=lambda bucket: -bucket.tokens):
             self.steps.capture(bucket, self.body(bucket, poison))
         self.pool = PagePool(pages)
@@ -121,8 +121,18 @@ class InProcess:
         return torch.cat(out)
 
 
-TINY = replace(
-    checkpoint.Architecture.from_random_shape(RandomShape()),
-    layers=4, hidden=96, intermediate=160, heads=8, kv_heads=4, head_dim=32, vocab=512, experts=6,
+FULL_SIZE = checkpoint.Architecture.from_random_shape(RandomShape())
+FULL_WIDTH = replace(FULL_SIZE, layers=2, windows=(128, None))
+SMALL = replace(
+    FULL_SIZE, layers=4, hidden=256, intermediate=256, heads=16, kv_heads=2, vocab=4096, experts=8,
     windows=(128, None, 128, None),
 )
+TINY = replace(
+    FULL_SIZE, layers=4, hidden=96, intermediate=160, heads=8, kv_heads=4, head_dim=32, vocab=512, experts=6,
+    windows=(128, None, 128, None),
+)
+
+
+def prompt_of(length: int, vocab: int, seed: int = 0) -> list[int]:
+    draw = torch.Generator().manual_seed(1000 * seed + length)
+    return torch.randint(0, vocab, (length,), generator=draw).tolist()

@@ -168,15 +168,16 @@ def test_ranks_do_not_outlive_a_killed_server(folder):
         assert not alive
 
 
-def test_a_hung_engine_is_noticed_within_the_deadline(folder):
-    with served(folder, "server.step_deadline=1").wait_ready() as server:
-        (rank,) = server.ranks()
-        rank.suspend()
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_hung_rank_is_noticed_within_the_deadline(folder, tp):
+    with served(folder, "server.step_deadline=1", f"tp={tp}").wait_ready() as server:
+        ranks = server.ranks()
+        ranks[-1].suspend()
         answer = server.complete()
         assert answer.status_code == 503
         assert "no step finished within 1 s" in answer.json()["error"]["message"]
         assert server.process.wait(timeout=20) == 1
-        assert not rank.is_running()
+        assert not any(rank.is_running() for rank in ranks)
 
 
 def test_a_checkpoint_that_cannot_be_read_ends_the_start_with_its_reason(tmp_path):

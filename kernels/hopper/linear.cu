@@ -14,7 +14,9 @@
 //   narrow, up to 8 tokens: a block is one strip, its warps the shares. x lies in shared memory: loads of it in the
 //     loop would queue behind those of the weights, and their latency be paid at every turn. All blocks of the
 //     projections are resident at once, and a multiprocessor with more of them has more loads in flight, so the memory
-//     itself evens out what 320 or 180 strips on 132 multiprocessors leave uneven.
+//     itself evens out what 320 or 180 strips on 132 multiprocessors leave uneven. Up to 2 tokens leave room in shared
+//     memory for what registers do not hold of a strip: after the wait for the previous kernel nothing is asked for
+//     but x.
 //   wide: a cluster of SHARES blocks, one a multiprocessor, keeps x in shared memory, a share of its columns in each
 //     block (94 KB for 64 tokens of 2880 in four), and walks over groups of strips, a strip for each warp: else 64
 //     tokens of x, read for each strip, would be four times the weights' bytes. The grid is as many clusters as are
@@ -22,13 +24,23 @@
 //     counted there as they arrive: a barrier that ordered memory would wait for the next group's weights, which are on
 //     their way. Above 64 tokens the grid tiles them by 64.
 //
-// The first loads of weights, which no kernel writes, are in flight before the wait for the previous kernel.
+// With RANKS > 1 the result is this rank's part of a sum, and goes to the other ranks, too, from where it is made: into
+// the area of their memory in which add_norm_route of norm.cu waits for it. There is why no flags are needed.
+//
+// The first loads of weights, which no kernel writes, are in flight before the wait for the previous kernel, whose end
+// the memory would otherwise sit out.
+
+#if !defined(COLUMNS) || !defined(SHARES) || !defined(RANKS)
+#error "COLUMNS: K, a multiple of 32; SHARES: runs of K; RANKS: that add up their results"
+#endif
 
 namespace {
 
 using bf16 = unsigned short;  // its bits: NVRTC has no headers to offer
 
-#define ARGUMENTS const uint4 *weight, const bf16 *x, const bf16 *bias, bf16 *out, int rows, int tokens
+#define ARGUMENTS const uint4 *weight, const bf16 *x, const bf16 *bias, bf16 *out, int rows, int tokens,             \
+                  const unsigned long long *memories, int offset, int rank
+#define PASSED weight, x, bias, out, rows, tokens, memories, offset, rank
 
 constexpr int STEP = 32;                // columns of a packed tile: two k16 multiplies
 constexpr int STEPS = COLUMNS / STEP;
@@ -38,6 +50,8 @@ constexpr int TILE = ROWS * STEP / 8;   // 16-byte pieces of a packed tile
 // A short share has half of itself in flight with 6 steps, and the registers saved make room for a third block on each
 // multiprocessor: all 320 of QKV are resident.
 constexpr int NARROW_DEPTH = STEPS / SHARES <= 12 ? 6 : 8;
+// Further steps that come to shared memory for 1 or 2 tokens; lm_head's blocks are too many to be resident at once.
+constexpr int NARROW_KEPT = SHARES == 8 && MOST_STEPS > NARROW_DEPTH ? MOST_STEPS - NARROW_DEPTH : 0;
 constexpr int NARROW_BLOCKS = NARROW_DEPTH == 6 ? 24 / SHARES : 20 / SHARES;
 // Warps of a wide block. 20 leave 102 registers a lane and take all 320 strips of QKV in one round of 16 clusters; 16
 // leave 128, and a longer share has use for more loads in flight.
@@ -85,6 +99,15 @@ __device__ __forceinline__ void expect(unsigned barrier, int bytes) {
 __device__ __forceinline__ void wait_for(unsigned barrier, int parity) {
     asm volatile("{\n .reg .pred done;\nagain:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
                  " @!done bra again;\n}" :: "r"(barrier), "r"(parity) : "memory");
+}
+
+// Bytes, a multiple of 16, to this block's shared memory by the copy engine, counted by a barrier that is made for it.
+__device__ __forceinline__ void copy_bulk(unsigned to, const uint4* from, int bytes, unsigned barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;"
+                 :: "r"(barrier) : "memory");
+    expect(barrier, bytes);
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 :: "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
 
 // threadIdx.x, asked again: what follows from it is computed anew, not kept in registers through a loop.
@@ -142,14 +165,34 @@ __device__ __forceinline__ bf16 rounded(float value) {
     return bits;
 }
 
+// Where the other ranks' areas begin, in their order. All threads meet at a barrier before they ask.
+struct Area {
+    char* others[RANKS];
+
+    __device__ __forceinline__ void find(const unsigned long long* memories, int offset, int rank) {
+        const int other = threadIdx.x;
+        if (other < RANKS - 1) others[other] = reinterpret_cast<char*>(memories[other + (other >= rank)]) + offset;
+    }
+    // A pair of values, `at` values into the rank's slot of all areas.
+    __device__ __forceinline__ void send(size_t at, bf16 low, bf16 high) const {
+        for (int other = 0; other < RANKS - 1; ++other)
+            asm volatile("st.relaxed.sys.global.u32 [%0], %1;"
+                         :: "l"(others[other] + at * 2), "r"(low | unsigned(high) << 16) : "memory");
+    }
+};
+
 __device__ __forceinline__ int share_begin(int share) { return STEPS * share / SHARES; }
 
-// Grid (strips), SHARES warps. Shared memory: x [tokens][X_PITCH], of which each warp copies and reads its columns.
-template <int DEPTH>
+// Grid (strips), SHARES warps. Shared memory: tiles [SHARES][KEPT][TILE], then x [tokens][X_PITCH], of which each warp
+// copies and reads its columns.
+template <int DEPTH, int KEPT>
 __device__ __forceinline__ void narrow(ARGUMENTS) {
-    extern __shared__ uint4 shared[];
+    extern __shared__ __align__(128) uint4 shared[];
     __shared__ float partial[SHARES][8 * PITCH];
+    __shared__ unsigned long long arrived[SHARES];
+    __shared__ Area area;
     let_next_start();
+    if (RANKS > 1) area.find(memories, offset, rank);
     const int lane = threadIdx.x % 32, share = threadIdx.x / 32, strip = blockIdx.x;
     const int begin = share_begin(share), steps = share_begin(share + 1) - begin;
     const uint4* tile_at = weight + (size_t(strip) * STEPS + begin) * TILE + lane;
@@ -159,9 +202,14 @@ __device__ __forceinline__ void narrow(ARGUMENTS) {
         if (i < steps)
 #pragma unroll
             for (int half = 0; half < 2; ++half) a[i][half] = load_weight(tile_at + i * TILE + half * 32);
+    uint4* const kept = shared + share * KEPT * TILE;
+    const unsigned barrier = unsigned(__cvta_generic_to_shared(&arrived[share]));
+    if (KEPT > 0 && lane == 0 && steps > DEPTH)
+        copy_bulk(unsigned(__cvta_generic_to_shared(kept)), tile_at + DEPTH * TILE, (steps - DEPTH) * TILE * 16,
+                  barrier);
 
     wait_for_previous();
-    const unsigned x_at = unsigned(__cvta_generic_to_shared(shared)) + begin * STEP * 2;
+    const unsigned x_at = unsigned(__cvta_generic_to_shared(shared + SHARES * KEPT * TILE)) + begin * STEP * 2;
     for (int token = 0; token < tokens; ++token)
         for (int i = lane; i < steps * (STEP / 8); i += 32)
             copy_async(x_at + token * X_PITCH + i * 16, x + size_t(token) * COLUMNS + begin * STEP + i * 8);
@@ -172,29 +220,45 @@ __device__ __forceinline__ void narrow(ARGUMENTS) {
     const unsigned token_at = x_at + min(lane % 8, tokens - 1) * X_PITCH + lane / 8 * 16;
 
     float sums[4] = {};
-    for (int base = 0; base < steps; base += DEPTH)
+    for (int base = 0; base < (KEPT > 0 ? DEPTH : steps); base += DEPTH)
 #pragma unroll
         for (int i = 0; i < DEPTH; ++i) {
             const int step = base + i;
             if (step < steps) {
                 multiply_step(sums, a[i], load_tokens(token_at + step * (STEP * 2)));
-                if (step + DEPTH < steps)
+                if (KEPT == 0 && step + DEPTH < steps)
 #pragma unroll
                     for (int half = 0; half < 2; ++half)
                         a[i][half] = load_weight(tile_at + (step + DEPTH) * TILE + half * 32);
             }
         }
+    if (KEPT > 0 && steps > DEPTH) {
+        wait_for(barrier, 0);
+#pragma unroll
+        for (int i = 0; i < KEPT; ++i)
+            if (DEPTH + i < steps) {
+                const uint4 tile[2] = {kept[i * TILE + lane], kept[i * TILE + 32 + lane]};
+                multiply_step(sums, tile, load_tokens(token_at + (DEPTH + i) * (STEP * 2)));
+            }
+    }
 
     store_partial(partial[share], sums, lane);
     __syncthreads();
-    for (int i = threadIdx.x; i < 8 * ROWS; i += SHARES * 32) {
+    for (int i = threadIdx.x; i < 8 * ROWS; i += SHARES * 32) {  // whole warps
         const int row = i % ROWS, token = i / ROWS, at = token * PITCH + row;
-        if (token < tokens && strip * ROWS + row < rows) {
+        const size_t place = size_t(token) * rows + strip * ROWS + row;
+        const bool wanted = token < tokens && strip * ROWS + row < rows;
+        bf16 result = 0;
+        if (wanted) {
             float sum = partial[0][at];
 #pragma unroll
             for (int other = 1; other < SHARES; ++other) sum += partial[other][at];
             if (bias != nullptr) sum += value_of(bias[strip * ROWS + row]);
-            out[size_t(token) * rows + strip * ROWS + row] = rounded(sum);
+            out[place] = result = rounded(sum);
+        }
+        if (RANKS > 1) {
+            const bf16 next = __shfl_down_sync(0xffffffffu, result, 1);
+            if (wanted && row % 2 == 0) area.send(size_t(rank) * tokens * rows + place, result, next);
         }
     }
 }
@@ -208,7 +272,9 @@ __device__ __forceinline__ void wide(ARGUMENTS) {
     constexpr int TOKENS = TILES * 8, STEP_BYTES = TOKENS * STEP * 2;
     extern __shared__ uint4 shared[];
     __shared__ unsigned long long arrived;
+    __shared__ Area area;
     let_next_start();
+    if (RANKS > 1) area.find(memories, offset, rank);
     const unsigned barrier = unsigned(__cvta_generic_to_shared(&arrived));
     if (threadIdx.x == 0)
         asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;"
@@ -308,9 +374,16 @@ __device__ __forceinline__ void wide(ARGUMENTS) {
             for (int i = 0; i < 4; ++i) {
                 const int row = (group * warps + unit / TILES) * ROWS + lane / 4 + i / 2 * 8;
                 const int token = first + unit % TILES * 8 + lane % 4 * 2 + i % 2;
-                if (token < tokens && row < rows) {
+                const size_t place = size_t(token) * rows + row;
+                const bool wanted = token < tokens && row < rows;
+                bf16 result = 0;
+                if (wanted) {
                     const float sum = bias == nullptr ? total[i] : total[i] + value_of(bias[row]);
-                    out[size_t(token) * rows + row] = rounded(sum);
+                    out[place] = result = rounded(sum);
+                }
+                if (RANKS > 1) {
+                    const bf16 next = __shfl_down_sync(0xffffffffu, result, 4);
+                    if (wanted && row % 2 == 0) area.send(size_t(rank) * tokens * rows + place, result, next);
                 }
             }
         }
@@ -320,18 +393,22 @@ __device__ __forceinline__ void wide(ARGUMENTS) {
 
 }  // namespace
 
+extern "C" __global__ void __launch_bounds__(SHARES * 32, NARROW_BLOCKS) narrow_2(ARGUMENTS) {
+    narrow<NARROW_DEPTH, NARROW_KEPT>(PASSED);
+}
+
 extern "C" __global__ void __launch_bounds__(SHARES * 32, NARROW_BLOCKS) narrow_8(ARGUMENTS) {
-    narrow<NARROW_DEPTH>(weight, x, bias, out, rows, tokens);
+    narrow<NARROW_DEPTH, 0>(PASSED);
 }
 
 extern "C" __global__ void __cluster_dims__(SHARES, 1, 1) __launch_bounds__(MOST_WARPS * 32, 1) wide_16(ARGUMENTS) {
-    wide<2, WIDE_DEPTH + 2>(weight, x, bias, out, rows, tokens);
+    wide<2, WIDE_DEPTH + 2>(PASSED);
 }
 
 extern "C" __global__ void __cluster_dims__(SHARES, 1, 1) __launch_bounds__(MOST_WARPS * 32, 1) wide_32(ARGUMENTS) {
-    wide<4, WIDE_DEPTH + 2>(weight, x, bias, out, rows, tokens);
+    wide<4, WIDE_DEPTH + 2>(PASSED);
 }
 
 extern "C" __global__ void __cluster_dims__(SHARES, 1, 1) __launch_bounds__(MOST_WARPS * 32, 1) wide_64(ARGUMENTS) {
-    wide<8, WIDE_DEPTH>(weight, x, bias, out, rows, tokens);
+    wide<8, WIDE_DEPTH>(PASSED);
 }

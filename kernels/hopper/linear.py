@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from kernels.build import Kernel, compile_module
+from kernels.hopper.peers import ALONE, Peers
 
 ROWS = 16  # rows of a strip: M of the multiply
 STEP = 32  # columns of a packed tile: two fragments
 MOST_PROJECTION_ROWS = 8192  # fewer rows are few strips: more warps on each keep more loads in flight
 PITCH = ROWS + 4  # floats from one token's partial sums to the next
 
-NARROW_TOKENS = 8  # that the kernel narrow_8 takes
+NARROW_TOKENS = (2, 8)  # that the kernels narrow_2 and narrow_8 take
 WIDE_TOKENS = (16, 32, 64)  # and wide_16, ...; above 64 the grid tiles tokens by 64
 
 
@@ -60,15 +61,20 @@ def linear(x: Tensor, weight: PackedLinear, bias: Tensor | None = None) -> Tenso
     return launch(kernel_for(x.shape[0]), x, weight, bias)
 
 
+def linear_part(x: Tensor, weight: PackedLinear, bias: Tensor | None, peers: Peers) -> Tensor:
+    """`linear` for a result that the ranks add up in `add_norm_route`: it is sent to them from where it is made."""
+    return launch(kernel_for(x.shape[0]), x, weight, bias, peers)
+
+
 def kernel_for(tokens: int) -> str:
     """Up to 8 tokens x is small beside a strip of weights and is read for each; above, a cluster keeps it."""
-    if tokens <= NARROW_TOKENS:
-        return "narrow_8"
+    if tokens <= NARROW_TOKENS[-1]:
+        return f"narrow_{next(most for most in NARROW_TOKENS if tokens <= most)}"
     return f"wide_{next((tile for tile in WIDE_TOKENS if tokens <= tile), WIDE_TOKENS[-1])}"
 
 
-def launch(name: str, x: Tensor, weight: PackedLinear, bias: Tensor | None) -> Tensor:
-    """`linear` by the kernel of that name: every one gives the same bytes."""
+def launch(name: str, x: Tensor, weight: PackedLinear, bias: Tensor | None, peers: Peers = ALONE) -> Tensor:
+    """`linear_part` by the kernel of that name: every one gives the same bytes."""
     tokens, tile = x.shape[0], int(name.split("_")[1])
     check(x, weight, bias)
     out = torch.empty(tokens, weight.rows, dtype=torch.bfloat16, device=x.device)
@@ -78,12 +84,14 @@ def launch(name: str, x: Tensor, weight: PackedLinear, bias: Tensor | None) -> T
     if name.startswith("narrow"):
         if tokens > tile:
             raise ValueError(f"{name} takes up to {tile} tokens, not {tokens}")
-        grid, warps, shared = (strips, 1, 1), shares, narrow_shared(weight.columns, tokens)
+        grid, warps, shared = (strips, 1, 1), shares, narrow_shared(name, weight.columns, shares, tokens)
     else:
-        warps, clusters = wide_grid(strips, most_warps(weight.columns, shares), _resident(name, weight.columns, shares))
+        resident = _resident(name, weight.columns, shares, peers.size)
+        warps, clusters = wide_grid(strips, most_warps(weight.columns, shares), resident)
         grid, shared = (shares, -(-tokens // tile), clusters), wide_shared(tile, weight.columns, shares, warps)
-    kernel = _kernel(name, weight.columns, shares, shared)
-    kernel.launch(grid=grid, block=warps * 32, args=(weight.tiles, x, bias, out, weight.rows, tokens))
+    kernel = _kernel(name, weight.columns, shares, shared, peers.size)
+    area = peers.attention.arguments(2 * weight.rows * tokens * peers.size)
+    kernel.launch(grid=grid, block=warps * 32, args=(weight.tiles, x, bias, out, weight.rows, tokens, *area))
     return out
 
 
@@ -117,9 +125,12 @@ def wide_grid(strips: int, most: int, resident: int) -> tuple[int, int]:
     return warps, min(resident, -(-strips // warps))
 
 
-def narrow_shared(columns: int, tokens: int) -> int:
-    """Bytes of dynamic shared memory: x."""
-    return tokens * x_pitch(columns)
+def narrow_shared(name: str, columns: int, shares: int, tokens: int) -> int:
+    """Bytes of dynamic shared memory: x, and narrow_2's steps of a projection that registers do not hold."""
+    steps, kept = columns // STEP, 0
+    if name == "narrow_2" and shares == 8:
+        kept = max(-(-steps // shares) - (6 if steps // shares <= 12 else 8), 0)  # NARROW_DEPTH
+    return kept * shares * 1024 + tokens * x_pitch(columns)
 
 
 def wide_shared(tile: int, columns: int, shares: int, warps: int) -> int:
@@ -135,15 +146,15 @@ def x_pitch(columns: int) -> int:
 
 
 @cache
-def _kernel(name: str, columns: int, shares: int, shared: int) -> Kernel:
-    module = compile_module(Path(__file__).with_name("linear.cu"), {"COLUMNS": columns, "SHARES": shares})
-    return module.kernel(name, shared_bytes=shared)
+def _kernel(name: str, columns: int, shares: int, shared: int, ranks: int) -> Kernel:
+    defines = {"COLUMNS": columns, "SHARES": shares, "RANKS": ranks}
+    return compile_module(Path(__file__).with_name("linear.cu"), defines).kernel(name, shared_bytes=shared)
 
 
 @cache
-def _resident(name: str, columns: int, shares: int) -> int:
+def _resident(name: str, columns: int, shares: int, ranks: int) -> int:
     """Clusters of the largest blocks that the device holds at once: a cluster stays within a GPC, and not all of those
     have the same number of multiprocessors."""
     warps = most_warps(columns, shares)
     shared = wide_shared(int(name.split("_")[1]), columns, shares, warps)
-    return _kernel(name, columns, shares, shared).resident_clusters(shares, warps * 32)
+    return _kernel(name, columns, shares, shared, ranks).resident_clusters(shares, warps * 32)

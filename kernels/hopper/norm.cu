@@ -21,7 +21,8 @@
 // one, to which its peers contributed after their kernels that read and emptied the first had ended: so nothing counts
 // replays, and buckets may follow each other as they like. Ranks are added in their order, in float32, and the sum is
 // rounded to bf16: the same bytes on every rank, and by both ways to exchange:
-//   one shot (decode): a row goes to all others; each adds. RANKS - 1 rows out, one hop.
+//   one shot (decode): a row goes to all others; each adds. RANKS - 1 rows out, one hop. add_norm_route finds the rows
+//     there, or on their way: linear.cu sent them.
 //   two shots (prefill): to the row's owner, which adds and sends the sum to all: 2 (RANKS - 1) / RANKS rows out a row.
 // A row waits only for the same row of others, and sends before it waits: blocks of late rows need not be resident.
 
@@ -387,17 +388,6 @@ extern "C" __global__ void __cluster_dims__(ROUTER_BLOCKS, 1, 1) __launch_bounds
     asm("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(first_arrived) : "r"(own_arrived));
     const int stride = gridDim.y * group;
     auto place = [&](int rank, int token, int piece) { return unsigned((rank * tokens + token) * PIECES + piece); };
-    if (RANKS > 1) {  // each block sends an eighth of its cluster's rows, before anyone waits
-        constexpr int SHARE = (PIECES + ROUTER_BLOCKS - 1) / ROUTER_BLOCKS;
-        for (int begin = blockIdx.y * group; begin < tokens; begin += stride)
-            for (int token = begin; token < min(begin + group, tokens); ++token)
-                for (int piece = block * SHARE + threadIdx.x; piece < min(block * SHARE + SHARE, PIECES);
-                     piece += threads) {
-                    const uint4 own = load(delta + size_t(token) * HIDDEN + piece * 8);
-#pragma unroll
-                    for (int i = 0; i < RANKS - 1; ++i) area.send(i, place(rank, token, piece), own);
-                }
-    }
     unsigned parity = 0;
     for (int begin = blockIdx.y * group; begin < tokens; begin += stride, parity ^= 1) {
         const int count = min(group, tokens - begin);

@@ -67,7 +67,8 @@ def _add_norm(
 def add_norm_route(
     x: Tensor, delta: Tensor, weight: Tensor, eps: float, router: Tensor, bias: Tensor, active: int, peers: Peers
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `add_norm`, with one part, delta [T, H]; then router [E, H], bias [E] bf16 choose experts for the normed rows.
+    """As `add_norm`, with one part, delta [T, H], which `linear_part` made, and sent to the others; then router [E, H]
+    and bias [E] bf16 choose experts for the normed rows.
 
     -> x + delta, its norm [T, H] bf16, expert ids [T, active] int64 and their weights [T, active] float32: a softmax
     over the chosen logits, in float32. Of equal logits the lower expert id goes first.

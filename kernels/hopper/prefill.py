@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels.build import Kernel, compile_module
 from kernels.hopper.experts import PackedExperts, group
 from kernels.hopper.linear import PackedLinear, check
+from kernels.hopper.peers import Peers
 
 ROWS, TOKENS = 192, 128  # of a block
 THREADS = 512
@@ -33,6 +34,11 @@ def prefill_linear(x: Tensor, weight: PackedLinear, bias: Tensor | None = None) 
         args=(weight.tiles, x, bias, out, weight.rows, tokens),
     )
     return out
+
+
+def prefill_linear_part(x: Tensor, weight: PackedLinear, bias: Tensor | None, peers: Peers) -> Tensor:
+    """`prefill_linear` for a result that the ranks add up: `prefill_add_norm_route` sends it."""
+    return prefill_linear(x, weight, bias)
 
 
 def prefill_experts(

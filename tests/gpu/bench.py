@@ -28,7 +28,7 @@ from engine.pages import PagePool
 from engine.parallel import Ranks
 from engine.request import SamplingParams, Submit
 from engine.scheduler import Scheduler
-from tests.gpu.ranks import together
+from tests.ranks import together
 
 SHAPES = {
     "20b": RandomShape(),
@@ -266,7 +266,7 @@ def main() -> None:
     if arguments.tp == 1:
         found = measure(Ranks(0, 1, Path()), torch.device("cuda", 0), arguments)
     else:
-        found, *_ = together(measure, arguments.tp, arguments)
+        found, *_ = together(measure, arguments.tp, arguments, gpus=arguments.tp)
     OUT.parent.mkdir(exist_ok=True)
     known = json.loads(OUT.read_text()) if OUT.exists() else {}
     known[arguments.model + (f" tp {arguments.tp}" if arguments.tp > 1 else "")] = found

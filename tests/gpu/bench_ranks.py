@@ -2,7 +2,8 @@
 
 Medians of graph replays of a chain of additions, as in a step: what is added comes out of the one before. For one shot
 (each rank sends its rows to all) and two (each row is summed by one rank), their time less that of the same kernel on
-one rank is what the exchange costs. Beside them NCCL's all-reduce, which adds nothing and norms nothing.
+one rank is what the exchange costs. The router comes with the O projection before it, which sends for it; its weights
+stay in the L2. Beside them NCCL's all-reduce, which adds nothing and norms nothing.
 """
 
 import argparse
@@ -11,12 +12,13 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
+from kernels.hopper.linear import linear_part, pack
 from kernels.hopper.norm import add_norm, add_norm_route, prefill_add_norm
 from kernels.hopper.peers import ALONE, join
-from tests.gpu.ranks import together
 from tests.gpu.timing import microseconds
+from tests.ranks import together
 
-HIDDEN, EXPERTS, EPS = 2880, 32, 1e-5
+HIDDEN, EXPERTS, O_COLUMNS, EPS = 2880, 32, 2048, 1e-5
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 MOST_ROWS = 512  # of one shot
 CALLS = 100
@@ -29,6 +31,8 @@ def times(ranks, device) -> list[tuple]:
     scale = torch.ones(HIDDEN, device=device)
     router = (torch.randn(EXPERTS, HIDDEN, device=device) * 0.03).bfloat16()
     bias = torch.zeros(EXPERTS, device=device).bfloat16()
+    o = pack((torch.randn(HIDDEN, O_COLUMNS, device=device) * 0.02).bfloat16())
+    heads = torch.randn(MOST_ROWS, O_COLUMNS, device=device).bfloat16()
     table = []
     for rows in ROWS:
         x, part = torch.randn(2, rows, HIDDEN, device=device).bfloat16()
@@ -44,8 +48,9 @@ def times(ranks, device) -> list[tuple]:
 
             return microseconds([lambda turn=turn: call(turn) for turn in range(CALLS)])
 
-        def route(x, parts, scale, eps, peers):
-            return add_norm_route(x, parts[:, 0], scale, eps, router, bias, 4, peers)
+        def route(x, parts, scale, eps, peers, rows=rows):
+            delta = linear_part(heads[:rows], o, None, peers)
+            return add_norm_route(parts[:, 0], delta, scale, eps, router, bias, 4, peers)
 
         few = rows <= MOST_ROWS
         row = [rows, chain(add_norm, [ALONE] * 2)]
@@ -60,9 +65,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tp", type=int, default=torch.cuda.device_count())
     size = parser.parse_args().tp
-    heads = ("rows", "norm", "one shot", "two shots", "router", "one shot", "NCCL")
+    if size < 2:
+        print("ranks are not timed: there is one GPU")
+        return
+    heads = ("rows", "norm", "one shot", "two shots", "O + router", "one shot", "NCCL")
     print(f"tp {size}, us:", " ".join(f"{head:>10}" for head in heads))
-    for row in together(times, size)[0]:
+    for row in together(times, size, gpus=size)[0]:
         print(" " * 9, " ".join(f"{'' if cell is None else round(cell, 2):>10}" for cell in row), flush=True)
 
 

@@ -6,29 +6,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
-from conf.schema import RandomShape
 from demo.checkpoint import write_checkpoint
-from engine.checkpoint import Architecture
 from graphs import capture
 from kernels import hopper, reference
-from tests.harness import InProcess
+from tests.harness import FULL_WIDTH, SMALL, InProcess, prompt_of
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
-SMALL = replace(
-    Architecture.from_random_shape(RandomShape()), layers=4, hidden=256, intermediate=256, heads=16, kv_heads=2,
-    vocab=4096, experts=8, windows=(128, None, 128, None),
-)
-FULL_WIDTH = replace(Architecture.from_random_shape(RandomShape()), layers=2, windows=(128, None))
 
 
 def engine(shape, **options):
     return InProcess(shape, **{"dtype": torch.bfloat16, "device": CUDA, "ops": hopper, "poison": False} | options)
-
-
-def prompt_of(length, vocab, seed=0):
-    draw = torch.Generator().manual_seed(1000 * seed + length)
-    return torch.randint(0, vocab, (length,), generator=draw).tolist()
 
 
 @pytest.mark.parametrize("shape", [SMALL, FULL_WIDTH], ids=["small", "full width"])

@@ -65,7 +65,7 @@ def test_a_token_alone_has_the_bytes_it_has_among_others(rows, columns):
 @pytest.mark.parametrize(("rows", "columns"), [QKV[0], OUT[0], OUT[2], (17, 96), (20000, 2880)])
 def test_every_kernel_gives_the_same_bytes(rows, columns):
     x, packed, bias = random(16, columns), pack(random(rows, columns, seed=1)), random(rows, seed=2)
-    names = ["narrow_8"] + [f"wide_{tile}" for tile in WIDE_TOKENS]
+    names = ["narrow_2", "narrow_8"] + [f"wide_{tile}" for tile in WIDE_TOKENS]
     for tokens in (1, 5, 8, 16):  # 20000 rows are cut into four runs, and each cluster has several groups
         outs = [launch(n, x[:tokens], packed, bias) for n in names if tokens <= int(n.split("_")[1])]
         assert all(torch.equal(out, outs[0]) for out in outs[1:])

@@ -13,10 +13,10 @@ FILES = {
     "attention": {"GROUP": 8},
     "prefill_attention": {"GROUP": 8},
     "experts": {"HIDDEN": 2880, "INTER": 1440},
-    "linear": {"COLUMNS": 2880, "SHARES": 8},
-    "norm": {"HIDDEN": 2880},
+    "linear": {"COLUMNS": 2880, "SHARES": 8, "RANKS": 2},
+    "norm": {"HIDDEN": 2880, "RANKS": 2},
     "prefill": {"KIND": 1, "COLUMNS": 2880},
-    "sampler": {"BF16": 1, "TOP": TOP_LOGPROBS, "BIAS_ENTRIES": BIAS_ENTRIES},
+    "sampler": {"BF16": 1, "TOP": TOP_LOGPROBS, "BIAS_ENTRIES": BIAS_ENTRIES, "RANKS": 2},
     "step": {},
 }
 FOLDER = Path(hopper.__file__).parent

@@ -8,22 +8,22 @@ import pytest
 import torch
 
 from kernels import hopper
+from kernels.hopper.linear import linear_part, pack
 from kernels.hopper.norm import add_norm, add_norm_route, prefill_add_norm, prefill_add_norm_route
 from kernels.hopper.peers import ALONE, join
 from kernels.hopper.sampler import sample
-from tests.gpu.ranks import together
-from tests.gpu.test_hopper_model import FULL_WIDTH, SMALL, prompt_of
 from tests.gpu.test_sampler import OPTIONS, case
-from tests.harness import InProcess
+from tests.harness import FULL_WIDTH, SMALL, InProcess, prompt_of
+from tests.ranks import together
 
 pytestmark = pytest.mark.gpu
 
 EPS = 1e-5
 HIDDEN = 2880
 MOST_ROWS, MOST_TOKENS = 64, 2048
-sharing = pytest.mark.parametrize("share_gpu", [
-    pytest.param(True, id="one_gpu"),
-    pytest.param(False, id="two_gpus", marks=pytest.mark.skipif(
+on_gpus = pytest.mark.parametrize("gpus", [
+    pytest.param(1, id="one_gpu"),
+    pytest.param(2, id="two_gpus", marks=pytest.mark.skipif(
         torch.cuda.device_count() < 2, reason="needs two GPUs of one host")),
 ])
 
@@ -49,14 +49,17 @@ def check_sums(ranks, device):
     for hidden, experts in ((HIDDEN, 32), (HIDDEN, 128), (256, 8)):
         peers = join(ranks, MOST_ROWS, MOST_TOKENS, 16, hidden, device)
         scale, router = draws(hidden, seed=1).float(), draws(experts, hidden, seed=2, scale=0.03)
-        bias = draws(experts, seed=3)
+        bias, identity = draws(experts, seed=3), pack(torch.eye(hidden, device=device).bfloat16())
         for turn in range(3):
             for tokens, prefill in [(1, False), (2, False), (7, False), (17, True), (64, False), (1, True),
                                     (300, True), (MOST_ROWS, False), (MOST_TOKENS, True)]:
                 norm, route = (prefill_add_norm, prefill_add_norm_route) if prefill else (add_norm, add_norm_route)
                 x = draws(tokens, hidden, seed=turn)
                 parts = [draws(tokens, 1, hidden, seed=10 * tokens + rank) for rank in range(ranks.size)]
-                found = route(x, parts[ranks.rank][:, 0], scale, EPS, router, bias, 4, peers)
+                own = parts[ranks.rank][:, 0]
+                if not prefill:  # then it was sent from where it was made
+                    own = linear_part(own, identity, None, peers)
+                found = route(x, own, scale, EPS, router, bias, 4, peers)
                 expected = route(x, summed(parts)[:, 0], scale, EPS, router, bias, 4, ALONE)
                 for left, right in zip(found, expected, strict=True):
                     assert torch.equal(left, right), (hidden, tokens, prefill, "route")
@@ -68,23 +71,24 @@ def check_sums(ranks, device):
         add_norm(draws(5000, 256, seed=0), draws(5000, 1, 256, seed=0), scale, EPS, peers)
 
 
-@sharing
-def test_every_rank_holds_the_sum_in_the_order_of_ranks(share_gpu):
-    together(check_sums, 2, share_gpu=share_gpu)
+@on_gpus
+def test_every_rank_holds_the_sum_in_the_order_of_ranks(gpus):
+    together(check_sums, 2, gpus=gpus)
 
 
 def check_replays(ranks, device, replays):
     """A chain whose result depends on every exchange before, in graphs of many sizes; one rank dawdles now and then."""
     peers = join(ranks, MOST_ROWS, 256, 16, HIDDEN, device)
     scale, router = draws(HIDDEN, seed=1).float(), draws(32, HIDDEN, seed=2, scale=0.03)
-    bias = draws(32, seed=3)
+    bias, identity = draws(32, seed=3), pack(torch.eye(HIDDEN, device=device).bfloat16())
     buckets = [(1, False), (2, False), (8, False), (64, False), (100, True), (256, True)]
     every = [draws(256, 1, HIDDEN, seed=10 + rank) for rank in range(ranks.size)]
     total = summed(every)
 
     def chain(state, parts, peers, tokens, prefill):
         norm, route = (prefill_add_norm, prefill_add_norm_route) if prefill else (add_norm, add_norm_route)
-        _, h, _, shares = route(state[:tokens], parts[:tokens, 0], scale, EPS, router, bias, 4, peers)
+        own = parts[:tokens, 0] if prefill else linear_part(parts[:tokens, 0], identity, None, peers)
+        _, h, _, shares = route(state[:tokens], own, scale, EPS, router, bias, 4, peers)
         # What is fed to the next exchange is the same on every rank, but for its part.
         _, h = norm(h, parts[:tokens], scale, EPS, peers)
         state[:tokens] = h * shares[:, :1].bfloat16()
@@ -104,15 +108,14 @@ def check_replays(ranks, device, replays):
     graphs = captured(states[0], every[ranks.rank], peers)
     expected = captured(states[1], total, ALONE)
     assert torch.equal(*states)
-    order, stream = random.Random(5), torch.cuda.Stream()
+    order, pauses, stream = random.Random(5), random.Random(6 + ranks.rank), torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for number in range(replays):
-            bucket = order.randrange(len(buckets))
-            late = order.randrange(20 * ranks.size)
-            if late == ranks.rank:
-                torch.cuda._sleep(order.randrange(1_000_000))  # cycles
-            elif late == ranks.size + ranks.rank:
-                time.sleep(order.random() / 100)
+            bucket, late = order.randrange(len(buckets)), pauses.randrange(50)
+            if late == 0:
+                torch.cuda._sleep(pauses.randrange(1_000_000))  # cycles
+            elif late == 1:
+                time.sleep(pauses.random() / 100)
             graphs[bucket].replay()
             expected[bucket].replay()
             if number % 500 == 499:
@@ -120,9 +123,9 @@ def check_replays(ranks, device, replays):
     assert torch.equal(*states)
 
 
-@sharing
-def test_ten_thousand_replays_of_changing_buckets_and_a_late_rank(share_gpu):
-    together(check_replays, 2, 10_000, share_gpu=share_gpu)
+@on_gpus
+def test_ten_thousand_replays_of_changing_buckets_and_a_late_rank(gpus):
+    together(check_replays, 2, 10_000, gpus=gpus)
 
 
 def check_samples(ranks, device):
@@ -147,9 +150,9 @@ def check_samples(ranks, device):
     return seen
 
 
-@sharing
-def test_a_vocabulary_in_shards_draws_what_a_whole_one_does(share_gpu):
-    first, second = together(check_samples, 2, share_gpu=share_gpu)
+@on_gpus
+def test_a_vocabulary_in_shards_draws_what_a_whole_one_does(gpus):
+    first, second = together(check_samples, 2, gpus=gpus)
     assert first == second
 
 
@@ -167,15 +170,15 @@ def generate(ranks, device, shape, prompts, options):
     return answer[: len(prompts)], answer[len(prompts) :]
 
 
-@sharing
+@on_gpus
 @pytest.mark.parametrize("shape", ["small", "full width"])
-def test_two_ranks_answer_as_one_does_with_the_same_bytes_on_both(share_gpu, shape):
+def test_two_ranks_answer_as_one_does_with_the_same_bytes_on_both(gpus, shape):
     shape = {"small": SMALL, "full width": FULL_WIDTH}[shape]
     options = {"decode_rows": (1, 4, 16), "prefill_tokens": (64, 256), "prefix_cache": False}
     prompts = [(prompt_of(1 + 37 * n % 300, shape.vocab, n), {}) for n in range(6)]
     prompts += [(prompt, {"temperature": 0.8, "top_p": 0.9, "seed": n}) for n, (prompt, _) in enumerate(prompts)]
-    whole, _ = together(generate, 1, shape, prompts, options)[0]
-    answers = together(generate, 2, shape, prompts, options, share_gpu=share_gpu)
+    whole, _ = together(generate, 1, shape, prompts, options, gpus=1)[0]
+    answers = together(generate, 2, shape, prompts, options, gpus=gpus)
     assert answers[0] == answers[1]
     assert answers[0][0] == answers[0][1]  # alone as among others
     same, apart = 0, []

@@ -86,7 +86,8 @@ def narrow(x, packed):
         for share in range(shares):
             begin = share_begin(steps, share, shares)
             count = share_begin(steps, share + 1, shares) - begin
-            flat = torch.full((narrow_shared(columns, tokens) // 2,), torch.nan)  # what this warp copies of x
+            size = narrow_shared("narrow_8", columns, shares, tokens) // 2
+            flat = torch.full((size,), torch.nan)  # what this warp copies of x
             x_at = begin * STEP * 2
             for token in range(tokens):
                 for i in range(count * 4):
@@ -226,7 +227,10 @@ def test_shares_cover_all_steps_once_and_fit_a_block(rows, columns):
     assert ends[-1] == steps
     assert max(end - begin for begin, end in pairwise(ends)) == -(-steps // shares)
     assert wide_shared(64, columns, shares, most_warps(columns, shares)) <= MOST_SHARED
-    assert narrow_shared(columns, 8) + shares * 8 * PITCH * 4 <= MOST_SHARED
+    own = shares * (8 * PITCH * 4 + 8)  # partial sums and barriers
+    assert narrow_shared("narrow_8", columns, shares, 8) + own <= MOST_SHARED
+    if rows == 5120:  # three blocks a multiprocessor, each with 1 KB of the system's
+        assert 3 * (narrow_shared("narrow_2", columns, shares, 2) + own + 1024) <= 228 * 1024
 
 
 def test_lanes_meet_no_shared_memory_bank_twice_when_sums_are_stored():
@@ -256,7 +260,8 @@ def test_strips_are_dealt_out_evenly_to_clusters_that_are_all_resident(rows, col
 
 
 @pytest.mark.parametrize(("tokens", "name"), [
-    (1, "narrow_8"), (8, "narrow_8"), (9, "wide_16"), (17, "wide_32"), (33, "wide_64"), (64, "wide_64"),
+    (1, "narrow_2"), (2, "narrow_2"), (3, "narrow_8"), (8, "narrow_8"), (9, "wide_16"), (17, "wide_32"),
+    (33, "wide_64"), (64, "wide_64"),
     (2048, "wide_64"),
 ])
 def test_the_kernel_depends_on_the_number_of_tokens_only(tokens, name):

@@ -1,4 +1,4 @@
-"""Several ranks in processes of their own, for tests and benches: each on its GPU, or all sharing the first."""
+"""Several ranks in processes of their own, for tests and benches: on the CPU, on a GPU each, or sharing GPUs."""
 
 import multiprocessing
 import os
@@ -12,16 +12,20 @@ from typing import Any
 import torch
 
 from engine.parallel import Ranks
+from graphs.capture import prepare_cpu_process
 
 SECONDS = 500  # until a rank counts as stuck
 
 
-def together(function: Callable, size: int, *arguments: Any, share_gpu: bool = False) -> list[Any]:
-    """function(ranks, device, *arguments) in `size` processes -> what each returned, by rank. Raises if one does."""
+def together(function: Callable, size: int, *arguments: Any, gpus: int) -> list[Any]:
+    """function(ranks, device, *arguments) in `size` processes -> what each returned, by rank. Raises if one does.
+
+    The ranks take turns among the first `gpus` GPUs; 0: they compute on the CPU.
+    """
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        shared = (function, size, Path(folder), share_gpu, results, *arguments)
+        shared = (function, size, Path(folder), gpus, results, *arguments)
         processes = [context.Process(target=_rank, args=(rank, *shared), daemon=True) for rank in range(size)]
         for process in processes:
             process.start()
@@ -41,15 +45,20 @@ def together(function: Callable, size: int, *arguments: Any, share_gpu: bool = F
     return [returned[rank] for rank in range(size)]
 
 
-def _rank(rank: int, function: Callable, size: int, folder: Path, share_gpu: bool, results: Any, *arguments) -> None:
+def _rank(rank: int, function: Callable, size: int, folder: Path, gpus: int, results: Any, *arguments: Any) -> None:
     try:
-        if share_gpu:
+        if 0 < gpus < size:
             os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
-        device = torch.device("cuda", 0 if share_gpu else rank)
-        torch.cuda.set_device(device)
+        if gpus:
+            device = torch.device("cuda", rank % gpus)
+            torch.cuda.set_device(device)
+        else:
+            device = torch.device("cpu")
+            prepare_cpu_process()
         with torch.inference_mode():
             value = function(Ranks(rank, size, folder), device, *arguments)
-        torch.cuda.synchronize()
+        if gpus:
+            torch.cuda.synchronize()
         results.put((rank, value, None))
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
