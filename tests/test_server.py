@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from pathlib import Path
 
 import httpx
 import psutil
@@ -18,10 +17,7 @@ from openai import OpenAI
 
 from demo.checkpoint import write_checkpoint
 from tests.harness import TINY
-
-ROOT = Path(__file__).parents[1]
-START_SECONDS = 120
-GREEDY = {"model": "demo", "prompt": [1, 2, 3], "temperature": 0}
+from tests.served import GREEDY, ROOT, START_SECONDS, Served
 
 
 @pytest.fixture(scope="module")
@@ -29,49 +25,6 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint")
     write_checkpoint(path, TINY, seed=7)
     return path
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Served:
-    def __init__(self, *arguments):
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.process = subprocess.Popen(
-            [sys.executable, "serve.py", f"server.port={self.port}", *arguments],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.process.kill()
-        self.process.wait()
-
-    def wait_ready(self):
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                if httpx.get(f"{self.url}/health/ready").status_code == 200:
-                    return self
-            except httpx.ConnectError:
-                pass
-            time.sleep(0.1)
-        raise AssertionError(f"not ready: {self.process.stdout.read() if self.process.poll() is not None else 'slow'}")
-
-    def ranks(self):
-        """The rank processes, in order; the interpreter's own helper processes are not among them."""
-        children = psutil.Process(self.process.pid).children()
-        return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
-
-    def complete(self, **body):
-        body = GREEDY | {"max_tokens": 8, "return_token_ids": True} | body
-        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=60)
 
 
 def served(folder, *arguments):
