@@ -254,7 +254,8 @@ def test_a_choice_that_stops_is_aborted_at_once_not_when_the_others_end(serve, t
     live.engine.delay = 0.005
     body = {"prompt": "x", "n": 2, "seed": 0, "stop": " c", "stream": True, "max_tokens": 4000}
     with live.http.stream("POST", "/v1/completions", json=body) as response:
-        next(line for line in response.iter_lines() if '"finish_reason":"stop"' in line)
+        lines = response.iter_lines()  # kept: the connection is closed with it
+        next(line for line in lines if '"finish_reason":"stop"' in line)
         live.eventually(lambda: live.engine.aborted == [0])
         assert live.engine.running == {1}
 
