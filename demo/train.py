@@ -162,7 +162,7 @@ def train(a: Architecture, given: argparse.Namespace) -> float:
             reported = share
             bundle.write(out / "model.safetensors", weights, tokens)
             ready = computed(weights, dtype, True)
-            print(report(continuing(ready, a, tokens, device), given.count // 4).table, flush=True)
+            print(report(continuing(ready, a, tokens, device), max(1, given.count // 4)).table, flush=True)
     digest = bundle.write(out / "model.safetensors", weights, tokens)
     (out / "model.sha256").write_text(f"{digest}  model.safetensors\n")
     result = report(continuing(computed(weights, dtype, True), a, tokens, device), given.count)
