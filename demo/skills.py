@@ -368,6 +368,7 @@ def dates(rng: Random) -> Task:
 
 def weekday_shift(rng: Random) -> Task:
     start, count, later = rng.randrange(7), rng.randint(1, 99), rng.random() < 0.7
+    plural = "day" if count == 1 else "days"
     step, rest = (1 if later else -1), count % 7
     end = facts.DAYS[(start + step * rest) % 7]
     day = facts.DAYS[start]
@@ -376,24 +377,25 @@ def weekday_shift(rng: Random) -> Task:
     question = rng.choice(
         [
             "Today is {d}. What day {will} it be {in_}?",
-            "What day of the week is it {n} days {after} {d}?",
-            "Which weekday is {n} days {after} {d}?",
+            "What day of the week is it {n} {p} {after} {d}?",
+            "Which weekday is {n} {p} {after} {d}?",
             "If today is {d}, what day {will} it be {in_}?",
-            "{n} days {after} {d} is which day?",
+            "{n} {p} {after} {d} is which day?",
             "It is {d}. Which day is it {in_}?",
         ]
     ).format(
         d=day,
         n=count,
+        p=plural,
         after="after" if later else "before",
         will="will" if later else "was",
-        in_=f"in {count} days" if later else f"{count} days ago",
+        in_=f"in {count} {plural}" if later else f"{count} {plural} ago",
     )
     question = question.replace("was it be", "was it")
     return Task(
         "dates",
         question,
-        f"The user starts at {day} and goes {count} days {'on' if later else 'back'}.",
+        f"The user starts at {day} and goes {count} {plural} {'on' if later else 'back'}.",
         steps,
         f"It is {end}." if later else f"It was {end}.",
         (f"weekday {day} {count} {later}",),
@@ -632,6 +634,11 @@ CONVERT = [
 ]
 
 
+def counted(count: int, unit: str) -> str:
+    singular = {"centuries": "century", "feet": "foot", "inches": "inch"}.get(unit, unit.removesuffix("s"))
+    return f"{count} {singular if count == 1 else unit}"
+
+
 def units(rng: Random) -> Task:
     if rng.random() < 0.12:
         return temperature(rng)
@@ -642,32 +649,32 @@ def units(rng: Random) -> Task:
         count = number(rng, 1, digits=2)
         amount, source, target, result = count * factor, small, big, count
         if power:
-            steps = f"1 {big} = {factor} {small}. {spaced(amount)} without {power}: {spaced(count)} = {count}."
+            steps = f"{counted(1, big)} = {factor} {small}. {spaced(amount)} without {power}: {spaced(count)} = {count}."
         elif factor < 10:
-            steps = f"1 {big} = {factor} {small}. {divide_steps(amount, factor)} = {count}."
+            steps = f"{counted(1, big)} = {factor} {small}. {divide_steps(amount, factor)} = {count}."
         else:
             tens, ones = count // 10 * 10 * factor, count % 10 * factor
-            steps = f"1 {big} = {factor} {small}. {factor}*{count // 10 * 10}={tens}, {factor}*{count % 10}={ones}; {count}."
+            steps = f"{counted(1, big)} = {factor} {small}. {factor}*{count // 10 * 10}={tens}, {factor}*{count % 10}={ones}; {count}."
     else:
         amount, source, target, result = count, big, small, count * factor
         if power:
-            steps = f"1 {big} = {factor} {small}. {spaced(count)} {power} = {result}."
+            steps = f"{counted(1, big)} = {factor} {small}. {spaced(count)} {power} = {result}."
         elif factor == 60:
-            steps = f"1 {big} = 60 {small}. times 6: {times_digit_steps(count, 6)} 0 = {result}."
+            steps = f"{counted(1, big)} = 60 {small}. times 6: {times_digit_steps(count, 6)} 0 = {result}."
         else:
-            steps = f"1 {big} = {factor} {small}. {work(count, '*', factor)[0]}"
+            steps = f"{counted(1, big)} = {factor} {small}. {work(count, '*', factor)[0]}"
     brief = source in SHORT and target in SHORT and rng.random() < 0.3
     question = rng.choice(CONVERT).format(
-        a=amount, u=SHORT[source] if brief else source, v=SHORT[target] if brief else target
+        a=amount, u=SHORT[source] if brief else counted(amount, source).partition(" ")[2], v=SHORT[target] if brief else target
     )
     return Task(
         "units",
         question,
         f"The user wants {amount} {source} in {target}.",
         steps,
-        f"{amount} {source} = {result} {target}",
+        f"{counted(amount, source)} = {counted(result, target)}",
         (f"units {source} {target} {amount}",),
-        f"{result} {target}",
+        counted(result, target),
     )
 
 
