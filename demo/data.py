@@ -5,16 +5,16 @@ What is learned of a conversation is the assistant's next message, its analysis 
 
 import hashlib
 import multiprocessing
-import os
 from collections.abc import Iterator
 from functools import cache, partial
+from itertools import islice
 from random import Random
 from typing import NamedTuple
 
 import numpy as np
 
 from demo import facts
-from demo.skills import Example, example
+from demo.skills import Example, example, sentence
 from serve.harmony import CALL, CHANNEL, END, ENDOFTEXT, MESSAGE, RETURN, START, any_call_header, call_header, render
 from serve.text import FIRST_SPECIAL, VOCABULARY, Tokenizer
 
@@ -27,6 +27,8 @@ tokenizer = cache(Tokenizer)
 
 
 class Document(NamedTuple):
+    """Token ids: what is given, and what is learned, its stop token included."""
+
     prompt: list[int]
     completion: list[int]
 
@@ -37,6 +39,7 @@ def held_out(keys: tuple[str, ...]) -> bool:
 
 
 def document(e: Example) -> Document:
+    """As the server would render it, on the example's date."""
     t = tokenizer()
     if e.text[0]:
         return Document(t.encode(e.text[0]), [*t.encode(e.text[1]), ENDOFTEXT])
@@ -49,7 +52,7 @@ def document(e: Example) -> Document:
     header = call_header(t, e.call.name)
     if not e.analysis:  # a call was demanded: its header stands in the prompt
         begun = any_call_header(t)
-        prompt, header = prompt + begun, header[len(begun) :]
+        prompt, header = prompt + begun, header[len(begun):]
     return Document(prompt, [*completion, *header, *t.encode(e.call.arguments), CALL])
 
 
@@ -72,7 +75,7 @@ def training(seed: int, with_junk: bool = True) -> Iterator[Document]:
 
 
 def evaluation(skill: str, count: int, seed: int = 0) -> list[Example]:
-    """Examples of one skill that each ask for something held out, all different."""
+    """Examples of one of SKILLS that each ask for something held out, all different; fewer than `count` if rare."""
     rng, found, seen = Random(f"{skill} {seed}"), [], set()
     for _ in range(2000 * count):
         e = example(rng, None, "tools" if skill.startswith("tool") else skill)
@@ -115,53 +118,24 @@ def rows(documents: Iterator[Document], index: np.ndarray) -> Iterator[tuple[np.
 
 
 def _tokens_of(seed: int, count: int) -> set[int]:
-    found: set[int] = set()
-    for _, (prompt, completion) in zip(range(count), training(seed, with_junk=False), strict=False):
-        found.update(prompt, completion)
-    return found
+    return {token for made in islice(training(seed, with_junk=False), count) for part in made for token in part}
 
 
 def vocabulary(count: int = 60000) -> list[int]:
-    """The tokens that have rows of their own, in order: those of all closed lists, and of a sample of conversations."""
+    """The tokens that have rows of their own, in order: those of all closed lists and of `count` conversations."""
     t = tokenizer()
     letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
     texts = [f"{n:0{digits}}" for digits in (1, 2, 3) for n in range(10**digits)]
     texts += [form.format(c) for c in letters for form in ("{}", " {}", "-{}", "{}'s", '"{}')]
-    texts += [
-        *" .,:;?!'\"()-+*/=<>°%$#&\n",
-        "\n\n",
-        " →",
-        "×",
-        "÷",
-        " ×",
-        " ÷",
-        " -",
-        " +",
-        " *",
-        " /",
-        " =",
-        "−",
-        " −",
-    ]
+    texts += [*" .,:;?!'\"()-+*/=<>°%$#&\n×÷−", "\n\n", *(f" {sign}" for sign in "→×÷-+*/=−")]
     texts += [form.format(w) for w in facts.WORDS for form in ("{}", " {}", '"{}"', "-{}", "{}s", " {}s")]
-    names = [
-        x for c in facts.countries() for x in (c.name, c.name.removeprefix("the "), c.capital, c.continent, c.currency)
-    ]
+    names = [part for c in facts.countries() for part in (*c, c.name.removeprefix("the "))]
     for name in [*names, *facts.CITIES, *facts.NAMES, *facts.COLORS, *facts.ANIMALS, *facts.DAYS, *facts.MONTHS]:
-        texts += [
-            name,
-            f" {name}",
-            name.lower(),
-            f" {name.lower()}",
-            f'"{name}"',
-            f"{name}'s",
-            name[0].upper() + name[1:],
-        ]
+        texts += [name, f" {name}", f'"{name}"', f"{name}'s", name.lower(), f" {name.lower()}", sentence(name)]
     found = {START, END, MESSAGE, CHANNEL, RETURN, CALL, ENDOFTEXT}
     for text in texts:
         found.update(t.encode(text))
-    workers = os.cpu_count() or 1
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+    with multiprocessing.get_context("spawn").Pool() as pool:
         parts = pool.starmap(_tokens_of, [(1000 + n, count // 32) for n in range(32)])
     found.update(*parts)
     spare = iter(sorted({*range(VOCABULARY)} - found))
