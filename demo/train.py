@@ -22,9 +22,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from demo import bundle
 from demo.checkpoint import DEMO
-from demo.data import ROW, STOPS, index_of, rows, training, vocabulary
-from demo.evaluate import Continue, mistakes, report
+from demo.data import ROW, STOPS, document, index_of, rows, training, vocabulary
+from demo.evaluate import Answer, Ask, mistakes, read, report
 from demo.model import Weights, computed, generate, initial, loss
+from demo.skills import Example
 from engine.checkpoint import Architecture
 from engine.model import rope_tables
 from serve.text import VOCABULARY
@@ -76,25 +77,26 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 def is_matrix(name: str) -> bool:
+    """Whether Muon updates it: the layers' matrices but the router's."""
     return name.startswith("model.layers.") and name.endswith(("proj.weight", "gate_up_proj", "down_proj"))
 
 
-def continuing(w: Weights, a: Architecture, tokens: list[int], device: torch.device) -> Continue:
-    """Greedy continuation with the weights as they will be shipped."""
+def answering(w: Weights, a: Architecture, tokens: list[int], device: torch.device) -> Ask:
+    """Greedy answers of the weights as they will be shipped."""
     index = index_of(tokens)
     known = [*tokens, VOCABULARY - 1]
     cos, sin = rope_tables(a, ROW, device)
 
-    def proceed(prompts: list[list[int]]) -> list[list[int]]:
-        compact = [index[prompt].tolist() for prompt in prompts]
-        said = generate(w, a, compact, index[list(STOPS)].tolist(), ROW, cos, sin)
-        return [[known[token] for token in answer] for answer in said]
+    def ask(examples: list[Example]) -> list[Answer]:
+        prompts = [index[document(e).prompt].tolist() for e in examples]
+        said = generate(w, a, prompts, index[list(STOPS)].tolist(), ROW, cos, sin)
+        return [read(e, [known[token] for token in answer]) for e, answer in zip(examples, said, strict=True)]
 
-    return proceed
+    return ask
 
 
-def train(a: Architecture, given: argparse.Namespace) -> float:
-    """Returns the share of held-out examples that the finished model answers right."""
+def train(a: Architecture, given: argparse.Namespace) -> None:
+    """`given` as of `parser`. Writes the bundle, its hash, the evaluation and how it came about into `given.out`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.set_float32_matmul_precision("high")
@@ -102,16 +104,10 @@ def train(a: Architecture, given: argparse.Namespace) -> float:
     out.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
     weights, tokens = bundle.trained(Path(given.start)) if given.start else ({}, vocabulary(given.vocabulary_sample))
-    loader = iter(
-        DataLoader(
-            Rows(tokens, given.seed),
-            batch_size=given.rows,
-            num_workers=given.workers,
-            pin_memory=device.type == "cuda",
-            prefetch_factor=4 if given.workers else None,
-            multiprocessing_context="spawn" if given.workers else None,
-        )
-    )
+    loader = iter(DataLoader(
+        Rows(tokens, given.seed), batch_size=given.rows, num_workers=given.workers, pin_memory=device.type == "cuda",
+        prefetch_factor=4 if given.workers else None, multiprocessing_context="spawn" if given.workers else None,
+    ))
     weights = weights or initial(a, len(tokens) + 1, given.seed, device)
     weights = {name: p.to(device).requires_grad_() for name, p in weights.items()}
     muon = Muon([p for name, p in weights.items() if is_matrix(name)])
@@ -129,18 +125,13 @@ def train(a: Architecture, given: argparse.Namespace) -> float:
 
     share, step = 0.0, 0
     losses()  # compiles
-    print(
-        f"{len(tokens)} tokens, {sum(p.numel() for p in weights.values()) / 1e6:.1f} M parameters, "
-        f"first pass after {time.monotonic() - begun:.0f} s",
-        flush=True,
-    )
-    muon_rate, adam_rate = given.rate, given.adam_rate
+    print(f"{len(tokens)} tokens, {sum(p.numel() for p in weights.values()) / 1e6:.1f} M parameters, "
+          f"first pass after {time.monotonic() - begun:.0f} s", flush=True)
     start, reported = time.monotonic(), 0.0
     available = begun + 60 * given.minutes - start
     if available <= 0:
-        raise SystemExit(
-            f"--minutes {given.minutes}: all spent before the first step, which began after {start - begun:.0f} s"
-        )
+        raise SystemExit(f"--minutes {given.minutes:g}: all spent before the first step, {start - begun:.0f} s after "
+                         "the start")
     while share < 1:
         for p in weights.values():
             p.grad = None
@@ -148,41 +139,28 @@ def train(a: Architecture, given: argparse.Namespace) -> float:
         cross, uneven = losses()
         torch.nn.utils.clip_grad_norm_(others, 1.0)
         rate = min(share / WARM_UP, (1 - share) / (1 - WARM_UP))
-        muon.step(rate * muon_rate)
-        adam.param_groups[0]["lr"] = rate * adam_rate
+        muon.step(rate * given.rate)
+        adam.param_groups[0]["lr"] = rate * given.adam_rate
         adam.step()
         step += 1
         if step % 50 == 0 or share == 1:
-            print(
-                f"{100 * share:5.1f} %  step {step}  loss {cross.item():.4f}  uneven {uneven.item():.2f}  "
-                f"{step * given.rows * ROW / (time.monotonic() - start) / 1e3:.0f} k tokens/s",
-                flush=True,
-            )
+            print(f"{100 * share:5.1f} %  step {step}  loss {cross.item():.4f}  uneven {uneven.item():.2f}  "
+                  f"{step * given.rows * ROW / (time.monotonic() - start) / 1e3:.0f} k tokens/s", flush=True)
         if share >= reported + 0.2 and share < 0.95:
             reported = share
             bundle.write(out / "model.safetensors", weights, tokens)
             ready = computed(weights, dtype, True)
-            print(report(continuing(ready, a, tokens, device), max(1, given.count // 4)).table, flush=True)
+            print(report(answering(ready, a, tokens, device), max(1, given.count // 4)).table, flush=True)
     digest = bundle.write(out / "model.safetensors", weights, tokens)
     (out / "model.sha256").write_text(f"{digest}  model.safetensors\n")
-    result = report(continuing(computed(weights, dtype, True), a, tokens, device), given.count)
+    result = report(answering(computed(weights, dtype, True), a, tokens, device), given.count)
     print(result.table)
     (out / "evaluation.md").write_text(result.table + "\n")
     (out / "mistakes.txt").write_text(mistakes(result.wrong, 20) + "\n")
-    (out / "training.json").write_text(
-        json.dumps(
-            vars(given)
-            | {
-                "steps": step,
-                "loss": cross.item(),
-                "right": result.share,
-                "torch": torch.__version__,
-                "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-            },
-            indent=2,
-        )
-    )
-    return result.share
+    (out / "training.json").write_text(json.dumps(vars(given) | {
+        "steps": step, "loss": cross.item(), "right": result.share, "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+    }, indent=2) + "\n")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -197,9 +175,8 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--quantise-from", type=float, default=0.6, help="share of the time")
     arguments.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 1) - 2), help="that make examples")
     arguments.add_argument("--count", type=int, default=100, help="examples of each skill in the evaluation")
-    arguments.add_argument(
-        "--vocabulary-sample", type=int, default=60000, help="conversations that the vocabulary is taken from"
-    )
+    arguments.add_argument("--vocabulary-sample", type=int, default=60000,
+                           help="conversations that the vocabulary is taken from")
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     return arguments

@@ -8,7 +8,7 @@ import pytest
 
 from demo import skills
 from demo.data import ROW, STOPS, document, evaluation, held_out, index_of, rows, tokenizer, training
-from demo.evaluate import judge
+from demo.evaluate import read, right
 from demo.skills import SKILLS, example
 from serve.harmony import END, START
 
@@ -39,13 +39,16 @@ def test_training_holds_nothing_that_is_held_out(monkeypatch):
 
 
 @pytest.mark.parametrize("skill", SKILLS)
-def test_the_wanted_answer_is_judged_right_and_another_wrong(skill):
+def test_the_wanted_answer_is_right_and_another_wrong(skill):
     for e, other in zip(evaluation(skill, 12), evaluation(skill, 12, seed=1), strict=True):
         said, differing = document(e).completion, document(other).completion
-        assert judge(e, said)[:2] == (True, True)
-        assert not judge(e, said[:-1]).valid  # cut off
+        answer = read(e, said)
+        assert right(e, answer)
+        assert answer.valid
+        assert answer.reasoning == e.analysis
+        assert not read(e, said[:-1]).valid  # cut off
         if (e.final, e.call, e.text[1]) != (other.final, other.call, other.text[1]):
-            assert not judge(e, differing).right
+            assert not right(e, read(e, differing))
 
 
 def test_prompt_and_answer_are_rendered_as_the_next_prompt_renders_them():
