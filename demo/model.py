@@ -1,7 +1,6 @@
 """GPT-OSS in plain torch for training: all experts computed, rows of packed documents, a compact vocabulary.
 
-Weights are a dictionary under their Hugging Face names, experts unpacked as `gate_up_proj` and `down_proj`. The
-vocabulary is the tokens of the demo and, last, one row for all others. Knows neither data nor optimisers.
+The vocabulary is the tokens of the demo and, last, one row for all others. Knows neither data nor optimisers.
 """
 
 import math
@@ -11,12 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from demo import mxfp4
+from demo.bundle import EXPERTS, Weights
 from engine.checkpoint import Architecture
 from serve.text import VOCABULARY
 
 EMBEDDING = "model.embed_tokens.weight"
-EXPERTS = (".gate_up_proj", ".down_proj")
-Weights = dict[str, Tensor]
 
 
 def initial(a: Architecture, rows: int, seed: int, device: torch.device | str) -> Weights:

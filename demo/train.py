@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from demo import bundle
+from demo.bundle import Weights
 from demo.checkpoint import DEMO
 from demo.data import ROW, STOPS, document, index_of, rows, training, vocabulary
 from demo.evaluate import Answer, Ask, mistakes, read, report
-from demo.model import Weights, computed, generate, initial, loss
+from demo.model import computed, generate, initial, loss
 from demo.skills import Example
 from engine.checkpoint import Architecture
 from engine.model import rope_tables
@@ -103,7 +104,11 @@ def train(a: Architecture, given: argparse.Namespace) -> None:
     out = Path(given.out)
     out.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
-    weights, tokens = bundle.trained(Path(given.start)) if given.start else ({}, vocabulary(given.vocabulary_sample))
+    if given.start:
+        earlier = Path(given.start)
+        weights, tokens = bundle.unpacked(bundle.read(earlier, bundle.digest_of(earlier)))
+    else:
+        weights, tokens = {}, vocabulary(given.vocabulary_sample)
     loader = iter(DataLoader(
         Rows(tokens, given.seed), batch_size=given.rows, num_workers=given.workers, pin_memory=device.type == "cuda",
         prefetch_factor=4 if given.workers else None, multiprocessing_context="spawn" if given.workers else None,
@@ -151,8 +156,7 @@ def train(a: Architecture, given: argparse.Namespace) -> None:
             bundle.write(out / "model.safetensors", weights, tokens)
             ready = computed(weights, dtype, True)
             print(report(answering(ready, a, tokens, device), max(1, given.count // 4)).table, flush=True)
-    digest = bundle.write(out / "model.safetensors", weights, tokens)
-    (out / "model.sha256").write_text(f"{digest}  model.safetensors\n")
+    bundle.write(out / "model.safetensors", weights, tokens)
     result = report(answering(computed(weights, dtype, True), a, tokens, device), given.count)
     print(result.table)
     (out / "evaluation.md").write_text(result.table + "\n")
