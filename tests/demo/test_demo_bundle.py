@@ -12,6 +12,8 @@ import pytest
 
 from conf.schema import RandomShape
 from demo import bundle, model
+from demo.checkpoint import DEMO
+from demo.data import STOPS
 from engine.checkpoint import Architecture, CheckpointError
 from tests.harness import InProcess
 
@@ -68,6 +70,13 @@ def contents(cache):
 def start(shipped, cache, *words):
     return subprocess.Popen([sys.executable, "-c", MAKE, str(shipped), *words], text=True, cwd=ROOT,
                             stdout=subprocess.PIPE, env={**os.environ, "XDG_CACHE_HOME": str(cache.parent)})
+
+
+def test_what_ships_is_whole_and_of_the_demo_architecture():
+    w, tokens = bundle.unpacked(bundle.read(bundle.SHIPPED, bundle.digest_of(bundle.SHIPPED)))
+    expected = model.initial(DEMO, len(tokens) + 1, 0, "cpu")
+    assert {name: p.shape for name, p in w.items()} == {name: p.shape for name, p in expected.items()}
+    assert {*STOPS} <= {*tokens}
 
 
 def test_the_folder_is_made_once_and_served(shipped, cache):
