@@ -35,14 +35,17 @@ WARM_UP = 0.03  # of the time
 
 
 class Rows(IterableDataset):
-    """Endless packed rows, other ones in every worker."""
+    """Endless packed rows, other ones in every worker.
+
+    A worker makes the index itself: pickled it is larger than a pipe holds, and the workers would start one by one.
+    """
 
     def __init__(self, tokens: list[int], seed: int) -> None:
-        self.index, self.seed = index_of(tokens), seed
+        self.tokens, self.seed = tokens, seed
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
-        return rows(training(self.seed * 1000 + (worker.id if worker else 0)), self.index)
+        return rows(training(self.seed * 1000 + (worker.id if worker else 0)), index_of(self.tokens))
 
 
 class Muon:
@@ -172,7 +175,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--out", required=True, help="folder for the bundle, its hash and the evaluation")
     arguments.add_argument("--minutes", type=float, default=8, help="until the last step, preparations counted in")
     arguments.add_argument("--start", help="a bundle to train on from")
-    arguments.add_argument("--rows", type=int, default=128, help=f"of {ROW} tokens in a step")
+    arguments.add_argument("--rows", type=int, default=64, help=f"of {ROW} tokens in a step")
     arguments.add_argument("--rate", type=float, default=2e-3, help="Muon's highest learning rate")
     arguments.add_argument("--adam-rate", type=float, default=3e-3, help="AdamW's")
     arguments.add_argument("--balance", type=float, default=0.01, help="weight of the experts' unevenness in the loss")
