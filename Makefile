@@ -6,7 +6,7 @@ GPU := $(shell command -v nvidia-smi)
 RUNTIME := .$(if $(GPU),[hopper])
 TESTS := .[test$(if $(GPU),$(comma)hopper)]
 
-.PHONY: help install serve test gpu-test gpu-bench lint bench-host bench-http clean
+.PHONY: help install serve test gpu-test gpu-bench lint bench-host bench-http demo-train demo-eval clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -45,6 +45,12 @@ bench-host: $(BIN)/.tests ## host cost of a step, the model left out
 
 bench-http: $(BIN)/.tests ## tokens a second through the HTTP path, the engine faked
 	$(BIN)/python -m tests.bench_http
+
+demo-train: $(BIN)/.tests ## train the demo model anew on an H100, ten minutes: make demo-train ARGS="--out build/demo"
+	$(BIN)/python -m demo.train --minutes 10 --out build/demo $(ARGS)
+
+demo-eval: $(BIN)/.tests ## held-out questions to a running server: make demo-eval ARGS="--url http://127.0.0.1:8000"
+	$(BIN)/python -m demo.evaluate $(ARGS)
 
 clean: ## remove the virtual environment
 	rm -rf .venv *.egg-info

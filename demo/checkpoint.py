@@ -1,15 +1,10 @@
-"""Writes GPT-OSS checkpoints with random weights in the published layouts; keeps the demo model in the user's cache.
+"""Writes GPT-OSS checkpoints with random weights in the published layouts; holds the demo model's architecture.
 
 Knows which files a published checkpoint consists of. Does not know how they are read or which values are sensible:
 names, shapes and values come from `engine.checkpoint`.
 """
 
-import fcntl
-import hashlib
-import inspect
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,29 +87,3 @@ def write_checkpoint(folder: Path, a: Architecture, seed: int = 0,
                  "weight_map": {stored: file for file, held in files.items() for stored in held}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(config_json(a, layout), indent=2), encoding="utf-8")
-
-
-def demo_folder() -> Path:
-    """The folder of the demo model, written into the user's cache by the first who asks: about 220 MB.
-
-    Its name holds a hash of the recipe, so that a changed recipe never meets old files. It appears complete, by a
-    rename; the lock keeps other processes waiting until then, and dies with its holder, whose leftovers the next
-    holder removes.
-    """
-    recipe = f"{DEMO} {inspect.getsource(random_tensor)}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mini-vllm"
-    folder = cache / f"demo-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
-    if folder.is_dir():
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / f"{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.is_dir():
-            partial = cache / f"{folder.name}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            write_checkpoint(partial, DEMO)
-            for file in partial.iterdir():  # a rename may reach the disk before the data does
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
-            partial.rename(folder)
-    return folder

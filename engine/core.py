@@ -20,7 +20,7 @@ import zmq
 
 import kernels
 from conf.schema import PAGE_TOKENS, Config, ConfigError, Device, Weights
-from demo.checkpoint import demo_folder
+from demo.bundle import demo_folder
 from engine import checkpoint
 from engine.checkpoint import Architecture, CheckpointError, ModelWeights
 from engine.model import Model

@@ -38,14 +38,15 @@ def test_the_demo_model_answers_the_official_client():
     with Served().wait_ready() as server:
         client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
         assert [model.id for model in client.models.list()] == ["demo"]
-        messages = [{"role": "user", "content": "What is the capital of France?"}]
-        whole = client.chat.completions.create(model="demo", messages=messages, max_tokens=12, temperature=0)
-        assert whole.usage.completion_tokens == 12
-        parts = list(client.chat.completions.create(
-            model="demo", messages=messages, max_tokens=12, temperature=0, stream=True
-        ))
-        streamed = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
-        assert streamed == (whole.choices[0].message.content or "")
+        asked = {
+            "model": "demo", "messages": [{"role": "user", "content": "What is the capital of France?"}],
+            "temperature": 0, "max_tokens": 128,
+        }
+        (whole,) = client.chat.completions.create(**asked).choices
+        assert whole.finish_reason == "stop"
+        assert whole.message.content == "The capital of France is Paris."
+        parts = list(client.chat.completions.create(**asked, stream=True))
+        assert "".join(part.choices[0].delta.content or "" for part in parts if part.choices) == whole.message.content
 
 
 def test_ranks_hold_one_model_and_a_killed_one_ends_the_server(folder):

@@ -1,12 +1,9 @@
-"""Checkpoints: both layouts, sharding over ranks, random weights, what damage is said to be, the demo model's cache."""
+"""Checkpoints: both layouts, sharding over ranks, random weights, what damage is said to be."""
 
 import json
 import math
-import os
 import shutil
 import struct
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import demo.checkpoint
 from conf.schema import RandomShape
 from demo.checkpoint import config_json, write_checkpoint
 from engine.checkpoint import (
@@ -409,53 +405,3 @@ def test_a_path_that_is_no_checkpoint_is_an_error(tmp_path):
     for path, message in ((file, "found a file, expected a checkpoint folder"), (tmp_path, "found file, expected")):
         with pytest.raises(CheckpointError, match=message):
             load_one(path)
-
-
-# --- the demo model's cache
-
-WRITE_DEMO = """
-import sys, demo.checkpoint
-from conf.schema import RandomShape
-from engine.checkpoint import Architecture
-demo.checkpoint.DEMO = Architecture.from_random_shape(RandomShape(**{shape}))
-write = demo.checkpoint.write_checkpoint
-def reporting(*args):
-    print("writing", flush=True)
-    write(*args)
-    if {crash}: sys.exit("gone before the rename")
-demo.checkpoint.write_checkpoint = reporting
-print(demo.checkpoint.demo_folder())
-"""
-
-
-def start_writer(cache: Path, crash: bool = False) -> subprocess.Popen:
-    code = WRITE_DEMO.format(shape=repr(vars(SHAPE)), crash=crash)
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, "XDG_CACHE_HOME": str(cache)}, cwd=Path(__file__).parents[2])
-
-
-def test_two_servers_write_the_demo_model_once_whatever_a_crash_left(tmp_path):
-    crashed = start_writer(tmp_path, crash=True)
-    assert "gone before the rename" in crashed.communicate()[1]
-    (partial,) = (tmp_path / "mini-vllm").glob("*.partial")
-    resize(partial / "model.safetensors", 1000)
-    (partial / "leftover.safetensors").write_bytes(b"")
-
-    outputs = [process.communicate()[0].split() for process in [start_writer(tmp_path) for _ in range(2)]]
-    assert outputs[0][-1] == outputs[1][-1]
-    assert sorted(map(len, outputs)) == [1, 2]  # one wrote, the other waited
-    folder = Path(outputs[0][-1])
-    assert {entry.name for entry in folder.iterdir()} == {"config.json", "model.safetensors"}
-    assert not [*folder.parent.glob("*.partial")]
-    load_one(folder)
-
-
-def test_another_recipe_is_another_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folders = []
-    for experts in (4, 8, 4):
-        shape = RandomShape(**{**vars(SHAPE), "num_local_experts": experts})
-        monkeypatch.setattr(demo.checkpoint, "DEMO", Architecture.from_random_shape(shape))
-        folders.append(demo.checkpoint.demo_folder())
-    assert folders[0] == folders[2] != folders[1]
-    assert folders[0].parent == tmp_path / "mini-vllm"

@@ -1,0 +1,151 @@
+"""Examples to tokens: the server's own rendering, the split by hash, rows of packed documents, the vocabulary.
+
+What is learned of a conversation is the assistant's next message, its analysis and control tokens included.
+"""
+
+import hashlib
+import multiprocessing
+from collections.abc import Iterator
+from functools import cache, partial
+from itertools import islice
+from random import Random
+from typing import NamedTuple
+
+import numpy as np
+
+from demo import facts
+from demo.skills import Example, example, sentence
+from serve.harmony import CALL, CHANNEL, END, ENDOFTEXT, MESSAGE, RETURN, START, any_call_header, call_header, render
+from serve.text import FIRST_SPECIAL, VOCABULARY, Tokenizer
+
+ROW = 512  # tokens
+STOPS = (RETURN, CALL, ENDOFTEXT)
+HELD_OUT = 20  # one key in so many
+POOL = 512  # documents packed together
+
+tokenizer = cache(Tokenizer)
+
+
+class Document(NamedTuple):
+    """Token ids: what is given, and what is learned, its stop token included."""
+
+    prompt: list[int]
+    completion: list[int]
+
+
+def held_out(keys: tuple[str, ...]) -> bool:
+    """Whether an example rests on something that training never sees."""
+    return any(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest()) % HELD_OUT == 0 for key in keys)
+
+
+def document(e: Example) -> Document:
+    """As the server would render it, on the example's date."""
+    t = tokenizer()
+    if e.text[0]:
+        return Document(t.encode(e.text[0]), [*t.encode(e.text[1]), ENDOFTEXT])
+    prompt = render(e.turns, e.effort, e.today, t, 10 * ROW, e.functions)
+    assistant, completion = t.encode("assistant"), []
+    if e.analysis:
+        completion = [CHANNEL, *t.encode("analysis"), MESSAGE, *t.encode(e.analysis), END, START, *assistant]
+    if not e.call:
+        return Document(prompt, [*completion, CHANNEL, *t.encode("final"), MESSAGE, *t.encode(e.final), RETURN])
+    header = call_header(t, e.call.name)
+    if not e.analysis:  # a call was demanded: its header stands in the prompt
+        begun = any_call_header(t)
+        prompt, header = prompt + begun, header[len(begun):]
+    return Document(prompt, [*completion, *header, *t.encode(e.call.arguments), CALL])
+
+
+def junk(rng: Random) -> str:
+    """Words of any language and kind, by tokens."""
+    t = tokenizer()
+    tokens = [rng.randrange(FIRST_SPECIAL) for _ in range(rng.randint(1, 4))]
+    return b"".join(map(t.token_bytes, tokens)).decode("utf-8", "ignore").strip() or "?"
+
+
+def training(seed: int, with_junk: bool = True) -> Iterator[Document]:
+    """Documents without end, the same for the same seed."""
+    rng = Random(seed)
+    while True:
+        e = example(rng, partial(junk, rng) if with_junk else None)
+        if not held_out(e.keys + e.before):
+            made = document(e)
+            if len(made.prompt) + len(made.completion) <= ROW:
+                yield made
+
+
+def evaluation(skill: str, count: int, seed: int = 0) -> list[Example]:
+    """Examples of one of SKILLS that each ask for something held out, all different; fewer than `count` if rare."""
+    rng, found, seen = Random(f"{skill} {seed}"), [], set()
+    for _ in range(2000 * count):
+        e = example(rng, None, "tools" if skill.startswith("tool") else skill)
+        if e.skill == skill and held_out(e.keys) and str(e) not in seen:
+            made = document(e)
+            if len(made.prompt) + len(made.completion) <= ROW:
+                seen.add(str(e))
+                found.append(e)
+        if len(found) == count:
+            break
+    return found
+
+
+def rows(documents: Iterator[Document], index: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Packed rows without end: compact tokens, document numbers, and whether a token is learned; [ROW] each.
+
+    `index`: compact token by token. A pool of documents goes into rows, the longest first, each where it fits first.
+    """
+    while True:
+        pool = sorted((next(documents) for _ in range(POOL)), key=lambda d: -len(d.prompt) - len(d.completion))
+        bins: list[list[Document]] = []
+        room: list[int] = []
+        for made in pool:
+            size = len(made.prompt) + len(made.completion)
+            place = next((n for n, free in enumerate(room) if free >= size), len(bins))
+            if place == len(bins):
+                bins.append([])
+                room.append(ROW)
+            bins[place].append(made)
+            room[place] -= size
+        for held in bins:
+            tokens, numbers, learned = np.zeros(ROW, np.int16), np.full(ROW, -1, np.int16), np.zeros(ROW, bool)
+            at = 0
+            for number, (prompt, completion) in enumerate(held):
+                middle, end = at + len(prompt), at + len(prompt) + len(completion)
+                tokens[at:end] = index[prompt + completion]
+                numbers[at:end], learned[middle:end] = number, True
+                at = end
+            yield tokens, numbers, learned
+
+
+def _tokens_of(seed: int, count: int) -> set[int]:
+    return {token for made in islice(training(seed, with_junk=False), count) for part in made for token in part}
+
+
+def vocabulary(count: int = 60000) -> list[int]:
+    """The tokens that have rows of their own, in order: those of all closed lists and of `count` conversations."""
+    t = tokenizer()
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    texts = [f"{n:0{digits}}" for digits in (1, 2, 3) for n in range(10**digits)]
+    texts += [form.format(c) for c in letters for form in ("{}", " {}", "-{}", "{}'s", '"{}')]
+    texts += [*" .,:;?!'\"()-+*/=<>°%$#&\n×÷−", "\n\n", *(f" {sign}" for sign in "→×÷-+*/=−")]
+    texts += [form.format(w) for w in facts.WORDS for form in ("{}", " {}", '"{}"', "-{}", "{}s", " {}s")]
+    names = [part for c in facts.countries() for part in (*c, c.name.removeprefix("the "))]
+    for name in [*names, *facts.CITIES, *facts.NAMES, *facts.COLORS, *facts.ANIMALS, *facts.DAYS, *facts.MONTHS]:
+        texts += [name, f" {name}", f'"{name}"', f"{name}'s", name.lower(), f" {name.lower()}", sentence(name)]
+    found = {START, END, MESSAGE, CHANNEL, RETURN, CALL, ENDOFTEXT}
+    for text in texts:
+        found.update(t.encode(text))
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        parts = pool.starmap(_tokens_of, [(1000 + n, count // 32) for n in range(32)])
+    found.update(*parts)
+    spare = iter(sorted({*range(VOCABULARY)} - found))
+    while (len(found) + 1) % 64:  # with the row for all others a size that matrix products like
+        found.add(next(spare))
+    return sorted(found)
+
+
+def index_of(tokens: list[int]) -> np.ndarray:
+    """Compact token by token; the last one for all that have no row."""
+    index = np.full(VOCABULARY, len(tokens), np.int32)
+    index[tokens] = np.arange(len(tokens))
+    return index

@@ -1,0 +1,3 @@
+from tests.serve.conftest import serve
+
+__all__ = ["serve"]
