@@ -9,7 +9,7 @@ from demo.evaluate import read, right
 from demo.skills import SKILLS
 from tests.engine.test_model import theirs
 from tests.harness import InProcess
-from tests.test_server import Served
+from tests.served import Served
 
 EACH = 2  # examples of a skill
 TIE = 0.25  # between logits that are as good as equal: two steps of bfloat16 at their size

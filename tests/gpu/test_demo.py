@@ -1,0 +1,32 @@
+"""The quality gate on a GPU: the shipped demo model, through the Hopper kernels and their graphs, answers as trained."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from demo.bundle import demo_folder
+from demo.data import STOPS, document, evaluation
+from demo.evaluate import read, right
+from demo.skills import SKILLS
+from kernels import hopper
+from tests.harness import InProcess
+
+pytestmark = pytest.mark.gpu
+EACH = 40  # held-out examples of a skill
+
+
+def test_answers_to_held_out_questions_are_right():
+    examples = [e for skill in SKILLS for e in evaluation(skill, EACH)]
+    engine = InProcess(
+        demo_folder(), dtype=torch.bfloat16, device=torch.device("cuda"), ops=hopper, poison=False,
+        decode_rows=(1, 2, 4, 8, 16, 32, 64), prefill_tokens=(64, 256, 1024), sequences=16, pages=700,
+    )
+    said = engine.generate(*(document(e).prompt for e in examples), max_tokens=400, stop_token_ids=STOPS)
+    answers = [read(e, tokens) for e, tokens in zip(examples, said, strict=True)]
+    assert all(answer.valid for answer in answers)
+    asked, good = Counter(e.skill for e in examples), Counter()
+    for e, answer in zip(examples, answers, strict=True):
+        good[e.skill] += right(e, answer)
+    assert good.total() >= 0.97 * len(examples), good
+    assert all(good[skill] >= 0.8 * asked[skill] for skill in asked), good
