@@ -1,4 +1,4 @@
-"""The quality gate on a GPU: the shipped demo model, through the Hopper kernels and their graphs, answers as trained."""
+"""The quality gate on a GPU: the shipped demo model answers as trained, by the Hopper kernels through their graphs."""
 
 from collections import Counter
 
