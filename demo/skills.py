@@ -11,7 +11,7 @@ from random import Random
 from typing import Any
 
 from demo import facts, phrases, tools
-from demo.sums import divide_steps, number, operand_key, operands, spaced, times_digit_steps, work
+from demo.sums import count_steps, divide_steps, number, operand_key, operands, spaced, times_digit_steps, work
 from serve.harmony import Call, Function, Turn
 
 EFFORTS = ("low", "medium", "high")
@@ -261,18 +261,19 @@ def units(rng: Random) -> Task:
     if rng.random() < 0.12:
         return temperature(rng)
     big, small, factor = rng.choice(facts.UNITS)
-    count = number(rng, 1, digits=2 if factor in (24, 12, 16) else 3)
+    back = rng.random() < 0.4  # to the larger unit
+    count = number(rng, 1, digits=2 if back or factor in (24, 12, 16) else 3)
+    if rng.random() < 0.08:
+        count = 1
     zeros = {10: "0", 100: "0 0", 1000: "0 0 0"}.get(factor)
-    if rng.random() < 0.3:  # back to the larger unit
-        count = number(rng, 1, digits=2)
+    if back:
         amount, source, target, result = count * factor, small, big, count
         if zeros:
             steps = f"{spaced(amount)} without {zeros}: {spaced(count)} = {count}."
         elif factor < 10:
             steps = f"{divide_steps(amount, factor)} = {count}."
         else:
-            tens, ones = count // 10 * 10, count % 10
-            steps = f"{factor}*{tens}={factor * tens}, {factor}*{ones}={factor * ones}; {count}."
+            steps = f"{count_steps(amount, factor)}."
     else:
         amount, source, target, result = count, big, small, count * factor
         if zeros:
@@ -286,9 +287,10 @@ def units(rng: Random) -> Task:
         names = facts.SYMBOLS[source], facts.SYMBOLS[target]
     question = rng.choice(phrases.CONVERT).format(a=amount, u=names[0], v=names[1])
     short = counted(result, target)
-    return Task(question, f"The user wants {amount} {source} in {target}.",
-                f"{counted(1, big)} = {factor} {small}. {steps}", f"{counted(amount, source)} = {short}",
-                f"units {source} {target} {amount}", short)
+    asked = counted(amount, source)
+    key = question if amount == 1 else str(amount)  # one of a unit is a word of its own: never kept apart altogether
+    return Task(question, f"The user wants {asked} in {target}.", f"{counted(1, big)} = {factor} {small}. {steps}",
+                f"{asked} = {short}", f"units {source} {target} {key}", short)
 
 
 def temperature(rng: Random) -> Task:

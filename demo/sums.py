@@ -61,6 +61,20 @@ def divide_steps(a: int, digit: int) -> str:
     return f"{', '.join(steps)}; {spaced(digits)}"
 
 
+def count_steps(a: int, b: int) -> str:
+    """How often b, of two digits, goes into a, a multiple of up to 99 times: counted up in tens, then in ones."""
+    tens, ones = divmod(a // b, 10)
+    passed = [f"{10 * n}:{10 * n * b}" for n in range(1, tens + (ones > 0) + 1)]
+    if not ones:
+        return f"{' '.join(passed)}; {10 * tens}"
+    steps, end = f"{' '.join(passed)} > {a}.", str(ones)
+    if tens:
+        most = 10 * tens * b
+        steps += f" {a}-{most}: {subtract_steps(a, most)} = {a - most}."
+        end = f"{10 * tens}+{ones}={a // b}"
+    return f"{steps} {' '.join(f'{n}:{n * b}' for n in range(1, ones + 1))}; {end}"
+
+
 def work(a: int, op: str, b: int) -> tuple[str, str]:
     """Steps and result of a op b, both from 0. A product has a factor below 100, a divisor is a digit."""
     if op == "+":

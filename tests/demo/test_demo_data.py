@@ -6,7 +6,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from demo import skills
+from demo import skills, sums
 from demo.data import ROW, STOPS, document, evaluation, held_out, index_of, rows, tokenizer, training
 from demo.evaluate import read, right
 from demo.skills import SKILLS, example
@@ -77,6 +77,19 @@ def test_the_work_shown_is_correct(seed):
             seen += 1
             assert {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[op] == int(c), e.analysis
     assert seen > 100
+
+
+def test_units_are_counted_up_to_the_quotient():
+    """Back to a larger unit, every quotient below 100: each multiple is right, and no more of them than needed."""
+    for b in (12, 16, 24, 60):
+        for quotient in range(1, 100):
+            steps = sums.count_steps(quotient * b, b)
+            passed = [(int(n), int(product)) for n, product in re.findall(r"(\d+):(\d+)", steps)]
+            assert all(n * b == product for n, product in passed)
+            tens, ones = divmod(quotient, 10)
+            wanted = [*range(10, 10 * (tens + (ones > 0)) + 1, 10), *range(1, ones + 1)]
+            assert [n for n, _ in passed] == wanted
+            assert re.split("[; =]", steps)[-1] == str(quotient)
 
 
 def test_rows_hold_whole_documents_and_learn_completions_only():
