@@ -15,10 +15,11 @@ export REGISTRY_PASSWORD_COMMAND="${REGISTRY_PASSWORD_COMMAND-aws ecr get-login-
 export NAMESPACE="${NAMESPACE:-hyperpod-ns-inference}"
 export NODE_SELECTOR="${NODE_SELECTOR-node.kubernetes.io/instance-type=ml.p5.48xlarge}"
 
-# The checkpoints: a persistent volume claim, mounted read-only at /mnt/fsx, and a folder below that.
+# The checkpoints: a persistent volume claim, mounted read-only at /mnt/fsx, and a folder below that which has one for
+# each model. MODEL_PATH, where it is set, is a checkpoint that lies elsewhere.
 export MODEL="${MODEL:-gpt-oss-20b}" # or gpt-oss-120b
 export MODEL_CLAIM="${MODEL_CLAIM:-fsx-claim}"
-export MODEL_PATH="${MODEL_PATH:-/mnt/fsx/inference/models/${MODEL}}"
+export MODEL_FOLDER="${MODEL_FOLDER:-/mnt/fsx/inference/models}"
 
 # The builder in the cluster; it needs no GPU.
 export BUILD_NAMESPACE="${BUILD_NAMESPACE:-${NAMESPACE}}"

@@ -49,7 +49,7 @@ selector() {
 # The overlay with this environment's values, to $work/manifest.yaml.
 render() {
     local variable tag selected
-    for variable in REGISTRY REPOSITORY MODEL MODEL_PATH MODEL_CLAIM; do
+    for variable in REGISTRY REPOSITORY MODEL MODEL_FOLDER MODEL_CLAIM; do
         [[ -n ${!variable:-} ]] || fail "$variable is not set: source deploy/aws/credentials.sh and deploy/aws/env.sh first"
     done
     [[ -z ${AUTOSCALE:-} || -z ${REPLICAS:-} ]] || fail "AUTOSCALE and REPLICAS: the autoscaler decides, or you"
@@ -67,7 +67,7 @@ configMapGenerator:
   - name: mini-vllm-gptoss
     namespace: hyperpod-ns-inference
     behavior: merge
-    literals: ["MODEL=$MODEL", "MODEL_PATH=$MODEL_PATH"]
+    literals: ["MODEL=$MODEL", "MODEL_PATH=${MODEL_PATH:-$MODEL_FOLDER/$MODEL}"]
 patches:
   - target: {kind: Deployment}
     patch: |-

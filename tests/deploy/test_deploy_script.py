@@ -81,6 +81,16 @@ def test_every_value_gives_way_to_the_environment(workplace):
 
 
 @needs_kubectl
+def test_another_model_after_sourcing_takes_its_own_checkpoint_and_a_path_may_lie_elsewhere(workplace):
+    two_pods(workplace)
+    assert workplace.sourced("MODEL=gpt-oss-120b ./deploy/scripts/deploy.sh tp2").returncode == 0
+    data = applied(workplace)["ConfigMap"]["data"]
+    assert data["MODEL_PATH"] == "/mnt/fsx/inference/models/gpt-oss-120b"
+    assert workplace.sourced("./deploy/scripts/deploy.sh tp2", MODEL_PATH="/mnt/fsx/tuned").returncode == 0
+    assert any("MODEL_PATH: /mnt/fsx/tuned" in record.get("manifest", "") for record in workplace.records)
+
+
+@needs_kubectl
 def test_no_selector_means_any_node(workplace):
     two_pods(workplace)
     assert workplace.sourced("./deploy/scripts/deploy.sh tp2", NODE_SELECTOR="").returncode == 0

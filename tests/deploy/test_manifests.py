@@ -118,6 +118,7 @@ def test_the_servers_arguments_are_ones_that_it_takes(tp):
     assert shown.returncode == 0, shown.stderr
     config = yaml.safe_load(shown.stdout)
     assert config["tp"] == tp
+    assert config["kernels"]["device"] == "cuda"
     assert config["model"]["path"] == values["MODEL_PATH"]
     assert config["server"]["port"] == server_of(objects)["ports"][0]["containerPort"]
 
