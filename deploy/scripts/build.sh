@@ -23,8 +23,15 @@ fail() {
     exit 1
 }
 
+# Written for bash 3.2 too, which macOS has.
+say() {
+    printf '+'
+    printf ' %q' "$@"
+    printf '\n'
+}
+
 run() {
-    printf '+ %s\n' "${*@Q}"
+    say "$@"
     [[ -n $dry_run ]] || "$@"
 }
 
@@ -43,7 +50,7 @@ done
 ((${#stages[@]})) || { usage >&2 && fail "which stage?"; }
 
 [[ -n ${REPOSITORY:-} ]] || fail "REPOSITORY is not set: source deploy/aws/env.sh first"
-[[ -n ${REGISTRY:-} ]] || fail "REGISTRY is not set: AWS_ACCOUNT_ID belongs in deploy/aws/credentials.sh, to be sourced before env.sh"
+[[ -n ${REGISTRY:-} ]] || fail "REGISTRY is not set: fill in and source deploy/aws/credentials.sh, then deploy/aws/env.sh"
 image=$REGISTRY/$REPOSITORY
 
 cd "$(dirname "$0")/../.."
@@ -56,7 +63,7 @@ version=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
 if [[ -n ${REGISTRY_PASSWORD_COMMAND:-} ]]; then
     login=(docker login --username "${REGISTRY_USER:-}" --password-stdin "$REGISTRY")
-    printf '+ %s | %s\n' "$REGISTRY_PASSWORD_COMMAND" "${login[*]@Q}"
+    echo "+ $REGISTRY_PASSWORD_COMMAND | ${login[*]}"
     if [[ -z $dry_run ]]; then
         password=$(bash -c "$REGISTRY_PASSWORD_COMMAND") || fail "no password for $REGISTRY: see above"
         "${login[@]}" <<<"$password" || fail "cannot log in to $REGISTRY"
@@ -98,4 +105,4 @@ for stage in "${stages[@]}"; do
     fi
     run docker buildx build "${arguments[@]}" . || fail "the stage $stage was not built"
 done
-[[ -n $dry_run || ${stages[-1]} != server ]] || echo "pushed $image:$tag"
+[[ -n $dry_run || ${stages[${#stages[@]} - 1]} != server ]] || echo "pushed $image:$tag"

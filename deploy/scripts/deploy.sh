@@ -39,7 +39,7 @@ k() {
 selector() {
     local pair out=''
     IFS=, read -ra pairs <<<"$1"
-    for pair in "${pairs[@]}"; do
+    for pair in ${pairs[@]+"${pairs[@]}"}; do # an empty list is unset to bash 3.2
         [[ $pair == ?*=* ]] || fail "NODE_SELECTOR: got '$pair', allowed: label=value, several with commas"
         out+="${out:+, }\"${pair%%=*}\": \"${pair#*=}\""
     done

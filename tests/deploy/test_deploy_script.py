@@ -1,6 +1,10 @@
 """deploy/scripts/deploy.sh: exactly what it asks of the cluster, and what it says when that fails."""
 
 import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import yaml
@@ -145,6 +149,29 @@ def test_a_pod_that_is_not_ready_is_named_and_is_a_failure(workplace):
     assert done.returncode == 1
     assert "pod-a: {" in done.stdout
     assert "pod-b: not ready: draining" in done.stdout
+
+
+@pytest.mark.parametrize("status", [200, 503])
+def test_the_question_for_a_pods_health_is_answered_by_its_server(workplace, status):
+    workplace.answer("get pods", "jsonpath", output="pod-a")
+    assert workplace.sourced("./deploy/scripts/deploy.sh tp2 status").returncode == 0
+    (question,) = [record["call"][-1] for record in workplace.records if "exec" in record["call"]]
+
+    class Pod(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status if self.path == "/health/ready" else 404)
+            self.end_headers()
+            self.wfile.write(b"what it says")
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Pod) as pod:
+        threading.Thread(target=pod.handle_request, daemon=True).start()
+        done = subprocess.run([sys.executable, "-c", question.replace("8000", str(pod.server_port))],
+                              capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == (0 if status == 200 else 1)
+    assert (done.stdout + done.stderr).strip() == "what it says"
 
 
 @needs_kubectl
