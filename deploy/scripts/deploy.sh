@@ -86,8 +86,10 @@ END
     kubectl kustomize "$work/k8s" >"$work/manifest.yaml" || fail "the manifests do not render"
 }
 
+# Names of the pods that are to serve: one that is being replaced drains, and says so, for a while yet.
 pods() {
-    k get pods --selector "app=$name" --output 'jsonpath={range .items[*]}{.metadata.name}{"\n"}{end}'
+    k get pods --selector "app=$name" --output \
+        'go-template={{range .items}}{{if not .metadata.deletionTimestamp}}{{.metadata.name}}{{"\n"}}{{end}}{{end}}'
 }
 
 # What each pod's server says of itself, asked from inside: the network policy need not let us in.

@@ -1,5 +1,6 @@
 """deploy/scripts/deploy.sh: exactly what it asks of the cluster, and what it says when that fails."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ needs_kubectl = pytest.mark.skipif(not shutil.which("kubectl"), reason="no kubec
 
 
 def two_pods(workplace):
-    workplace.answer("get pods", "jsonpath", output="pod-a\npod-b")
+    workplace.answer("get pods", "go-template", output="pod-a\npod-b")
 
 
 def applied(workplace):
@@ -42,7 +43,7 @@ def test_apply_waits_for_the_rollout_and_prints_each_pods_health(workplace, line
         f"{K} get secret mini-vllm-api-keys", f"{K} apply", f"{K} rollout status deployment/{NAME} --timeout=900s",
         workplace.calls[4], f"{K} exec pod-a --", f"{K} exec pod-b --",
     ]
-    assert workplace.calls[4].startswith(f"{K} get pods --selector app={NAME} --output jsonpath=")
+    assert workplace.calls[4].startswith(f"{K} get pods --selector app={NAME} --output go-template=")
     assert done.stdout.strip().splitlines()[-2:] == ['pod-a: {"status":"ready"}', 'pod-b: {"status":"ready"}']
 
 
@@ -151,9 +152,25 @@ def test_a_pod_that_is_not_ready_is_named_and_is_a_failure(workplace):
     assert "pod-b: not ready: draining" in done.stdout
 
 
+@needs_kubectl
+@pytest.mark.parametrize(("pod", "asked"), [
+    ({"name": "pod-a"}, "pod-a"), ({"name": "pod-b", "deletionTimestamp": "2026-01-01T00:00:00Z"}, ""),
+])
+def test_a_pod_that_is_being_replaced_is_not_asked(workplace, tmp_path, pod, asked):
+    workplace.sourced("./deploy/scripts/deploy.sh tp2 status")
+    template = workplace.records[2]["call"][-1]
+    one = template.replace("{{range .items}}", "").replace("{{end}}{{end}}", "{{end}}")  # kubectl has no list offline
+    assert one != template
+    (tmp_path / "pod.json").write_text(json.dumps({"apiVersion": "v1", "kind": "Pod", "metadata": pod}))
+    done = subprocess.run(["kubectl", "label", "--local", "-f", tmp_path / "pod.json", "a=b", "--output", one],
+                          capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == asked
+
+
 @pytest.mark.parametrize("status", [200, 503])
 def test_the_question_for_a_pods_health_is_answered_by_its_server(workplace, status):
-    workplace.answer("get pods", "jsonpath", output="pod-a")
+    workplace.answer("get pods", "go-template", output="pod-a")
     assert workplace.sourced("./deploy/scripts/deploy.sh tp2 status").returncode == 0
     (question,) = [record["call"][-1] for record in workplace.records if "exec" in record["call"]]
 
@@ -215,7 +232,7 @@ def test_status_shows_deployment_pods_and_health(workplace):
 
 @pytest.mark.parametrize(("words", "said"), [
     (("get deployment",), "is not deployed"),
-    (("get pods", "jsonpath"), "cannot list the pods"),
+    (("get pods", "go-template"), "cannot list the pods"),
 ])
 def test_status_fails_where_there_is_nothing_to_show(workplace, words, said):
     workplace.answer(*words, status=1)
