@@ -253,6 +253,12 @@ def stored_names(specs: dict[str, TensorSpec], hugging_face: bool) -> dict[str, 
     return {name: (name, 0) if hugging_face else (spec.original, spec.row) for name, spec in specs.items()}
 
 
+def expert_blocks(a: Architecture, rank: int, tp: int) -> tuple[int, int]:
+    """A rank's blocks of intermediate columns, first and last + 1. Equal where there are fewer blocks than ranks."""
+    blocks = a.intermediate // BLOCK
+    return rank * blocks // tp, (rank + 1) * blocks // tp
+
+
 def assemble(a: Architecture, rank: int, tp: int, device: torch.device | str, dtype: torch.dtype,
              read: Read) -> ModelWeights:
     """Cut one rank's weights out of the full tensors that `read` gives; every tensor is asked for once at most."""
@@ -261,7 +267,7 @@ def assemble(a: Architecture, rank: int, tp: int, device: torch.device | str, dt
             raise _mismatch("tp", found=tp, expected=f"a divisor of {field} = {count}")
     specs = tensor_specs(a)
     heads, kv_heads, vocab = a.heads // tp, a.kv_heads // tp, math.ceil(a.vocab / tp)  # of one rank
-    first, last = (n * (a.intermediate // BLOCK) // tp for n in (rank, rank + 1))  # its blocks of intermediate columns
+    first, last = expert_blocks(a, rank, tp)
 
     def cut(name: str, kind: torch.dtype = dtype, dim: int = 0, part: range | None = None,
             held: int | None = None) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """CUDA C++ to cubins for sm_90a, cached by content; and how they are launched.
 
-Compiles with nvcc where there is one, with NVRTC where there is not. A cubin is named by a hash of everything that
-went into it and published by a rename, so that ranks and servers may build at once. Launches go straight to the driver
-on torch's current stream: kernels are launched only while a graph is captured, so this path need not be fast.
+Compiles with nvcc where there is one, with NVRTC where there is not, and not at all what was compiled ahead of time
+(`python -m engine.ahead`). A cubin is named by a hash of everything that went into it and published by a rename, so
+that ranks and servers may build at once. Launches go straight to the driver on torch's current stream: kernels are
+launched only while a graph is captured, so this path need not be fast.
 """
 
 import ctypes
@@ -20,6 +21,7 @@ import torch
 
 ARCHITECTURE = "90a"  # Hopper, with wgmma and setmaxnreg
 OPTIONS = ("-std=c++17", "-O3")
+AHEAD = Path(__file__).with_name("cubins")  # what was compiled ahead of time; an image has it, a checkout does not
 UNASKED_SHARED, MOST_SHARED = 48 * 1024, 227 * 1024  # bytes of shared memory a block may have without and with asking
 
 Argument = torch.Tensor | int | float | None
@@ -110,20 +112,48 @@ def _module(source: Path, defines: tuple[tuple[str, int], ...], device: int) -> 
 
 
 def cubin(source: Path, defines: Mapping[str, int]) -> bytes:
-    """Compile, or take from the cache. Raises BuildError."""
-    options = [*OPTIONS, *(f"-D{name}={value}" for name, value in sorted(defines.items()))]
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    compiler = _version(nvcc) if nvcc else "nvrtc"
-    parts = [source.read_text(), *options, ARCHITECTURE, compiler]
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-    cached = cache_folder() / f"{source.stem}-{key}.cubin"
+    """What was compiled ahead, or is in the cache, or is compiled now. Raises BuildError."""
+    ahead = AHEAD / _name(source, defines)  # by any compiler: a machine that has them needs none
+    if ahead.exists():
+        return ahead.read_bytes()
+    nvcc = _find_nvcc()
+    cached = cache_folder() / _name(source, defines, _version(nvcc) if nvcc else "nvrtc")
     if not cached.exists():
-        made = _nvcc(nvcc, source, options) if nvcc else _nvrtc(source, options)
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as file:
-            file.write(made)
-        os.replace(file.name, cached)
+        options = _options(defines)
+        _publish(_nvcc(nvcc, source, options) if nvcc else _nvrtc(source, options), cached)
     return cached.read_bytes()
+
+
+def compile_ahead(source: Path, defines: Mapping[str, int], folder: Path) -> Path:
+    """Compile with nvcc into `folder`, under the name by which `cubin` looks in AHEAD. Raises BuildError."""
+    nvcc = _find_nvcc()
+    if not nvcc:
+        raise BuildError("kernels are compiled ahead of time with nvcc, and none was found")
+    made = folder / _name(source, defines)
+    _publish(_nvcc(nvcc, source, _options(defines)), made)
+    return made
+
+
+def _find_nvcc() -> str | None:
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def _options(defines: Mapping[str, int]) -> list[str]:
+    return [*OPTIONS, *(f"-D{name}={value}" for name, value in sorted(defines.items()))]
+
+
+def _name(source: Path, defines: Mapping[str, int], *compiler: str) -> str:
+    parts = [source.read_text(), *_options(defines), ARCHITECTURE, *compiler]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    return f"{source.stem}-{key}.cubin"
+
+
+def _publish(made: bytes, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(made)
+    os.chmod(file.name, 0o644)  # an image's are read by another user than made them
+    os.replace(file.name, path)
 
 
 def cache_folder() -> Path:

@@ -1,0 +1,28 @@
+# Where to build and where to deploy: source this, after credentials.sh. Every value gives way to one already in the
+# environment. What is particular to AWS is here and nowhere else; another cloud needs a file like this one.
+# shellcheck shell=bash
+
+export AWS_REGION="${AWS_REGION:-us-east-1}"
+export AWS_ACCOUNT_ID="${AWS_ACCOUNT_ID:-}" # twelve digits; credentials.sh has it
+
+# The registry, and how to log in to it: a command that prints the password. Empty: already logged in.
+export REGISTRY="${REGISTRY:-${AWS_ACCOUNT_ID:+${AWS_ACCOUNT_ID}.dkr.ecr.${AWS_REGION}.amazonaws.com}}"
+export REPOSITORY="${REPOSITORY:-mini-vllm}"
+export REGISTRY_USER="${REGISTRY_USER-AWS}"
+export REGISTRY_PASSWORD_COMMAND="${REGISTRY_PASSWORD_COMMAND-aws ecr get-login-password --region ${AWS_REGION}}"
+
+# Where the server runs. Selectors: label=value, several with commas; empty for any node.
+export NAMESPACE="${NAMESPACE:-hyperpod-ns-inference}"
+export NODE_SELECTOR="${NODE_SELECTOR-node.kubernetes.io/instance-type=ml.p5.48xlarge}"
+
+# The checkpoints: a persistent volume claim, mounted read-only at /mnt/fsx, and a folder below that which has one for
+# each model. MODEL_PATH, where it is set, is a checkpoint that lies elsewhere.
+export MODEL="${MODEL:-gpt-oss-20b}" # or gpt-oss-120b
+export MODEL_CLAIM="${MODEL_CLAIM:-fsx-claim}"
+export MODEL_FOLDER="${MODEL_FOLDER:-/mnt/fsx/inference/models}"
+
+# The builder in the cluster; it needs no GPU.
+export BUILD_NAMESPACE="${BUILD_NAMESPACE:-${NAMESPACE}}"
+export BUILD_NODE_SELECTOR="${BUILD_NODE_SELECTOR-}"
+export BUILD_CPU="${BUILD_CPU:-8}"
+export BUILD_MEMORY="${BUILD_MEMORY:-32Gi}"

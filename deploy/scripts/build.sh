@@ -1,0 +1,108 @@
+#!/usr/bin/env bash
+# Build stages of deploy/Dockerfile with docker buildx, keep them in the registry's cache, and push the server's image.
+set -euo pipefail
+
+usage() {
+    cat <<'END'
+usage: build.sh essentials|cuda|server|all [--local] [--allow-dirty] [--dry-run]
+
+  essentials     Python, torch and the other dependencies, into the registry's cache
+  cuda           the compiled kernels, likewise
+  server         the image, tagged with the commit and pushed; the other stages come from the cache
+  all            the three of them in turn
+  --local        build with this machine's Docker, not in the cluster
+  --allow-dirty  build what is not committed too; the tag then ends in -dirty
+  --dry-run      print the commands, run none
+
+Settings come from the environment: source deploy/aws/env.sh first.
+END
+}
+
+fail() {
+    echo "build.sh: $*" >&2
+    exit 1
+}
+
+# Written for bash 3.2 too, which macOS has.
+say() {
+    printf '+'
+    printf ' %q' "$@"
+    printf '\n'
+}
+
+run() {
+    say "$@"
+    [[ -n $dry_run ]] || "$@"
+}
+
+stages=() where=cluster allow_dirty='' dry_run=''
+for argument in "$@"; do
+    case $argument in
+        essentials | cuda | server) stages+=("$argument") ;;
+        all) stages+=(essentials cuda server) ;;
+        --local) where=local ;;
+        --allow-dirty) allow_dirty=1 ;;
+        --dry-run) dry_run=1 ;;
+        -h | --help) usage && exit ;;
+        *) usage >&2 && fail "unknown argument: $argument" ;;
+    esac
+done
+((${#stages[@]})) || { usage >&2 && fail "which stage?"; }
+
+[[ -n ${REPOSITORY:-} ]] || fail "REPOSITORY is not set: source deploy/aws/env.sh first"
+[[ -n ${REGISTRY:-} ]] || fail "REGISTRY is not set: fill in and source deploy/aws/credentials.sh, then deploy/aws/env.sh"
+image=$REGISTRY/$REPOSITORY
+
+cd "$(dirname "$0")/../.."
+tag=$(git rev-parse --short=12 HEAD)
+if [[ -n $(git status --porcelain) ]]; then
+    [[ -n $allow_dirty ]] || fail "the working tree has changes that no commit holds: commit them, or pass --allow-dirty"
+    tag+=-dirty
+fi
+version=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+
+if [[ -n ${REGISTRY_PASSWORD_COMMAND:-} ]]; then
+    login=(docker login --username "${REGISTRY_USER:-}" --password-stdin "$REGISTRY")
+    echo "+ $REGISTRY_PASSWORD_COMMAND | ${login[*]}"
+    if [[ -z $dry_run ]]; then
+        password=$(bash -c "$REGISTRY_PASSWORD_COMMAND") || fail "no password for $REGISTRY: see above"
+        "${login[@]}" <<<"$password" || fail "cannot log in to $REGISTRY"
+    fi
+fi
+
+if [[ $where == local ]]; then
+    builder=mini-vllm-local
+    create=(docker buildx create --name "$builder" --driver docker-container)
+else
+    builder=mini-vllm
+    create=(
+        docker buildx create --name "$builder" --driver kubernetes
+        --driver-opt "namespace=${BUILD_NAMESPACE:?source deploy/aws/env.sh first}"
+        --driver-opt "requests.cpu=${BUILD_CPU:-8}" --driver-opt "requests.memory=${BUILD_MEMORY:-32Gi}"
+    )
+    # An option is a line of comma-separated values: what holds commas of its own needs quotes.
+    [[ -z ${BUILD_NODE_SELECTOR:-} ]] || create+=(--driver-opt "\"nodeselector=$BUILD_NODE_SELECTOR\"")
+fi
+if [[ -n $dry_run ]]; then
+    echo "# unless there is a builder of that name:"
+    run "${create[@]}"
+elif ! docker buildx inspect "$builder" >/dev/null 2>&1; then
+    run "${create[@]}" || fail "cannot create the builder $builder"
+fi
+
+for stage in "${stages[@]}"; do
+    arguments=(--builder "$builder" --platform linux/amd64 --file deploy/Dockerfile --target "$stage")
+    for cached in essentials cuda server; do
+        arguments+=(--cache-from "type=registry,ref=$image:cache-$cached")
+        [[ $cached != "$stage" ]] || break
+    done
+    # Some registries take a cache only in the shape of an image.
+    arguments+=(--cache-to "type=registry,ref=$image:cache-$stage,mode=max,image-manifest=true,oci-mediatypes=true")
+    if [[ $stage == server ]]; then
+        arguments+=(--build-arg "REVISION=$tag" --build-arg "VERSION=$version" --tag "$image:$tag" --push)
+    else
+        arguments+=(--output type=cacheonly)
+    fi
+    run docker buildx build "${arguments[@]}" . || fail "the stage $stage was not built"
+done
+[[ -n $dry_run || ${stages[${#stages[@]} - 1]} != server ]] || echo "pushed $image:$tag"

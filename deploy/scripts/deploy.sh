@@ -1,0 +1,154 @@
+#!/usr/bin/env bash
+# Deploy a server on 1, 2 or 8 GPUs to the cluster, watch it, remove it.
+set -euo pipefail
+
+usage() {
+    cat <<'END'
+usage: deploy.sh tp1|tp2|tp8 [apply|status|logs|delete|diff]
+
+  apply    (if nothing is said) deploy the commit's image, wait until it serves, print each pod's health
+  status   the deployment, its pods and their health
+  logs     of all pods, following
+  delete   everything that apply made; the Secret with the API keys stays
+  diff     what apply would change
+
+Settings come from the environment: source deploy/aws/env.sh first. Also: IMAGE_TAG, by default the commit's; REPLICAS,
+by default 1; AUTOSCALE=1 for the HorizontalPodAutoscaler; ROLLOUT_SECONDS to wait, by default 900.
+END
+}
+
+fail() {
+    echo "deploy.sh: $*" >&2
+    exit 1
+}
+
+(($# >= 1 && $# <= 2)) || { usage >&2 && exit 2; }
+[[ $1 != -h && $1 != --help ]] || { usage && exit; }
+case $1 in tp1 | tp2 | tp8) overlay=$1 ;; *) usage >&2 && fail "no such overlay: $1" ;; esac
+action=${2:-apply}
+name=mini-vllm-gptoss-$overlay
+secret=mini-vllm-api-keys
+[[ -n ${NAMESPACE:-} ]] || fail "NAMESPACE is not set: source deploy/aws/env.sh first"
+root=$(cd "$(dirname "$0")/../.." && pwd)
+
+k() {
+    kubectl --namespace "$NAMESPACE" "$@"
+}
+
+# label=value,label=value -> {"label": "value", "label": "value"}
+selector() {
+    local pair out=''
+    IFS=, read -ra pairs <<<"$1"
+    for pair in ${pairs[@]+"${pairs[@]}"}; do # an empty list is unset to bash 3.2
+        [[ $pair == ?*=* ]] || fail "NODE_SELECTOR: got '$pair', allowed: label=value, several with commas"
+        out+="${out:+, }\"${pair%%=*}\": \"${pair#*=}\""
+    done
+    echo "{$out}"
+}
+
+# The overlay with this environment's values, to $work/manifest.yaml.
+render() {
+    local variable tag selected
+    for variable in REGISTRY REPOSITORY MODEL MODEL_FOLDER MODEL_CLAIM; do
+        [[ -n ${!variable:-} ]] || fail "$variable is not set: source deploy/aws/credentials.sh and deploy/aws/env.sh first"
+    done
+    [[ -z ${AUTOSCALE:-} || -z ${REPLICAS:-} ]] || fail "AUTOSCALE and REPLICAS: the autoscaler decides, or you"
+    [[ ${REPLICAS:-1} =~ ^[0-9]+$ ]] || fail "REPLICAS: got '$REPLICAS', allowed: a number"
+    tag=${IMAGE_TAG:-$(git -C "$root" rev-parse --short=12 HEAD)}
+    selected=$(selector "${NODE_SELECTOR:-}")
+    cp -R "$root/deploy/k8s" "$work/k8s"
+    cat >"$work/k8s/kustomization.yaml" <<END
+apiVersion: kustomize.config.k8s.io/v1beta1
+kind: Kustomization
+namespace: $NAMESPACE
+resources: [overlays/$overlay]
+images: [{name: mini-vllm, newName: "$REGISTRY/$REPOSITORY", newTag: "$tag"}]
+configMapGenerator:
+  - name: mini-vllm-gptoss
+    namespace: hyperpod-ns-inference
+    behavior: merge
+    literals: ["MODEL=$MODEL", "MODEL_PATH=${MODEL_PATH:-$MODEL_FOLDER/$MODEL}"]
+patches:
+  - target: {kind: Deployment}
+    patch: |-
+      [{"op": "add", "path": "/spec/template/spec/nodeSelector", "value": $selected},
+       {"op": "replace", "path": "/spec/template/spec/volumes/0/persistentVolumeClaim/claimName", "value": "$MODEL_CLAIM"}]
+END
+    if [[ -n ${REPLICAS:-} ]]; then
+        cat >>"$work/k8s/kustomization.yaml" <<END
+  - target: {kind: Deployment}
+    patch: '[{"op": "replace", "path": "/spec/replicas", "value": $REPLICAS}]'
+END
+    fi
+    if [[ -n ${AUTOSCALE:-} ]]; then # within the overlay, for its name and its label
+        echo 'components: [../../components/autoscale]' >>"$work/k8s/overlays/$overlay/kustomization.yaml"
+    fi
+    kubectl kustomize "$work/k8s" >"$work/manifest.yaml" || fail "the manifests do not render"
+}
+
+# Names of the pods that are to serve: one that is being replaced drains, and says so, for a while yet.
+pods() {
+    k get pods --selector "app=$name" --output \
+        'go-template={{range .items}}{{if not .metadata.deletionTimestamp}}{{.metadata.name}}{{"\n"}}{{end}}{{end}}'
+}
+
+# What each pod's server says of itself, asked from inside: the network policy need not let us in.
+health() {
+    local pod answer unhealthy=0 all
+    all=$(pods) || fail "cannot list the pods of $name"
+    [[ -n $all ]] || { echo "$name has no pods" && return 1; }
+    while read -r pod; do
+        if answer=$(k exec "$pod" -- python -c "import urllib.error as e, urllib.request as r
+try: print(r.urlopen('http://127.0.0.1:8000/health/ready', timeout=5).read().decode())
+except e.HTTPError as error: raise SystemExit(error.read().decode())" </dev/null 2>&1); then
+            echo "$pod: $answer"
+        else
+            echo "$pod: not ready: $answer"
+            unhealthy=1
+        fi
+    done <<<"$all"
+    return $unhealthy
+}
+
+# Everything that is likely to say why a rollout failed; no step of it may hide the next.
+reasons() {
+    echo "--- pods"
+    k get pods --selector "app=$name" --output wide || true
+    echo "--- events"
+    k get events --sort-by=.lastTimestamp | grep -F "$name" | tail -n 20 || true
+    echo "--- last log lines"
+    k logs --selector "app=$name" --tail=30 --prefix || true
+    echo "--- last log lines of containers that ended"
+    pods | while read -r pod; do k logs "$pod" --previous --tail=30 2>/dev/null </dev/null || true; done || true
+}
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+case $action in
+    apply)
+        render
+        k get secret "$secret" >/dev/null || fail "no Secret $secret in $NAMESPACE (or no access to it). To make it:
+    kubectl create secret generic $secret --namespace $NAMESPACE --from-file=keys=FILE    # one key a line"
+        k apply --filename "$work/manifest.yaml" || fail "the cluster did not take the manifests"
+        if ! k rollout status "deployment/$name" --timeout="${ROLLOUT_SECONDS:-900}s"; then
+            reasons >&2
+            fail "$name did not come up; the reason should be above. Back to what ran before: kubectl rollout undo --namespace $NAMESPACE deployment/$name"
+        fi
+        health
+        ;;
+    status)
+        k get deployment "$name" --output wide || fail "$name is not deployed"
+        k get pods --selector "app=$name" --output wide
+        health
+        ;;
+    logs) k logs --selector "app=$name" --prefix --tail=200 --max-log-requests=20 --follow ;;
+    delete)
+        k delete deployment,service,poddisruptionbudget,networkpolicy,horizontalpodautoscaler,configmap \
+            --selector "app=$name"
+        ;;
+    diff)
+        render
+        k diff --filename "$work/manifest.yaml" # 1 where there are differences, as diff says it
+        ;;
+    *) usage >&2 && fail "no such action: $action" ;;
+esac

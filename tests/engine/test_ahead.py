@@ -1,0 +1,118 @@
+"""What is compiled ahead of time is what serving asks for, and is found by a machine that cannot compile."""
+
+import importlib
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from conf.schema import RandomShape
+from engine import ahead, checkpoint
+from engine.checkpoint import Architecture
+from engine.model import Model
+from graphs.buckets import Buckets
+from graphs.buffers import Buffers
+from kernels import build, hopper
+from kernels.hopper.peers import Area, Peers
+
+WRAPPERS = ("attention", "experts", "linear", "norm", "prefill", "sampler", "step")
+CPU = torch.device("cpu")
+# Few layers, experts and tokens: a test of its own says that no kernel is compiled for their number.
+SHAPE = replace(Architecture.from_random_shape(RandomShape()), layers=2, windows=(128, None), experts=8, vocab=65_600)
+needs_nvcc = pytest.mark.skipif(
+    not (shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")), reason="no nvcc on this machine"
+)
+
+
+@pytest.fixture
+def asked_for(monkeypatch):
+    """The units that the wrappers have compiled, on a machine that pretends to have a GPU; launches do nothing."""
+    found = set()
+    kernel = SimpleNamespace(launch=lambda **_: None, resident_clusters=lambda *_: 16)
+
+    def compile_module(source, defines=None):
+        assert source.exists()
+        found.add(ahead.Unit(source.name, tuple(sorted((defines or {}).items()))))
+        return SimpleNamespace(kernel=lambda *_, **__: kernel)
+
+    modules = {name: importlib.import_module(f"kernels.hopper.{name}") for name in WRAPPERS}
+    caches = [value for module in modules.values() for value in vars(module).values() if hasattr(value, "cache_clear")]
+    for module in modules.values():
+        monkeypatch.setattr(module, "compile_module", compile_module)
+    monkeypatch.setattr(modules["attention"], "_counters", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+    for cache in caches:
+        cache.cache_clear()
+    yield found
+    for cache in caches:  # they hold kernels that do nothing
+        cache.cache_clear()
+
+
+@pytest.mark.parametrize(("rank", "tp"), [(0, 1), (1, 2), (0, 4), (3, 4), (0, 8), (7, 8)])
+def test_the_list_is_what_a_ranks_steps_ask_for(asked_for, rank, tp):
+    specs, area = checkpoint.tensor_specs(SHAPE), Area(None, 0, 0, rank)
+    weights = checkpoint.assemble(
+        SHAPE, rank, tp, CPU, torch.bfloat16, lambda name, index: torch.zeros(()).expand(specs[name].shape)[index]
+    )
+    model = Model(SHAPE, weights, hopper, Peers(rank, tp, area, area, area), max_context=1024)
+    buckets = Buckets.of([1, 2, 8, 16, 64, 128], [64, 256], 4)
+    buffers = Buffers(
+        buckets=buckets, layers=SHAPE.layers, kv_heads=SHAPE.kv_heads // tp, head_dim=SHAPE.head_dim,
+        vocab=SHAPE.vocab, max_context=1024, pages=2, device=CPU, dtype=torch.bfloat16,
+    )
+    for bucket in buckets.all:
+        model.step(bucket, buffers)()
+    assert asked_for == ahead.units(SHAPE, rank, tp)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_one_list_serves_both_models(tp):
+    small = Architecture.from_random_shape(RandomShape())
+    large = Architecture.from_random_shape(RandomShape(num_hidden_layers=36, num_local_experts=128))
+    for rank in range(tp):
+        assert ahead.units(small, rank, tp) == ahead.units(large, rank, tp)
+        assert ahead.units(small, rank, tp) == ahead.units(SHAPE, rank, tp)
+
+
+def test_ranks_with_a_block_more_than_others_have_kernels_of_their_own():
+    of_ranks = [ahead.units(SHAPE, rank, 8) for rank in range(8)]
+    inner = {dict(unit.defines)["INTER"] for units in of_ranks for unit in units if "INTER" in dict(unit.defines)}
+    assert inner == {352, 384}
+
+
+@needs_nvcc
+def test_what_was_compiled_ahead_needs_no_compiler_and_no_cache(tmp_path, monkeypatch):
+    source, made = tmp_path / "fill.cu", tmp_path / "cubins"
+    source.write_text('extern "C" __global__ void fill(float* out) { out[threadIdx.x] = VALUE; }\n')
+    path = build.compile_ahead(source, {"VALUE": 1}, made)
+    assert path.stat().st_mode & 0o444 == 0o444
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(build, "AHEAD", made)
+    monkeypatch.setattr(build.shutil, "which", lambda *_, **__: None)
+    monkeypatch.setitem(__import__("sys").modules, "cuda.core", None)
+    assert build.cubin(source, {"VALUE": 1}) == path.read_bytes()
+    with pytest.raises(build.BuildError):
+        build.cubin(source, {"VALUE": 2})
+    source.write_text(source.read_text() + "// changed\n")
+    with pytest.raises(build.BuildError):
+        build.cubin(source, {"VALUE": 1})
+    assert not (tmp_path / "cache").exists()
+
+
+@needs_nvcc
+def test_the_command_compiles_what_the_ranks_need(tmp_path, monkeypatch, capsys):
+    step_only = {ahead.Unit("step.cu", ())}
+    monkeypatch.setattr(ahead, "units", lambda shape, rank, tp: step_only)
+    ahead.main(["--tp", "2", "--to", str(tmp_path / "cubins")])
+    (made,) = (tmp_path / "cubins").iterdir()
+    assert made.read_bytes().startswith(b"\x7fELF")
+    assert "1 cubins" in capsys.readouterr().out
+
+
+def test_without_nvcc_the_command_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(build.shutil, "which", lambda *_, **__: None)
+    with pytest.raises(SystemExit, match="nvcc"):
+        ahead.main(["--tp", "1", "--to", str(tmp_path)])
