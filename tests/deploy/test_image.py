@@ -197,7 +197,7 @@ def test_the_server_starts_in_a_read_only_tree_serves_and_drains(container):
         assert process.poll() is None, process.stdout.read()
         body = {"model": "demo", "prompt": "The capital of France is", "max_tokens": 8}
         answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60)
-        assert answer.json()["usage"]["completion_tokens"] == 8
+        assert answer.json()["choices"][0]["text"].strip().startswith("Paris")
         (folder,) = (container / "tmp").iterdir()  # of this start
         assert [path.name[:9] for path in folder.iterdir()] == ["mini-vllm"]
         health = json.loads(value("server", "HEALTHCHECK").split("CMD", 1)[1])
