@@ -28,6 +28,7 @@ from engine.request import Ready
 from serve.app import create_app
 from serve.client import EngineClient
 
+MOST_SOCKET_PATH = 107  # bytes that Linux takes
 FLUSH_SECONDS = 3  # for answers that say why, once the engine is lost
 
 log = logging.getLogger("mini-vllm")
@@ -48,6 +49,9 @@ def main(composed: DictConfig) -> None:
 async def serve(config: Config) -> int:
     """Serve until a signal or a dead rank; the process's exit status. Raises ConfigError."""
     listener = listen(config.server.host, config.server.port)
+    room = MOST_SOCKET_PATH - len("/mini-vllm-01234567/requests")
+    if len(os.fsencode(tempfile.gettempdir())) > room:
+        raise ConfigError(f"TMPDIR: got {tempfile.gettempdir()}, allowed: at most {room} bytes: sockets go there")
     run_folder = tempfile.mkdtemp(prefix="mini-vllm-")
     os.chmod(run_folder, 0o700)
     spawn = multiprocessing.get_context("spawn")

@@ -17,7 +17,7 @@ from openai import OpenAI
 
 from demo.checkpoint import write_checkpoint
 from tests.harness import TINY
-from tests.served import GREEDY, ROOT, START_SECONDS, Served
+from tests.served import GREEDY, ROOT, START_SECONDS, Served, free_port
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +154,16 @@ def test_a_port_in_use_is_noticed_before_the_model_is_loaded():
     assert result.returncode != 0
     (line,) = result.stderr.strip().splitlines()
     assert f"127.0.0.1:{port}" in line
+
+
+def test_a_temporary_folder_too_deep_for_sockets_is_said_in_one_line(tmp_path):
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    result = subprocess.run(
+        [sys.executable, "serve.py", f"server.port={free_port()}"], cwd=ROOT, capture_output=True, text=True,
+        timeout=60, check=False, env=os.environ | {"TMPDIR": str(deep)},
+    )
+    assert result.returncode != 0
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith(f"configuration: TMPDIR: got {deep}")
+    assert not any(deep.iterdir())
