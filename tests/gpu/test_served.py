@@ -1,6 +1,7 @@
 """`python serve.py` on GPUs, over HTTP: one model for any number of ranks, and an end for all of them at once."""
 
 import threading
+import time
 from contextlib import suppress
 
 import httpx
@@ -13,7 +14,7 @@ pytestmark = pytest.mark.gpu
 
 ARGUMENTS = (
     "model=gpt-oss-20b", "model.weights=random", "model.random_shape.num_hidden_layers=4", "buckets.decode_rows=[1,8]",
-    "buckets.prefill_tokens=[256]", "buckets.page_memory=0.3",
+    "buckets.prefill_tokens=[256]", "buckets.max_context=8192", "buckets.page_memory=0.3",
 )
 MODEL = {"model": "gpt-oss-20b", "ignore_eos": True}
 
@@ -34,12 +35,13 @@ def test_ranks_serve_one_model_and_end_together(tp):
 
             def answer(server=server):
                 with suppress(httpx.HTTPError):  # the connection breaks
-                    server.complete(max_tokens=20000, **MODEL)
+                    server.complete(max_tokens=8000, **MODEL)
 
             thread = threading.Thread(target=answer)
             thread.start()
+            deadline = time.monotonic() + 30
             while "num_requests_running{model_name=\"gpt-oss-20b\"} 1" not in httpx.get(f"{server.url}/metrics").text:
-                pass
+                assert time.monotonic() < deadline
             processes = server.ranks()
             assert len(processes) == tp
             processes[-1].kill()  # the others' kernels wait for it now
