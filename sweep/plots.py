@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from sweep.store import Row
-from sweep.verdict import front, knee, value
+from sweep.verdict import front, knee, per_gpu, value
 
 STYLE = {
     "figure.dpi": 150, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
@@ -39,10 +39,14 @@ def by_configuration(rows: list[Row]) -> dict[str, list[Row]]:
     return found
 
 
+def in_common(names: list[str]) -> set[str]:
+    """Overrides that all configurations share, where there are several."""
+    return set.intersection(*(set(name.split()) for name in names)) if len(set(names)) > 1 else set()
+
+
 def short_names(names: list[str]) -> dict[str, str]:
-    """Without the overrides that all have in common: legends have little room."""
-    split = {name: name.split() for name in names}
-    common = set.intersection(*map(set, split.values())) if len(split) > 1 else set()
+    """Without the overrides that all have in common: legends and tables have little room."""
+    split, common = {name: name.split() for name in names}, in_common(names)
     return {name: " ".join(part for part in parts if part not in common) or "defaults" for name, parts in split.items()}
 
 
@@ -67,10 +71,9 @@ def _pareto(rows: list[Row]) -> Any:
               linestyle="none", label="front: nothing is better in both", zorder=3)
     if any(row["status"] != "ok" for row in rows):
         axes.plot([], [], "x", color="#c00000", label="breaks a limit, or wrong")
-    axes.set(xlabel="tokens/s a user", ylabel="tokens/s a GPU", title="What a user gets against what a GPU gives")
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
-    axes.margins(0.12)
+    axes.set(xlabel="tokens/s a user", ylabel=f"tokens/s {per_gpu(rows[0])}")
+    axes.set_xlim(0, 1.12 * max(value(row, "tokens_per_s_per_user") for row in rows))
+    axes.set_ylim(0, 1.12 * max(value(row, "tokens_per_s_per_gpu") for row in rows))
     figure.legend(loc="outside lower center", ncols=1 if max(map(len, names.values())) > 40 else 2, fontsize=8)
     return figure
 
@@ -101,8 +104,9 @@ def _latency(rows: list[Row]) -> Any:
                     if found:
                         axes.plot(*zip(*found, strict=True), style, color=color, markersize=4, linewidth=1.1,
                                   alpha=alpha, label=label)
-                bend = knee(group) if len(group) > 2 else None
-                if bend and (at := value(bend, f"{what}_p50_ms")) is not None:
+                bend = knee(group)
+                inside = bend is not None and group[0] is not bend is not group[-1]  # at an end it was not reached
+                if inside and (at := value(bend, f"{what}_p50_ms")) is not None:
                     axes.plot(bend["level"], at, "o", markersize=12, markerfacecolor="none", markeredgecolor=color)
             axes.set_xscale("log", base=2)
             axes.set_xticks(levels)
@@ -131,16 +135,17 @@ def _buckets(rows: list[Row], steps: dict[str, Any]) -> Any:
                                   squeeze=False)
     for axes, kind in zip(panels[0], kinds, strict=True):
         sizes = sorted({row["size"] for found in timed.values() for row in found["steps"] if row["kind"] == kind})
-        width = 0.8 / len(timed)
+        width = min(0.3, 0.8 / len(timed))
         for number, found in enumerate(timed.values()):
             known = {row["size"]: row for row in found["steps"] if row["kind"] == kind}
-            at = [index - 0.4 + width * (number + 0.5) for index, size in enumerate(sizes) if size in known]
+            at = [index + width * (number + 0.5 - len(timed) / 2) for index, size in enumerate(sizes) if size in known]
             heights = [100 * known[size]["share_of_floor"] if floor else known[size]["ms"]
                        for size in sizes if size in known]
             bars = axes.bar(at, heights, width * 0.92, label=names[found["configuration"]])
             if len(timed) * len(sizes) <= 16:
                 axes.bar_label(bars, fmt="%.3g", fontsize=7, padding=1)
         axes.set_xticks(range(len(sizes)), sizes)
+        axes.set_xlim(-0.6, len(sizes) - 0.4)
         axes.grid(axis="x", visible=False)
         axes.set_xlabel("rows" if kind == "decode" else "packed tokens")
         axes.set_ylabel("% of the memory floor" if floor else "ms a step")

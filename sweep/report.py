@@ -15,16 +15,16 @@ from sweep.store import Row, Store, read_rows, write_csv
 from sweep.verdict import value
 
 CAPTIONS = {
-    "pareto.png": "Each point is one load. A point up and to the right is better for both.",
-    "latency.png": "Latency against load.",
+    "pareto.png": "What a user gets against what the hardware gives. Each point is one load; up and right is better.",
+    "latency.png": "Latency against load. A knee is ringed where the loads reach beyond it.",
     "buckets.png": "Each captured shape's step on its own, without HTTP.",
 }
 CSS = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 80rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; display: block; overflow-x: auto; font-size: 13px; margin: 1rem 0 }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; white-space: nowrap; text-align: right }
+th, td { padding: .25rem .45rem; border-bottom: 1px solid #ddd; white-space: nowrap; text-align: right }
 th { border-bottom: 2px solid #888; vertical-align: bottom }
-th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 14rem }
+th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 11rem }
 td:last-child, th:last-child { text-align: left }
 img { max-width: 100% } code { background: #f2f2f2; padding: .1rem .3rem; border-radius: 3px; font-size: 13px }
 h1, h2, h3 { line-height: 1.2 } h2 { margin-top: 2.2rem }
@@ -51,7 +51,10 @@ def write_report(store: Store, rows: list[Row], asked: SweepConfig, environment:
 
 def markdown(rows: list[Row], asked: SweepConfig, environment: dict[str, Any], steps: dict[str, Any],
              pictures: list[str], changed: list[str] | None) -> str:
+    shared = plots.in_common([row["configuration"] for row in rows])
     parts = [f"# Sweep: {asked.name}", _conditions(asked, environment), "## Verdict", *_verdict(rows)]
+    if shared:
+        parts.append(f"All configurations have `{'`, `'.join(sorted(shared))}`, which names below leave out.")
     if changed is not None:
         parts += [f"## Against {asked.compare}", "\n".join(f"- {line}" for line in changed)]
     for name in pictures:
@@ -87,8 +90,8 @@ def _conditions(asked: SweepConfig, environment: dict[str, Any]) -> str:
     else:
         device += f", {environment['cores']} cores"
     versions = ", ".join(f"{name} {found}" for name, found in environment["packages"].items())
-    lengths = f"prompts of {asked.prompt_tokens} tokens and answers of {asked.output_tokens}"
-    lengths = f"prompts from `{asked.prompts}`" if asked.prompts else lengths
+    lengths = f"Prompts of {asked.prompt_tokens} tokens and answers of {asked.output_tokens}"
+    lengths = f"Prompts from `{asked.prompts}`" if asked.prompts else lengths
     drawn = [f"{name} drawn lognormal with sigma {sigma:g}" for name, sigma in
              (("prompts", asked.prompt_sigma), ("answers", asked.output_sigma)) if sigma]
     limits = {name: limit for name, limit in OmegaConf.to_container(OmegaConf.structured(asked.limits)).items()
@@ -103,6 +106,14 @@ def _verdict(rows: list[Row]) -> list[str]:
     said = "\n".join(f"{n}. {line}" for n, line in enumerate(verdict.words(rows), 1)) if chosen else None
     return [said, "The same as files: `choice-N.buckets.yaml` goes to `conf/buckets/`, `choice-N.values.yaml` holds a "
             "container's arguments and GPUs for Kubernetes."] if chosen else verdict.words(rows)
+
+
+def _names(rows: list[Row]) -> dict[str, str]:
+    return plots.short_names([row["configuration"] for row in rows])
+
+
+def _per_gpu(rows: list[Row]) -> str:
+    return next((verdict.per_gpu(row) for row in rows if "on_gpu" in row), "a GPU")
 
 
 def _table(heading: list[str], lines: list[list[str]]) -> str:
@@ -129,9 +140,10 @@ def _figures(rows: list[Row]) -> str:
     plain = ("ttft_p50_ms", "ttft_p90_ms", "ttft_p99_ms", "tpot_p50_ms")
     later = ("itl_p50_ms", "itl_p99_ms", "e2e_p50_ms", "e2e_p99_ms")
     heading = ["configuration", "load", "TTFT p50", "p90", "p99", "TPOT p50", "p99", "ITL p50", "p99", "E2E p50", "p99",
-               "tok/s a user", "tok/s a GPU", "goodput", "errors", "prefix hits", "verdict"]
+               "tok/s a user", f"tok/s {_per_gpu(rows)}", "goodput", "errors", "prefix hits", "verdict"]
+    names = _names(rows)
     lines = [
-        [row["configuration"], row["load"], *(_number(value(row, name)) for name in plain),
+        [names[row["configuration"]], row["load"], *(_number(value(row, name)) for name in plain),
          _with_interval(row, "tpot_p99_ms"), *(_number(value(row, name)) for name in later),
          _number(value(row, "tokens_per_s_per_user")), _with_interval(row, "tokens_per_s_per_gpu"),
          _number(value(row, "goodput_per_s")), _number(value(row, "errors")),
@@ -147,8 +159,9 @@ def _starts(rows: list[Row]) -> str | None:
         return None
     phases = list(dict.fromkeys(name for row in started.values() for name in row["start"]))
     uses = list(dict.fromkeys(name for row in started.values() for name in row["memory"]))
-    lines = [[row["configuration"], *(_number(row["start"].get(name)) for name in phases),
-              *(_number(row["memory"].get(name, 0) / 2**30) for name in uses)] for row in started.values()]
+    names = _names(rows)
+    lines = [[names[row["configuration"]], *(_number(row["start"].get(name), ".2f") for name in phases),
+              *(_number(row["memory"].get(name, 0) / 2**30, ".2f") for name in uses)] for row in started.values()]
     return _table(["configuration", *(f"{name}, s" for name in phases), *(f"{name}, GiB" for name in uses)], lines)
 
 
@@ -156,6 +169,7 @@ def _buckets(rows: list[Row], steps: dict[str, Any]) -> list[str]:
     """A table a configuration: the step alone, and how the loads used it."""
     parts = ["A step alone, back to back, and what all loads together made of it. “Saves” is the time that the bucket "
              "spares a step that would take the next larger one otherwise, and in brackets over all its steps."]
+    names = _names(rows)
     for configuration, group in plots.by_configuration([row for row in rows if row.get("buckets")]).items():
         known = steps.get(group[0]["identity"], {})
         timed = {(step["kind"], step["size"]): step for step in known.get("steps", ())}
@@ -177,7 +191,7 @@ def _buckets(rows: list[Row], steps: dict[str, Any]) -> list[str]:
                 _number(size / 1e9 if size else None), _number(share, ".0%"), f"{taken:,}",
                 _number(filled / (filled + padded) if taken else None, ".0%"), f"{padded:,}", saving])
         rate = known.get("read_bandwidth")
-        parts += [f"### {configuration}", f"Read bandwidth {rate / 1e12:.2f} TB/s." if rate else "",
+        parts += [f"### {names[configuration]}", f"Read bandwidth {rate / 1e12:.2f} TB/s." if rate else "",
                   f"The steps could not be timed: {known['reason']}" if known.get("reason") else "",
                   _table(["bucket", "ms", "tokens/s", "GB", "of floor", "steps", "rows used", "rows padded", "saves"],
                          lines)]

@@ -7,6 +7,7 @@ next job if its configuration is the same.
 import asyncio
 import json
 import math
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
@@ -75,7 +76,7 @@ class Sweep:
         self._current: Configured | None = None
         self._store: Store | None = None
         self._settings: SweepConfig | None = None
-        self._rows: list[Row] = []
+        self._rows: dict[str, Row] = {}  # by key: a sweeper may ask for the same twice
         self._planned: list[dict[str, Any]] = []
         self._environment: dict[str, Any] = {}
 
@@ -83,12 +84,14 @@ class Sweep:
         return self
 
     def __exit__(self, *_) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):  # a second one must not leave a server behind
+            signal.signal(number, signal.SIG_IGN)
         self._progress.__exit__()
         self._release()
         if self._planned:
             self._print_plan()
         if self._store and self._rows:
-            write_report(self._store, self._rows, self._settings, self._environment, self._console)
+            write_report(self._store, list(self._rows.values()), self._settings, self._environment, self._console)
 
     def run(self, composed: Any) -> float:
         """One Hydra job: the objective, the worst of its loads. Raises ConfigError for a sweep that makes no sense."""
@@ -110,10 +113,10 @@ class Sweep:
 
     def _begin(self, asked: SweepConfig, composed: Any) -> None:
         self._settings, self._environment = asked, environment(ROOT)
+        self._store = Store(Path(asked.folder))
         if asked.dry_run:
             return
         self._progress.__enter__()
-        self._store = Store(Path(asked.folder))
         resolved = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
         self._store.note("environment.json", self._environment | {"configuration": resolved})
 
@@ -121,13 +124,12 @@ class Sweep:
         """Measure one load, or find that it has been; write its row; the objective."""
         name = identity(config)
         row: Row = {
-            "key": key_of(name, asdict(load), _measured_with(asked), self._environment["commit"],
-                          self._environment["device"]),
+            "key": self._key(config, load, asked),
             "identity": name, "configuration": " ".join(made) or "defaults", "overrides": made, "load": str(load),
             **asdict(load), "commit": self._environment["commit"], "device": self._environment["device"],
             "gpus": self._gpus(config), "on_gpu": self._on_gpu(config), "buckets_config": asdict(config.buckets),
         }
-        known = self._store.finished(row["key"]) if self._environment["commit"] and not asked.fresh else None
+        known = self._finished(row["key"], asked)
         if known:
             row = known
         else:
@@ -142,16 +144,25 @@ class Sweep:
                 row |= {"status": "failed", "reason": str(error)}
                 self._release()
             self._store.add(row)
-        self._rows.append(row)
+        self._rows[row["key"]] = row
         self._progress.add(row, bool(known))
         return self._objective(row, asked)
+
+    def _key(self, config: Config, load: Load, asked: SweepConfig) -> str:
+        """The same for the same measurement of the same code on the same device."""
+        where = self._environment["commit"], self._environment["device"]
+        return key_of(identity(config), asdict(load), _measured_with(asked), where)
+
+    def _finished(self, key: str, asked: SweepConfig) -> Row | None:
+        """Without a commit nobody knows whether the code is the same."""
+        return self._store.finished(key) if self._environment["commit"] and not asked.fresh else None
 
     def _refused(self, words: str, load: str, reason: str, asked: SweepConfig) -> float:
         row = {"key": key_of(words, load), "identity": words, "configuration": words, "overrides": words.split(),
                "load": load, "status": "failed", "reason": reason}
         if not asked.dry_run:
             self._store.add(row)
-            self._rows.append(row)
+            self._rows[row["key"]] = row
             self._progress.add(row, False)
         else:
             self._planned.append({"configuration": words, "load": load, "seconds": 0, "misfit": reason})
@@ -298,16 +309,19 @@ class Sweep:
 
         why, words = misfit(config, self._environment["gpus"]), " ".join(made) or "defaults"
         for load_ in loads:
-            new = not self._planned or self._planned[-1]["configuration"] != words
-            seconds = (asked.repeats + (asked.warmup > 0)) * asked.seconds + new * START_GUESS * (1 + asked.steps)
-            self._planned.append({"configuration": words, "load": str(load_), "misfit": why,
-                                  "seconds": 0 if why else seconds})
+            known = self._finished(self._key(config, load_, asked), asked) is not None
+            started = any(row["seconds"] and row["configuration"] == words for row in self._planned)
+            seconds = (asked.repeats + (asked.warmup > 0)) * asked.seconds
+            seconds += 0 if started else START_GUESS * (1 + asked.steps)
+            self._planned.append({"configuration": words, "load": str(load_), "misfit": why, "known": known,
+                                  "seconds": 0 if why or known else seconds})
 
     def _print_plan(self) -> None:
         total = sum(row["seconds"] for row in self._planned)
         self._console.print(f"{len(self._planned)} rows, at most about {total / 60:.1f} minutes, in this order:")
         for number, row in enumerate(self._planned, 1):
             why = f"  [red]does not fit: {escape(row['misfit'])}[/]" if row["misfit"] else f"  {row['seconds']:.0f} s"
+            why = "  measured before" if row.get("known") else why
             self._console.print(f"{number:>4}  {escape(row['configuration'])} · {row['load']}{why}", highlight=False,
                                 soft_wrap=True)
 

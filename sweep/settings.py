@@ -37,7 +37,7 @@ class SweepConfig:
     temperature: float = 1.0
     seed: int = 0
     repeats: int = 3
-    requests: int = 8  # by user and repeat in a closed loop, by second of the budget at most in an open one
+    requests: int = 8  # by user and repeat, at most, in a closed loop
     seconds: float = 20.0  # budget of a repeat: no request is begun after it
     warmup: int = 1  # requests by user before the first repeat, not counted
     start_seconds: float = 600.0  # until a server must be ready

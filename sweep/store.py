@@ -14,7 +14,6 @@ COLUMNS = ("configuration", "load", "status")  # first in results.csv, then the 
 class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "results.jsonl"
         self._known = {row["key"]: row for row in read_rows(folder)}
 
@@ -26,11 +25,13 @@ class Store:
     def add(self, row: Row) -> None:
         """A later row of the same key takes the place of an earlier one when they are read."""
         self._known[row["key"]] = row
+        self.folder.mkdir(parents=True, exist_ok=True)
         with self._path.open("a") as file:
             file.write(json.dumps(_plain(row)) + "\n")
 
     def note(self, name: str, value: Any) -> None:
         """A file of its own beside the results, whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / name
         partial = path.with_suffix(".partial")
         partial.write_text(value if isinstance(value, str) else json.dumps(_plain(value), indent=1) + "\n")

@@ -45,11 +45,15 @@ def words(rows: list[Row]) -> list[str]:
         return ["No configuration can be recommended: " + (
             "; ".join(sorted({f"{row['configuration']}: {row['reason']}" for row in rows})) or "nothing was measured")]
     return [
-        f"For p99 TPOT ≤ {round_up(value(row, 'tpot_p99_ms'))} ms: `{command(row)}` with {row['load']}: "
-        f"{value(row, 'tokens_per_s_per_user'):.3g} tokens/s a user, {value(row, 'tokens_per_s_per_gpu'):.4g} "
-        f"tokens/s a GPU, p99 TTFT {value(row, 'ttft_p99_ms'):.3g} ms."
+        f"For p99 TPOT ≤ {round_up(value(row, 'tpot_p99_ms'))} ms: `{command(row)}` with {row['load']} "
+        f"({value(row, 'tokens_per_s_per_user'):.4g} tokens/s a user, {value(row, 'tokens_per_s_per_gpu'):.4g} "
+        f"{per_gpu(row)}, p99 TTFT {round_up(value(row, 'ttft_p99_ms'))} ms)."
         for row in chosen
     ]
+
+
+def per_gpu(row: Row) -> str:
+    return "a GPU" if row["on_gpu"] else "in all"
 
 
 def round_up(number: float, digits: int = 3) -> str:
@@ -74,4 +78,4 @@ def kubernetes_values(row: Row) -> str:
 
 def about(row: Row) -> str:
     return (f"{row['load']} on {row['device']}: p99 TPOT {value(row, 'tpot_p99_ms'):.4g} ms, "
-            f"{value(row, 'tokens_per_s_per_gpu'):.4g} tokens/s a GPU")
+            f"{value(row, 'tokens_per_s_per_gpu'):.4g} tokens/s {per_gpu(row)}")

@@ -104,6 +104,7 @@ def test_what_is_finished_is_not_measured_again_unless_asked(swept):
     assert status == 0, output
     assert len(swept.started()) == 1
     assert swept.rows() == first
+    assert swept.run(*once, "sweep.dry_run=true")[1].count("measured before") == 2
     assert swept.run(*once, "sweep.fresh=true")[0] == 0
     assert len(swept.started()) == 2
     assert [row["key"] for row in swept.rows()] == [row["key"] for row in first]

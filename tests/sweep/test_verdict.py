@@ -39,7 +39,7 @@ def test_the_front_is_what_nothing_without_fault_beats():
 def test_the_verdict_names_a_target_and_a_command():
     said = verdict.words(ROWS)
     assert len(said) == 3
-    assert said[1].startswith("For p99 TPOT ≤ 4.01 ms: `python serve.py buckets=latency` with 8 users: ")
+    assert said[1].startswith("For p99 TPOT ≤ 4.01 ms: `python serve.py buckets=latency` with 8 users (")
     none = verdict.words([row("tp=2", status="failed", reason="it did not start")])
     assert none == ["No configuration can be recommended: tp=2: it did not start"]
 
