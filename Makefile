@@ -4,9 +4,10 @@ BIN := .venv/bin
 comma := ,
 GPU := $(shell command -v nvidia-smi)
 RUNTIME := .$(if $(GPU),[hopper])
+SWEEP := .[sweep$(if $(GPU),$(comma)hopper)]
 TESTS := .[test$(if $(GPU),$(comma)hopper)]
 
-.PHONY: help install serve test gpu-test gpu-bench lint bench-host bench-http demo-train demo-eval clean
+.PHONY: help install serve sweep test gpu-test gpu-bench lint bench-host bench-http demo-train demo-eval clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -22,10 +23,17 @@ $(BIN)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
 
 $(BIN)/.tests: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/pip install -q -c constraints.txt -e '$(TESTS)'
+	@touch $@ $(BIN)/.runtime $(BIN)/.sweep
+
+$(BIN)/.sweep: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/pip install -q -c constraints.txt -e '$(SWEEP)'
 	@touch $@ $(BIN)/.runtime
 
 serve: $(BIN)/.runtime ## run the server: make serve ARGS="model=gpt-oss-20b model.path=/models/gpt-oss-20b"
 	$(BIN)/python serve.py $(ARGS)
+
+sweep: $(BIN)/.sweep ## measure configurations and decide: make sweep ARGS="buckets=latency,balanced sweep.concurrency=1,4"
+	$(BIN)/python sweep.py -m $(or $(ARGS),+sweep=quick)
 
 test: $(BIN)/.tests ## everything that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)

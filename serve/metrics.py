@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from engine.request import Delta
+from engine.request import Delta, Ready
 from serve.client import Engine
 
 PREFIX = "mini_vllm:"
@@ -54,6 +54,19 @@ class EngineCollector(Collector):
             for bucket in stats.buckets:
                 counter.add_metric([self._model, bucket.kind, str(bucket.size)], getattr(bucket, field))
             yield counter
+        if ready := self._engine.ready:
+            yield from self._start(ready)
+
+    def _start(self, ready: Ready) -> Iterator[Metric]:
+        """What never changes once the engine is ready."""
+        for name, help, label, values in (
+            ("startup_phase_seconds", "Time that each phase of the start took.", "phase", ready.phases),
+            ("memory_bytes", "A rank's memory by use, when it became ready.", "use", ready.memory),
+        ):
+            gauge = GaugeMetricFamily(PREFIX + name, help, labels=["model_name", label])
+            for key, value in values.items():
+                gauge.add_metric([self._model, key], value)
+            yield gauge
 
 
 class Metrics:

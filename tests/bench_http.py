@@ -16,6 +16,9 @@ import uvicorn
 
 from conf.schema import ServerConfig
 from serve.app import create_app
+from sweep import load
+from sweep.client import http_sender
+from sweep.workload import Request
 from tests.fakes import FakeEngine
 
 TOKENS = 256
@@ -58,6 +61,16 @@ async def measure(port: int, path: str, body: dict, streams: int) -> tuple[float
     return time.perf_counter() - begun, sum(events)
 
 
+async def sweep_client(port: int, streams: int) -> float:
+    """Seconds of as many requests by the sweep's own client, which decodes every event."""
+    async with http_sender(f"http://127.0.0.1:{port}", "bench", 1.0) as send:
+        requests = [Request([1], TOKENS, seed) for seed in range(streams)]
+        run = await load.closed(send, requests, streams, 600, 600, lambda record: None)
+    if errors := [record.error for record in run.records if record.error]:
+        raise SystemExit(f"a stream failed: {errors[0]}")
+    return max(record.arrivals[-1] for record in run.records) - run.begin
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--streams", type=int, default=64)
@@ -82,6 +95,11 @@ def main() -> None:
                 f"{path:22} {options.streams} streams, {step} tokens a Delta: {tokens / seconds:9,.0f} tokens/s, "
                 f"{1e6 * seconds / tokens:6.1f} µs a token, {runs[-1][1] / options.streams:.0f} events a stream"
             )
+        begun = time.process_time()
+        runs = [asyncio.run(sweep_client(port, options.streams)) for _ in range(options.runs)]
+        cost = (time.process_time() - begun) / options.runs / tokens
+        print(f"{'client of sweep/':22} {options.streams} streams, {step} tokens a Delta: "
+              f"{tokens / statistics.median(runs):9,.0f} tokens/s, {1e6 * cost:6.1f} µs of its own a token")
         process.terminate()
         process.join()
 

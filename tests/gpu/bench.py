@@ -16,18 +16,19 @@ from collections import defaultdict
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import triton
-import triton.language as tl
 
 from conf.schema import BucketsConfig, Config, KernelsConfig, ModelConfig, RandomShape, Weights
+from engine.checkpoint import Architecture
 from engine.core import Core, build
 from engine.pages import PagePool
 from engine.parallel import Ranks
 from engine.request import SamplingParams, Submit
 from engine.scheduler import Scheduler
+from sweep.bandwidth import read_bandwidth, seconds
+from sweep.steps import decode_bytes, step_ms
 from tests.ranks import together
 
 SHAPES = {
@@ -37,57 +38,10 @@ SHAPES = {
 OUT = Path(__file__).parents[2] / "benchmarks" / "h100.json"
 
 
-@triton.jit
-def read(source, out, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    base = tl.program_id(0).to(tl.int64) * BLOCK * COUNT
-    total = tl.zeros((BLOCK,), tl.float32)
-    for step in range(COUNT):
-        total += tl.load(source + base + step * BLOCK + tl.arange(0, BLOCK)).to(tl.float32)
-    tl.store(out + tl.program_id(0), tl.sum(total))
-
-
-def seconds(run) -> float:
-    """The median of a dozen."""
-    times = []
-    for _ in range(12):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times)
-
-
-def read_bandwidth() -> float:
-    """Bytes a second of a streaming read of 4 GiB; the best of three block shapes."""
-    source = torch.randn(2**31, device="cuda", dtype=torch.bfloat16)
-    rates = []
-    for block, count, warps in ((8192, 16, 8), (16384, 8, 8), (4096, 32, 8)):
-        programs = source.numel() // (block * count)
-        out = torch.empty(programs, device="cuda")
-
-        def run(programs=programs, out=out, block=block, count=count, warps=warps) -> None:
-            read[(programs,)](source, out, count, block, num_warps=warps)
-
-        rates.append(source.nbytes / seconds(run))
-    return max(rates)
-
-
 def matmul_rate() -> float:
     """Operations a second of the library's product of two random 8192 x 8192 bfloat16 matrices."""
     left, right = torch.randn(2, 8192, 8192, device="cuda").bfloat16()
     return 2 * 8192**3 / seconds(lambda: left @ right)
-
-
-def decode_bytes(shape: RandomShape, rows: int, context: int, experts: float, tp: int) -> float:
-    """Bytes that each rank must read once in a decode step; `experts`: those that the rows chose, over all layers."""
-    width = shape.head_dim * (2 * shape.num_attention_heads + 2 * shape.num_key_value_heads)
-    expert = 3 * shape.hidden_size * shape.intermediate_size * 4.25 / 8
-    token = 2 * 2 * shape.num_key_value_heads * shape.head_dim
-    cache = rows * token * (context + min(context, shape.sliding_window)) / 2
-    layer = 2 * shape.hidden_size * width + cache
-    return (shape.num_hidden_layers * layer + experts * expert + 2 * shape.hidden_size * shape.vocab_size) / tp
 
 
 def engine(shape, decode_rows, prefill_tokens, max_context, ranks, device):
@@ -101,65 +55,6 @@ def engine(shape, decode_rows, prefill_tokens, max_context, ranks, device):
     built.buffers.keys.normal_()
     built.buffers.values.normal_()
     return built
-
-
-@torch.inference_mode()
-def chosen_experts(built, bucket, staging) -> int:
-    """Experts that the step's rows choose, over all layers; the step runs once, eagerly."""
-    ops, seen = built.model.ops, []
-
-    def route(*arguments):
-        *rows, chosen, shares = ops.add_norm_route(*arguments)
-        seen.append(len(chosen.unique()))
-        return *rows, chosen, shares
-
-    built.buffers.words.copy_(staging.words)
-    built.model.ops = SimpleNamespace(**(vars(ops) | {"add_norm_route": route}))
-    built.model.step(bucket, built.buffers)()
-    built.model.ops = ops
-    torch.cuda.synchronize()
-    return sum(seen)
-
-
-def step_ms(built, bucket, context, launches=40) -> tuple[float, float]:
-    """Milliseconds a launch of a bucket's step, back to back, and the experts it touches: the mean of before and after.
-
-    The rows begin with random tokens at `context`.
-    """
-    buffers = built.buffers
-    staging = buffers.staging()
-    inputs = staging.inputs[bucket]
-    slots, width = bucket.tokens if bucket.kind == "decode" else bucket.tokens // context, -(-context // 64)
-    pages = torch.randperm(buffers.keys.shape[1] - 1, device="cuda")[: slots * width] + 1
-    buffers.page_table[:slots, :width] = pages.view(slots, width)
-    buffers.last_token[:slots] = torch.randint(0, 200000, (slots,), device="cuda")
-    if bucket.kind == "decode":
-        inputs.slots[:] = range(bucket.tokens)
-        inputs.positions[:], inputs.new_pages[:] = context - 1, -1
-    else:
-        count = bucket.tokens // context  # prompts of `context` tokens
-        inputs.tokens[:] = torch.randint(0, 200000, (bucket.tokens,)).numpy()
-        inputs.positions[:] = list(range(context)) * count
-        inputs.slots[:] = [slot for slot in range(count) for _ in range(context)]
-        inputs.sequence_slots[:] = inputs.sample_slots[:] = buffers.spare_slot
-        inputs.sequence_slots[:count] = inputs.sample_slots[:count] = range(count)
-        inputs.page_table[:count, :width] = buffers.page_table[:count, :width].cpu().numpy()
-        inputs.last[:count] = [context * (n + 1) - 1 for n in range(count)]
-        inputs.repetition_penalty[:] = inputs.top_p[:] = 1
-    torch.cuda.synchronize()
-    if bucket.kind == "decode":
-        buffers.sampling.repetition_penalty.fill_(1)
-        buffers.sampling.top_p.fill_(1)
-    samples, experts = [], [chosen_experts(built, bucket, staging)]
-    for _ in range(5):
-        built.steps.launch(bucket, staging)()
-        begin = time.perf_counter()
-        for _ in range(launches):
-            wait = built.steps.launch(bucket, staging)
-        wait()
-        samples.append(1e3 * (time.perf_counter() - begin) / launches)
-    experts.append(chosen_experts(built, bucket, staging))
-    return statistics.median(samples), statistics.mean(experts)
 
 
 @torch.inference_mode()
@@ -226,7 +121,7 @@ def measure(ranks: Ranks, device: torch.device, arguments: argparse.Namespace) -
             if context > 1024 and bucket.tokens > 1:
                 continue
             ms, experts = step_ms(built, bucket, context)
-            size = decode_bytes(shape, bucket.tokens, context, experts, tp)
+            size = decode_bytes(Architecture.from_random_shape(shape), bucket.tokens, context, experts, tp)
             share = size / rate / (ms / 1e3)
             rows.append({"kind": "decode", "rows": bucket.tokens, "context": context, "ms": ms, "bytes": size,
                          "experts_per_layer": experts / shape.num_hidden_layers, "share_of_floor": share})

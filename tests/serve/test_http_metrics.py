@@ -2,6 +2,7 @@
 
 import time
 
+import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.request import BucketStats, Delta, Stats
@@ -40,6 +41,17 @@ def test_the_engines_counts_are_read_when_scraped(serve):
         ("bucket_rows_used_total", "prefill,512"): 1000, ("bucket_rows_padded_total", "prefill,512"): 24,
     }
     assert {name: said[name] for name in expected} == expected
+
+
+def test_the_starts_figures_are_there_once_the_engine_is_ready(serve):
+    live = serve(FakeEngine([1]))
+    ready, live.engine.ready = live.engine.ready, None
+    assert not any(name.startswith(("startup", "memory")) for name, _ in samples(live))
+    live.engine.ready = msgspec.structs.replace(ready, phases={"weights": 2.5, "capture": 0.5}, memory={"pages": 4096})
+    said = samples(live)
+    assert said["startup_phase_seconds", "weights"] == 2.5
+    assert said["startup_phase_seconds", "capture"] == 0.5
+    assert said["memory_bytes", "pages"] == 4096
 
 
 def test_requests_are_counted_and_timed(serve):

@@ -1,0 +1,59 @@
+"""What the figures were measured on: device, driver, versions, commit."""
+
+import hashlib
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "triton", "numpy", "fastapi", "uvicorn", "aiohttp", "hydra-core")
+
+
+def environment(root: Path) -> dict[str, Any]:
+    gpus = gpu_list()
+    return {
+        "commit": commit(root),
+        "device": gpus[0]["name"] if gpus else _cpu_name(),
+        "gpus": gpus,
+        "cores": len(os.sched_getaffinity(0)),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+    }
+
+
+def gpu_list() -> list[dict[str, Any]]:
+    """Asked of nvidia-smi: a CUDA context here would take memory from the server's."""
+    said = _run("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits")
+    rows = [[cell.strip() for cell in line.split(",")] for line in (said or "").splitlines()]
+    return [{"name": name, "memory": int(mib) * 2**20, "driver": driver} for name, mib, driver in rows]
+
+
+def commit(root: Path) -> str | None:
+    """The commit, with a digest of what differs from it; None outside a git checkout."""
+    head = _run("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
+    if head is None:
+        return None
+    changes = _run("git", "-C", str(root), "diff", "HEAD") or ""
+    return head + (f"+{hashlib.sha256(changes.encode()).hexdigest()[:6]}" if changes else "")
+
+
+def _cpu_name() -> str:
+    with open("/proc/cpuinfo") as file:
+        return next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "CPU")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _run(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

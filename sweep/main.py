@@ -1,0 +1,39 @@
+"""The entry of a sweep: Hydra around `runner`, signals, exit status."""
+
+import os
+import signal
+import sys
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from conf.schema import ConfigError
+from sweep import settings
+from sweep.runner import Sweep
+
+INTERRUPTED = 130  # what shells say of a Ctrl-C
+
+
+def main(server: tuple[str, ...]) -> None:
+    """Run what the command line says; `server` starts a server, given overrides."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing a report of its own
+    settings.register()
+    # The last override varies fastest: the loads of a server follow each other, whatever order they were given in.
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument.startswith("sweep."))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        with Sweep(Console(), server) as sweep:
+
+            @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="measure")
+            def job(composed: DictConfig) -> float:
+                return sweep.run(composed)
+
+            job()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+        sys.exit(f"configuration: {error}")

@@ -1,0 +1,198 @@
+"""The report: tables and a verdict in Markdown, the same page as self-contained HTML, and files to use as they are."""
+
+import base64
+import re
+from pathlib import Path
+from typing import Any
+
+from markdown_it import MarkdownIt
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from sweep import compare, plots, verdict
+from sweep.settings import SweepConfig
+from sweep.store import Row, Store, read_rows, write_csv
+from sweep.verdict import value
+
+CAPTIONS = {
+    "pareto.png": "What a user gets against what the hardware gives. Each point is one load; up and right is better.",
+    "latency.png": "Latency against load. A knee is ringed where the loads reach beyond it.",
+    "buckets.png": "Each captured shape's step on its own, without HTTP.",
+}
+CSS = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 80rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; display: block; overflow-x: auto; font-size: 13px; margin: 1rem 0 }
+th, td { padding: .25rem .45rem; border-bottom: 1px solid #ddd; white-space: nowrap; text-align: right }
+th { border-bottom: 2px solid #888; vertical-align: bottom }
+th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 11rem }
+td:last-child, th:last-child { text-align: left }
+img { max-width: 100% } code { background: #f2f2f2; padding: .1rem .3rem; border-radius: 3px; font-size: 13px }
+h1, h2, h3 { line-height: 1.2 } h2 { margin-top: 2.2rem }
+"""
+
+
+def write_report(store: Store, rows: list[Row], asked: SweepConfig, environment: dict[str, Any],
+                 console: Console) -> None:
+    """Everything in the sweep's folder that is not a row; the verdict on the console as well."""
+    folder, steps = store.folder, store.noted("steps.json") or {}
+    write_csv(folder / "results.csv", rows)
+    pictures = plots.draw(folder, rows, steps)
+    changed = compare.changes(read_rows(Path(asked.compare)), rows) if asked.compare else None
+    page = markdown(rows, asked, environment, steps, pictures, changed)
+    store.note("report.md", page)
+    store.note("report.html", html(page, folder, asked.name))
+    for number, row in enumerate(verdict.front(rows), 1):
+        store.note(f"choice-{number}.buckets.yaml", verdict.buckets_yaml(row))
+        store.note(f"choice-{number}.values.yaml", verdict.kubernetes_values(row))
+    said = verdict.words(rows) + ([] if changed is None else [f"Against {asked.compare}:", *changed])
+    console.print("", *said, f"Report: {folder / 'report.html'}", sep="\n", highlight=False, markup=False,
+                  soft_wrap=True)
+
+
+def markdown(rows: list[Row], asked: SweepConfig, environment: dict[str, Any], steps: dict[str, Any],
+             pictures: list[str], changed: list[str] | None) -> str:
+    shared = plots.in_common([row["configuration"] for row in rows])
+    parts = [f"# Sweep: {asked.name}", _conditions(asked, environment), "## Verdict", *_verdict(rows)]
+    if shared:
+        parts.append(f"All configurations have `{'`, `'.join(sorted(shared))}`, which names below leave out.")
+    if changed is not None:
+        parts += [f"## Against {asked.compare}", "\n".join(f"- {line}" for line in changed)]
+    for name in pictures:
+        parts += [f"![{name}]({name})", f"*{CAPTIONS[name]}*"]
+    parts += ["## Latency and throughput",
+              "Milliseconds and tokens/s; ± is half of the 95 % interval over the repeats. TTFT counts from when a "
+              "request was due. Goodput is requests/s within the limits.", _figures(rows)]
+    if said := [row for row in rows if row.get("reason") or row.get("error")]:
+        parts += ["### What went wrong", "\n".join(
+            f"- {row['configuration']}, {row['load']}: {row['status']}, {row.get('reason') or row['error']}"
+            for row in said)]
+    parts += ["## Start and memory", _starts(rows), "## Buckets", *_buckets(rows, steps)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def html(page: str, folder: Path, title: str) -> str:
+    """One file without references: pictures are inside."""
+    body = MarkdownIt("commonmark").enable("table").render(page)
+
+    def inside(found: re.Match) -> str:
+        return f'src="data:image/png;base64,{base64.b64encode((folder / found[1]).read_bytes()).decode()}"'
+
+    body = re.sub(r'src="([\w.]+\.png)"', inside, body)
+    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+            f'content="width=device-width"><title>Sweep: {title}</title><style>{CSS}</style></head><body>'
+            f"{body}</body></html>\n")
+
+
+def _conditions(asked: SweepConfig, environment: dict[str, Any]) -> str:
+    device = environment["device"]
+    if environment["gpus"]:
+        device = f"{len(environment['gpus'])} x {device}, driver {environment['gpus'][0]['driver']}"
+    else:
+        device += f", {environment['cores']} cores"
+    versions = ", ".join(f"{name} {found}" for name, found in environment["packages"].items())
+    lengths = f"Prompts of {asked.prompt_tokens} tokens and answers of {asked.output_tokens}"
+    lengths = f"Prompts from `{asked.prompts}`" if asked.prompts else lengths
+    drawn = [f"{name} drawn lognormal with sigma {sigma:g}" for name, sigma in
+             (("prompts", asked.prompt_sigma), ("answers", asked.output_sigma)) if sigma]
+    limits = {name: limit for name, limit in OmegaConf.to_container(OmegaConf.structured(asked.limits)).items()
+              if limit is not None}
+    return (f"{device}; commit {environment['commit']}; Python {environment['python']}, {versions}. "
+            f"{'; '.join([lengths, *drawn])}; {asked.repeats} repeats of at most {asked.seconds:g} s; "
+            f"seed {asked.seed}; limits: {', '.join(f'{name} {limit:g}' for name, limit in limits.items())}.")
+
+
+def _verdict(rows: list[Row]) -> list[str]:
+    chosen = verdict.front(rows)
+    said = "\n".join(f"{n}. {line}" for n, line in enumerate(verdict.words(rows), 1)) if chosen else None
+    return [said, "The same as files: `choice-N.buckets.yaml` goes to `conf/buckets/`, `choice-N.values.yaml` holds a "
+            "container's arguments and GPUs for Kubernetes."] if chosen else verdict.words(rows)
+
+
+def _names(rows: list[Row]) -> dict[str, str]:
+    return plots.short_names([row["configuration"] for row in rows])
+
+
+def _per_gpu(rows: list[Row]) -> str:
+    return next((verdict.per_gpu(row) for row in rows if "on_gpu" in row), "a GPU")
+
+
+def _table(heading: list[str], lines: list[list[str]]) -> str:
+    rule = ["---", *["---:"] * (len(heading) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heading, rule, *lines))
+
+
+def _number(number: float | None, form: str = "#.3g") -> str:
+    """Three digits, or all where there are more before the point; counts as they are."""
+    if number is None:
+        return "-"
+    if isinstance(number, int) or (form.endswith("g") and abs(number) >= 99.95):
+        return f"{number:,.0f}"
+    return format(number, form)
+
+
+def _with_interval(row: Row, name: str) -> str:
+    spread = row.get("intervals", {}).get(name)
+    spread = None if spread is None or spread != spread else spread
+    return _number(value(row, name)) + (f" ± {_number(spread)}" if spread is not None else "")
+
+
+def _figures(rows: list[Row]) -> str:
+    plain = ("ttft_p50_ms", "ttft_p90_ms", "ttft_p99_ms", "tpot_p50_ms")
+    later = ("itl_p50_ms", "itl_p99_ms", "e2e_p50_ms", "e2e_p99_ms")
+    heading = ["configuration", "load", "TTFT p50", "p90", "p99", "TPOT p50", "p99", "ITL p50", "p99", "E2E p50", "p99",
+               "tok/s a user", f"tok/s {_per_gpu(rows)}", "goodput", "errors", "prefix hits", "verdict"]
+    names = _names(rows)
+    lines = [
+        [names[row["configuration"]], row["load"], *(_number(value(row, name)) for name in plain),
+         _with_interval(row, "tpot_p99_ms"), *(_number(value(row, name)) for name in later),
+         _number(value(row, "tokens_per_s_per_user")), _with_interval(row, "tokens_per_s_per_gpu"),
+         _number(value(row, "goodput_per_s")), _number(value(row, "errors")),
+         _number(value(row, "prefix_hit_share"), ".0%"), row["status"]]
+        for row in rows
+    ]
+    return _table(heading, lines)
+
+
+def _starts(rows: list[Row]) -> str | None:
+    started = {row["identity"]: row for row in rows if row.get("start")}
+    if not started:
+        return None
+    phases = list(dict.fromkeys(name for row in started.values() for name in row["start"]))
+    uses = list(dict.fromkeys(name for row in started.values() for name in row["memory"]))
+    names = _names(rows)
+    lines = [[names[row["configuration"]], *(_number(row["start"].get(name), ".2f") for name in phases),
+              *(_number(row["memory"].get(name, 0) / 2**30, ".2f") for name in uses)] for row in started.values()]
+    return _table(["configuration", *(f"{name}, s" for name in phases), *(f"{name}, GiB" for name in uses)], lines)
+
+
+def _buckets(rows: list[Row], steps: dict[str, Any]) -> list[str]:
+    """A table a configuration: the step alone, and how the loads used it."""
+    parts = ["A step alone, back to back, and what all loads together made of it. “Saves” is the time that the bucket "
+             "spares a step that would take the next larger one otherwise, and in brackets over all its steps."]
+    names = _names(rows)
+    for configuration, group in plots.by_configuration([row for row in rows if row.get("buckets")]).items():
+        known = steps.get(group[0]["identity"], {})
+        timed = {(step["kind"], step["size"]): step for step in known.get("steps", ())}
+        used: dict[tuple[str, int], list[int]] = {}
+        for row in group:
+            for bucket in row["buckets"]:
+                counts = used.setdefault((bucket["kind"], bucket["size"]), [0, 0, 0])
+                for index, name in enumerate(("steps", "rows_used", "rows_padded")):
+                    counts[index] += bucket[name]
+        lines = []
+        for at, (taken, filled, padded) in sorted(used.items()):
+            step = timed.get(at, {})
+            larger = min((key for key in timed if key[0] == at[0] and key[1] > at[1]), default=None)
+            saved = timed[larger]["ms"] - step["ms"] if larger and step else None
+            saving = "-" if saved is None else f"{_number(saved)} ms ({_number(saved * taken / 1e3)} s)"
+            share, size = step.get("share_of_floor"), step.get("bytes")
+            lines.append([
+                f"{at[0]} {at[1]}", _number(step.get("ms")), _number(step.get("tokens_per_s")),
+                _number(size / 1e9 if size else None), _number(share, ".0%"), f"{taken:,}",
+                _number(filled / (filled + padded) if taken else None, ".0%"), f"{padded:,}", saving])
+        rate = known.get("read_bandwidth")
+        parts += [f"### {names[configuration]}", f"Read bandwidth {rate / 1e12:.2f} TB/s." if rate else "",
+                  f"The steps could not be timed: {known['reason']}" if known.get("reason") else "",
+                  _table(["bucket", "ms", "tokens/s", "GB", "of floor", "steps", "rows used", "rows padded", "saves"],
+                         lines)]
+    return parts if len(parts) > 1 else []

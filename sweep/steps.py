@@ -1,0 +1,178 @@
+"""Every bucket's step on its own, without HTTP: `python -m sweep.steps CONTEXT OVERRIDES…` prints one line of JSON.
+
+On a GPU a decode step is held against its floor: the bytes a rank must read once, over the read bandwidth measured in
+the same run. Of the experts' weights those count that the rows of the timed step chose. Every rank times the same
+steps; the first one's figures are told. A process of its own, because it takes the memory that the server will want.
+"""
+
+import ctypes
+import json
+import multiprocessing
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_module
+
+from conf.schema import PAGE_TOKENS, Config, Device, load, register
+from engine.checkpoint import Architecture
+from engine.core import Engine, build
+from engine.parallel import Ranks
+from graphs.buckets import Bucket
+from graphs.buffers import Staging
+from graphs.capture import prepare_cpu_process
+
+
+def decode_bytes(shape: Architecture, rows: int, context: int, experts: float, tp: int) -> float:
+    """Bytes that each rank must read once in a decode step; `experts`: those that the rows chose, over all layers."""
+    width = shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
+    expert = 3 * shape.hidden * shape.intermediate * 4.25 / 8
+    token = 2 * 2 * shape.kv_heads * shape.head_dim
+    cached = sum(min(context, window or context) for window in shape.windows)
+    dense = shape.layers * 2 * shape.hidden * width + rows * token * cached
+    return (dense + experts * expert + 2 * shape.hidden * shape.vocab) / tp
+
+
+@torch.inference_mode()
+def chosen_experts(built: Engine, bucket: Bucket, staging: Staging) -> int:
+    """Experts that the step's rows choose, over all layers; the step runs once, eagerly."""
+    ops, seen = built.model.ops, []
+
+    def route(*arguments):
+        *rows, chosen, shares = ops.add_norm_route(*arguments)
+        seen.append(len(chosen.unique()))
+        return *rows, chosen, shares
+
+    built.buffers.words.copy_(staging.words)
+    built.model.ops = SimpleNamespace(**(vars(ops) | {"add_norm_route": route}))
+    built.model.step(bucket, built.buffers)()
+    built.model.ops = ops
+    synchronize(built)
+    return sum(seen)
+
+
+@torch.inference_mode()
+def step_ms(built: Engine, bucket: Bucket, context: int, launches: int = 40, samples: int = 5) -> tuple[float, float]:
+    """Milliseconds a launch of a bucket's step, back to back, and the experts a decode step touches: the mean of
+    before and after.
+
+    The rows begin with random tokens at `context`; a prefill step is full of prompts of that length.
+    """
+    buffers, vocab = built.buffers, built.ready.vocab_size
+    staging = buffers.staging()
+    inputs = staging.inputs[bucket]
+    slots = bucket.tokens if bucket.kind == "decode" else bucket.tokens // context
+    width = -(-context // PAGE_TOKENS)
+    pages = torch.randperm(buffers.keys.shape[1] - 1, device=buffers.device)[: slots * width] + 1
+    buffers.page_table[:slots, :width] = pages.view(slots, width)
+    buffers.last_token[:slots] = torch.randint(0, vocab, (slots,), device=buffers.device)
+    if bucket.kind == "decode":
+        inputs.slots[:] = range(bucket.tokens)
+        inputs.positions[:], inputs.new_pages[:] = context - 1, -1
+    else:
+        spare = bucket.tokens - slots * context  # tokens that hold nothing
+        inputs.tokens[:] = torch.randint(0, vocab, (bucket.tokens,)).numpy()
+        inputs.positions[:] = list(range(context)) * slots + [0] * spare
+        inputs.slots[:] = [slot for slot in range(slots) for _ in range(context)] + [buffers.spare_slot] * spare
+        inputs.sequence_slots[:] = inputs.sample_slots[:] = buffers.spare_slot
+        inputs.sequence_slots[:slots] = inputs.sample_slots[:slots] = range(slots)
+        inputs.page_table[:slots, :width] = buffers.page_table[:slots, :width].cpu().numpy()
+        inputs.last[:slots] = [context * (n + 1) - 1 for n in range(slots)]
+        inputs.repetition_penalty[:] = inputs.top_p[:] = 1
+    synchronize(built)
+    if bucket.kind == "decode":
+        buffers.sampling.repetition_penalty.fill_(1)
+        buffers.sampling.top_p.fill_(1)
+    counted = bucket.kind == "decode"
+    times, experts = [], [chosen_experts(built, bucket, staging) if counted else 0]
+    for _ in range(samples):
+        built.steps.launch(bucket, staging)()
+        begin = time.perf_counter()
+        for _ in range(launches):
+            wait = built.steps.launch(bucket, staging)
+        wait()
+        times.append(1e3 * (time.perf_counter() - begin) / launches)
+    experts.append(chosen_experts(built, bucket, staging) if counted else 0)
+    return statistics.median(times), statistics.mean(experts)
+
+
+def synchronize(built: Engine) -> None:
+    if built.buffers.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(config: Config, ranks: Ranks, device: torch.device, context: int) -> dict[str, Any]:
+    """{"read_bandwidth": bytes a second or None, "steps": [one row a bucket]}."""
+    torch.manual_seed(0)  # alike on all ranks
+    rate, effort = None, (1, 3)
+    if device.type == "cuda":
+        from sweep.bandwidth import read_bandwidth  # here, because triton is no part of a CPU's torch
+
+        rate, effort = read_bandwidth(), (20, 5)
+        torch.cuda.empty_cache()
+    built = build(config, ranks, device)
+    shape, pages = built.model.architecture, built.ready.pages - 1
+    built.buffers.keys.normal_()
+    built.buffers.values.normal_()
+    step_ms(built, built.buffers.buckets.decode[0], 1, 2, 1)  # warm
+    rows = []
+    for bucket in built.buffers.buckets.all:
+        rows.append(row := {"kind": bucket.kind, "size": bucket.tokens})
+        if bucket.kind == "decode":
+            length = min(context, built.ready.max_context, pages // bucket.tokens * PAGE_TOKENS)
+            ms, experts = step_ms(built, bucket, length, *effort)
+            size = decode_bytes(shape, bucket.tokens, length, experts, ranks.size)
+            row |= {"context": length, "ms": ms, "bytes": size, "experts_per_layer": experts / shape.layers,
+                    "share_of_floor": size / rate / (ms / 1e3) if rate else None}
+        else:
+            prompts = max(1, bucket.tokens // context)
+            length = bucket.tokens // min(prompts, bucket.sequences, built.buffers.buckets.max_rows)
+            length = min(length, built.ready.max_context)
+            ms, _ = step_ms(built, bucket, length, max(1, effort[0] // 10), effort[1])
+            row |= {"context": length, "ms": ms}
+        row["tokens_per_s"] = 1e3 * bucket.tokens / ms
+    return {"read_bandwidth": rate, "steps": rows}
+
+
+def _rank(config: Config, rank: int, folder: str, context: int, out: Any) -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: an interrupted sweep leaves nothing behind
+    if torch.cuda.is_available() and config.kernels.device is not Device.cpu:
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
+    else:
+        prepare_cpu_process()
+        device = torch.device("cpu")
+    found = measure(config, Ranks(rank, config.tp, Path(folder)), device, context)
+    if rank == 0:
+        out.send(found)
+
+
+def main() -> None:
+    context, *overrides = sys.argv[1:]
+    register()
+    with initialize_config_module("conf", version_base="1.3"):
+        config = load(compose("config", overrides=overrides))
+    spawn = multiprocessing.get_context("spawn")
+    inward, outward = spawn.Pipe(duplex=False)
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            spawn.Process(target=_rank, args=(config, rank, folder, int(context), outward), daemon=True)
+            for rank in range(config.tp)
+        ]
+        for process in ranks:
+            process.start()
+        outward.close()  # so that the end of rank 0 ends the wait
+        try:
+            print(json.dumps(inward.recv()))
+        except EOFError:
+            sys.exit("a rank ended before its steps were timed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,3 @@
+"""The faked engine behind a real server, as in tests/serve."""
+
+from tests.serve.conftest import serve  # noqa: F401

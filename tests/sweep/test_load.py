@@ -1,0 +1,188 @@
+"""Loads on a virtual clock: what is sent when, and what the figures make of it."""
+
+import asyncio
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from conf.schema import BucketsConfig, Config, ConfigError, ModelConfig, Weights
+from sweep import load, measure
+from sweep.settings import Limits, SweepConfig
+from sweep.workload import Request, Workload
+from tests.sweep.virtual import run
+
+
+class Fake:
+    """A server that answers `first` seconds after it is asked, then a token each `step` seconds; one at a time if
+    `serial`. Remembers when it was asked and how many requests it had at once.
+    """
+
+    def __init__(self, first=0.5, step=0.02, serial=False):
+        self.first, self.step = first, step
+        self.turn = asyncio.Semaphore(1 if serial else 10**6)
+        self.asked, self.under_way, self.seen = [], 0, []
+
+    async def send(self, request):
+        now = asyncio.get_running_loop().time
+        self.asked.append(now())
+        self.under_way += 1
+        self.seen.append(self.under_way)
+        try:
+            async with self.turn:
+                await asyncio.sleep(self.first)
+                yield 1
+                for _ in range(request.output_tokens - 1):
+                    await asyncio.sleep(self.step)
+                    yield 1
+        finally:
+            self.under_way -= 1
+
+
+def requests(count, tokens=11):
+    return [Request([1], tokens, 0)] * count
+
+
+def closed(fake, count, users, seconds=1e9, stall=60):
+    return run(load.closed(fake.send, requests(count), users, seconds, stall, lambda record: None))
+
+
+def test_every_figure_of_a_closed_loop_is_the_truth():
+    found = measure.figures(closed(Fake(), 12, 4), Limits(), gpus=2)
+    for name in ("ttft_mean", "ttft_p50", "ttft_p90", "ttft_p99"):
+        assert found[f"{name}_ms"] == pytest.approx(500)
+    for name in ("tpot_mean", "tpot_p50", "tpot_p99", "itl_mean", "itl_p50", "itl_p99"):
+        assert found[f"{name}_ms"] == pytest.approx(20)
+    for name in ("e2e_mean", "e2e_p50", "e2e_p99"):
+        assert found[f"{name}_ms"] == pytest.approx(700)
+    assert found["tokens_per_s"] == pytest.approx(4 * 11 / 0.7)
+    assert found["tokens_per_s_per_gpu"] == pytest.approx(2 * 11 / 0.7)
+    assert found["tokens_per_s_per_user"] == pytest.approx(50)
+    assert found["requests_per_s"] == found["goodput_per_s"] == pytest.approx(4 / 0.7)
+    assert (found["requests"], found["errors"]) == (12, 0)
+
+
+def test_a_closed_loop_holds_its_concurrency_and_ends_with_its_budget():
+    fake = Fake()
+    done = closed(fake, 10**4, 3, seconds=7.0)
+    assert max(fake.seen) == 3
+    assert fake.seen[3:] == [3] * (len(fake.seen) - 3)
+    assert done.begin + 7 <= done.end <= done.begin + 7.7
+    assert max(fake.asked) < 7
+
+
+def test_rates_leave_out_the_tail_in_which_users_have_nothing_to_do():
+    async def send(request):
+        await asyncio.sleep(1.0 if request.seed else 10.0)
+        yield 1
+
+    ones = [Request([1], 1, seed) for seed in (0, 1, 1)]
+    done = run(load.closed(send, ones, 2, 1e9, 60, lambda record: None))
+    assert done.end == pytest.approx(2)
+    assert measure.figures(done, Limits(), 1)["tokens_per_s"] == pytest.approx(1)
+
+
+def test_an_open_loop_sends_on_time_and_counts_from_when_a_request_was_due():
+    arrivals = [0.0, 0.1, 0.2, 0.3]
+    fake = Fake(first=1.0, step=0.0, serial=True)  # each waits for those before it
+    done = run(load.opened(fake.send, requests(4, 1), arrivals, 60, lambda record: None))
+    assert fake.asked == pytest.approx(arrivals)
+    assert [measure.ttft(record) for record in done.records] == pytest.approx([1000, 1900, 2800, 3700])
+
+
+def test_a_client_that_is_late_does_not_flatter_the_server():
+    record = load.Record(intended=1.0, sent=3.0, arrivals=[3.5, 4.5], tokens=[1, 1])
+    assert (measure.ttft(record), measure.e2e(record), measure.tpot(record)) == (2500, 3500, 1000)
+
+
+def test_tokens_that_arrive_together_share_the_time():
+    record = load.Record(0.0, 0.0, [1.0, 1.4, 1.5], [3, 4, 1])
+    assert measure.tpot(record) == pytest.approx(100)
+    assert measure.itl(record) == pytest.approx([100, 100, 100, 100, 100])
+    assert math.isnan(measure.tpot(load.Record(0.0, 0.0, [1.0], [8])))
+
+
+def test_percentiles_of_uneven_requests():
+    records = [load.Record(0.0, 0.0, [n / 1000, 2 * n / 1000], [1, 1]) for n in range(1, 101)]
+    found = measure.figures(load.Run(records, 0.0, 1.0), Limits(tpot_ms=50, ttft_ms=80), 1)
+    assert found["ttft_p50_ms"] == pytest.approx(50.5)
+    assert found["ttft_p99_ms"] == pytest.approx(99.01)
+    assert found["e2e_p90_ms"] == pytest.approx(2 * 90.1)
+    assert found["goodput_per_s"] == 50
+
+
+def test_a_request_that_stalls_fails_or_ends_early_is_an_error_of_its_own():
+    async def send(request):
+        yield 1
+        if request.seed == 0:
+            await asyncio.sleep(1000)
+        if request.seed == 1:
+            raise load.SendError("HTTP 500: broken")
+        if request.seed != 2:
+            yield 1
+
+    four = [Request([1], 2, seed) for seed in range(4)]
+    done = run(load.closed(send, four, 1, 1e9, 30, lambda record: None))
+    assert [record.error for record in done.records] == [
+        "nothing came for 30 s", "HTTP 500: broken", "1 tokens came, 2 were asked for", None]
+    found = measure.figures(done, Limits(), 1)
+    assert (found["requests"], found["errors"]) == (4, 3)
+
+
+def test_intervals_are_students():
+    means, widths = measure.over_repeats([{"x": x, "requests": 2} for x in (10.0, 12.0, 14.0)])
+    assert means == {"x": 12.0, "requests": 6}
+    assert widths["x"] == pytest.approx(4.3027 * 2 / math.sqrt(3), rel=1e-4)
+    assert math.isnan(measure.over_repeats([{"x": 1.0}])[1]["x"])
+
+
+def test_a_broken_limit_makes_the_objective_infinite():
+    means = {"ttft_p99_ms": 100.0, "tpot_p99_ms": 20.0, "e2e_p99_ms": 700.0, "tokens_per_s": 5.0, "requests": 100,
+             "errors": 1}
+    lenient = {"error_share": 0.01}
+    assert measure.objective(means, "tpot_p99_ms", Limits(**lenient)) == 20
+    assert measure.objective(means, "-tokens_per_s", Limits(**lenient)) == -5
+    assert measure.objective(means, "tpot_p99_ms", Limits()) == math.inf
+    assert measure.objective(means, "tpot_p99_ms", Limits(ttft_ms=99, **lenient)) == math.inf
+    assert measure.broken(means, Limits(ttft_ms=99)) == ["p99 TTFT 100 ms > 99 ms", "errors 1.0% > 0.0%"]
+    assert measure.objective(means | {"tpot_p99_ms": math.nan}, "tpot_p99_ms", Limits(**lenient)) == math.inf
+
+
+def config(**buckets):
+    shape = {"decode_rows": [4], "prefill_tokens": [64], "prefill_sequences": 1, "max_context": 2048}
+    return Config(model=ModelConfig("demo", Weights.demo), buckets=BucketsConfig(**shape | buckets))
+
+
+def test_a_workload_repeats_for_its_seed_and_differs_between_streams():
+    work = Workload(SweepConfig(prompt_sigma=0.5, output_sigma=0.5), config())
+    assert work.requests(20, 1) == work.requests(20, 1) != work.requests(20, 2)
+    drawn = Workload(SweepConfig(prompt_sigma=0.5, prompt_tokens=100), config()).requests(2000, 0)
+    lengths = [len(request.prompt) for request in drawn]
+    assert np.median(lengths) == pytest.approx(100, rel=0.1)
+    assert np.std(np.log(lengths)) == pytest.approx(0.5, rel=0.1)
+    assert {len(request.prompt) for request in Workload(SweepConfig(), config()).requests(9, 0)} == {256}
+
+
+def test_arrivals_are_a_poisson_process_within_the_budget():
+    times = Workload(SweepConfig(seconds=1000), config()).arrivals(5.0, 0)
+    gaps = np.array([after - before for before, after in pairwise(times)])
+    assert gaps.mean() == pytest.approx(0.2, rel=0.05)
+    assert gaps.std() == pytest.approx(0.2, rel=0.05)
+    assert times[0] == 0
+    assert times[-1] < 1000
+
+
+def test_prompts_from_a_file(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "Hello"}\n{"prompt": [1, 2], "output_tokens": 3}\n')
+    made = Workload(SweepConfig(prompts=str(file)), config()).requests(50, 0)
+    assert {(str(request.prompt), request.output_tokens) for request in made} == {("Hello", 64), ("[1, 2]", 3)}
+    file.write_text('{"text": "Hello"}\n')
+    with pytest.raises(ConfigError, match=r"sweep\.prompts"):
+        Workload(SweepConfig(prompts=str(file)), config())
+
+
+def test_lengths_that_the_context_cannot_hold_are_refused():
+    with pytest.raises(ConfigError, match=r"got 2049, allowed: at most buckets\.max_context = 2048"):
+        Workload(SweepConfig(prompt_tokens=2000, output_tokens=49), config())

@@ -1,0 +1,160 @@
+"""`python sweep.py` as a user runs it, over faked servers: real processes, real HTTP, real signals."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from sweep.store import read_rows
+from tests.served import ROOT
+from tests.sweep.fake_server import ANSWERS_WRONGLY, CRASHES, DOES_NOT_START, HANGS, IS_SLOW, WELL
+
+SMALL = ("sweep.steps=false", "sweep.prompt_tokens=8", "sweep.output_tokens=5", "sweep.requests=2", "sweep.repeats=2",
+         "sweep.gate_tokens=4", "sweep.stall_seconds=10", "hydra.sweep.dir=${sweep.folder}")
+
+
+class Swept:
+    def __init__(self, folder):
+        self.folder = folder / "sweep"
+        self.servers = folder / "servers"
+        self.servers.touch()
+
+    def start(self, *arguments):
+        command = [sys.executable, "-m", "tests.sweep.faked", "-m", *SMALL, *arguments, f"sweep.folder={self.folder}"]
+        return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"FAKE_SERVERS": str(self.servers)},
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def run(self, *arguments):
+        process = self.start(*arguments)
+        output, _ = process.communicate(timeout=300)
+        return process.returncode, output
+
+    def started(self):
+        return [int(line) for line in self.servers.read_text().split()]
+
+    def rows(self):
+        return read_rows(self.folder)
+
+
+@pytest.fixture
+def swept(tmp_path):
+    return Swept(tmp_path)
+
+
+def gone(processes):
+    deadline = time.monotonic() + 30
+    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in processes):
+        assert time.monotonic() < deadline, "a process was left behind"
+        time.sleep(0.1)
+    return True
+
+
+def test_a_failing_configuration_costs_its_own_rows_only_and_a_server_serves_all_its_loads(swept):
+    kinds = (WELL, DOES_NOT_START, CRASHES, ANSWERS_WRONGLY)
+    status, output = swept.run("sweep.concurrency=1,3", f"server.max_queue={','.join(map(str, kinds))}")
+    assert status == 0, output
+    rows = swept.rows()
+    assert [row["status"] for row in rows] == ["ok", "ok", *["failed"] * 4, "wrong", "wrong"]
+    assert [row["load"] for row in rows[:2]] == ["1 user", "3 users"]
+    assert "cannot start: out of memory" in rows[2]["reason"]
+    assert "rank 0 ended with signal SIGKILL" in rows[4]["reason"]
+    assert "the baseline has 1000" in rows[6]["reason"]
+    assert len(swept.started()) == 1 + 1 + 2 + 1  # only what crashed is started anew for its next load
+    assert gone(swept.started())
+    well = rows[1]
+    assert (well["figures"]["requests"], well["figures"]["errors"]) == (2 * 2 * 3, 0)
+    assert well["figures"]["prefix_hit_share"] == 0.25
+    sent = 3 * (1 + 2 * 2)  # warm-up and two repeats
+    assert well["buckets"] == [
+        {"kind": "decode", "size": 4, "steps": 10 * sent, "rows_used": 30 * sent, "rows_padded": 10 * sent}]
+    assert well["start"]["capture"] == 0.25
+    assert well["memory"] == {"pages": 2**20}
+    assert "`python serve.py` with" in (swept.folder / "report.md").read_text()
+    assert "server.max_queue=1028`" not in (swept.folder / "report.md").read_text()
+    table = list(csv.DictReader((swept.folder / "results.csv").open()))
+    assert [line["status"] for line in table] == [row["status"] for row in rows]
+    assert float(table[1]["requests"]) == 12
+    page = (swept.folder / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert "src=\"http" not in page
+
+
+def test_a_server_that_hangs_costs_its_row_and_open_loops_are_measured_too(swept):
+    status, output = swept.run(f"server.max_queue={HANGS},{WELL}", "sweep.concurrency=[]", "sweep.rate=[50]",
+                               "sweep.seconds=1", "sweep.stall_seconds=3", "sweep.gate=false")
+    assert status == 0, output
+    hung, well = swept.rows()
+    assert hung["status"] == "failed"
+    assert "the server hangs: nothing came for 3 s" in hung["reason"]
+    assert (well["status"], well["load"]) == ("ok", "50 requests/s")
+    assert gone(swept.started())
+
+
+def test_what_is_finished_is_not_measured_again_unless_asked(swept):
+    once = ("sweep.concurrency=1,2", "sweep.gate=false")
+    assert swept.run(*once)[0] == 0
+    first = swept.rows()
+    status, output = swept.run(*once)
+    assert status == 0, output
+    assert len(swept.started()) == 1
+    assert swept.rows() == first
+    assert swept.run(*once, "sweep.dry_run=true")[1].count("measured before") == 2
+    assert swept.run(*once, "sweep.fresh=true")[0] == 0
+    assert len(swept.started()) == 2
+    assert [row["key"] for row in swept.rows()] == [row["key"] for row in first]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_sweep_leaves_valid_results_and_no_process(swept, number):
+    process = swept.start("sweep.concurrency=1,4", f"server.max_queue={IS_SLOW}", "sweep.stall_seconds=1000")
+    deadline = time.monotonic() + 120
+    while len(swept.rows() if swept.folder.exists() else []) < 1:
+        assert time.monotonic() < deadline, "no row was finished"
+        time.sleep(0.1)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert len(swept.started()) == 1
+    assert gone(swept.started())
+    assert [row["status"] for row in swept.rows()] == ["ok"]
+    assert "1 user" in (swept.folder / "report.md").read_text()
+
+
+def test_a_dry_run_prints_the_matrix_and_starts_nothing(swept):
+    status, output = swept.run("buckets=small,latency", "tp=1,3", "sweep.concurrency=1,4", "sweep.dry_run=true")
+    assert status == 0, output
+    assert "8 rows" in output
+    assert output.index("buckets=latency") > output.index("defaults")
+    assert "tp: got 3, allowed: 1, 2, 4 or 8" in output
+    assert not swept.started()
+
+
+def test_the_objective_reaches_the_sweeper(swept):
+    status, output = swept.run("hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1",
+                               f"server.max_queue=choice({WELL},{CRASHES})", "sweep.concurrency=1",
+                               "hydra/sweeper/sampler=grid", "sweep.objective=-tokens_per_s")
+    assert status == 0, output
+    found = (swept.folder / "optimization_results.yaml").read_text()
+    best = {row["overrides"][0] if row["overrides"] else "defaults": row for row in swept.rows()}
+    assert f"best_value: {-best['defaults']['figures']['tokens_per_s']}" in found
+
+
+def test_nonsense_is_refused_in_one_line(swept):
+    for wrong, said in (("sweep.concurrency=0", "sweep.concurrency: got 0, allowed: positive numbers"),
+                        ("sweep.objective=speed", "sweep.objective: got 'speed', allowed: requests"),
+                        ("sweep.seconds=0", "sweep.seconds: got 0.0, allowed: more than 0")):
+        status, output = swept.run(wrong, "sweep.gate=false")
+        assert status == 1
+        assert said in output, output
+
+
+def test_a_row_cut_short_by_a_crash_is_left_out(tmp_path):
+    whole = json.dumps({"key": "a", "status": "ok"})
+    (tmp_path / "results.jsonl").write_text(f'{whole}\n{{"key": "b", "sta')
+    assert read_rows(tmp_path) == [{"key": "a", "status": "ok"}]
