@@ -151,7 +151,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(shipped, cache):
 
 def test_serving_needs_only_what_serving_installs(shipped, cache):
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    absent = {requirement.partition(">")[0] for extra in ("demo", "test") for requirement in extras[extra]}
+    absent = {requirement.partition(">")[0] for extra in ("demo", "sweep", "test") for requirement in extras[extra]}
     assert {"babel", "pytest", "httpx"} <= absent
     missing = f"import sys; sys.modules |= dict.fromkeys({sorted(absent)})"  # as if they were not installed
     made = subprocess.run(
