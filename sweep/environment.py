@@ -32,12 +32,16 @@ def gpu_list() -> list[dict[str, Any]]:
 
 
 def commit(root: Path) -> str | None:
-    """The commit, with a digest of what differs from it; None outside a git checkout."""
+    """The commit, with a digest of what differs from it, new files too; None outside a git checkout."""
     head = _run("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
     if head is None:
         return None
     changes = _run("git", "-C", str(root), "diff", "HEAD") or ""
-    return head + (f"+{hashlib.sha256(changes.encode()).hexdigest()[:6]}" if changes else "")
+    new = _run("git", "-C", str(root), "ls-files", "--others", "--exclude-standard", "-z") or ""
+    digest = hashlib.sha256(changes.encode())
+    for name in filter(None, new.split("\0")):
+        digest.update(name.encode() + (root / name).read_bytes())
+    return head + (f"+{digest.hexdigest()[:6]}" if changes or new else "")
 
 
 def _cpu_name() -> str:

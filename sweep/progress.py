@@ -55,8 +55,9 @@ class Progress:
         table = Table(box=None, header_style="bold", pad_edge=False)
         table.add_column("configuration", overflow="fold")
         table.add_column("load")
+        on_gpu = all(row.get("on_gpu", True) for row in self._rows)
         for heading, *_ in SHOWN:
-            table.add_column(heading, justify="right")
+            table.add_column(heading if on_gpu else heading.replace("/GPU", " in all"), justify="right")
         table.add_column("")
         for row in self._rows:
             found = row.get("figures", {})

@@ -1,6 +1,7 @@
 """The HTTP client against a real server over the faked engine."""
 
 import asyncio
+from contextlib import asynccontextmanager
 
 import pytest
 from aiohttp import web
@@ -21,6 +22,22 @@ def fetch(url, *requests, model=MODEL):
             return [[tokens async for tokens in send(request)] for request in requests]
 
     return asyncio.run(all_of())
+
+
+@asynccontextmanager
+async def sending_to(handler):
+    """A sender to a server that does nothing but `handler`."""
+    app = web.Application()
+    app.router.add_post("/v1/completions", handler)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    async with http_sender(f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}", MODEL, 1.0) as send:
+        try:
+            yield send
+        finally:
+            await runner.cleanup()
 
 
 def test_tokens_are_counted_as_they_arrive_and_the_request_is_what_was_asked(serve):
@@ -55,17 +72,8 @@ def test_a_stream_that_ends_early_is_an_error():
             await response.write(b'data: {"choices": [{"token_ids": [1]}]}\n\n')
             return response
 
-        app = web.Application()
-        app.router.add_post("/v1/completions", broken)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        port = site._server.sockets[0].getsockname()[1]
-        async with http_sender(f"http://127.0.0.1:{port}", "m", 1.0) as send:
-            run = await closed(send, [Request([1], 2, 0)], 1, 60, 60, lambda record: None)
-        await runner.cleanup()
-        return run.records
+        async with sending_to(broken) as send:
+            return (await closed(send, [Request([1], 2, 0)], 1, 60, 60, lambda record: None)).records
 
     (record,) = asyncio.run(scenario())
     assert record.tokens == [1]
@@ -84,17 +92,8 @@ def test_events_may_be_cut_anywhere():
                 await asyncio.sleep(0)
             return response
 
-        app = web.Application()
-        app.router.add_post("/v1/completions", dripping)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        port = site._server.sockets[0].getsockname()[1]
-        async with http_sender(f"http://127.0.0.1:{port}", "m", 1.0) as send:
-            counts = [tokens async for tokens in send(Request([1], 6, 0))]
-        await runner.cleanup()
-        return counts
+        async with sending_to(dripping) as send:
+            return [tokens async for tokens in send(Request([1], 6, 0))]
 
     assert asyncio.run(scenario()) == [2, 2, 2]
 

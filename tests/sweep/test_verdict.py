@@ -2,6 +2,7 @@
 
 import math
 import shlex
+import subprocess
 
 import pytest
 from hydra import compose, initialize_config_module
@@ -10,6 +11,7 @@ from omegaconf import OmegaConf
 from conf.schema import BucketsConfig, Config, KernelsConfig, ModelConfig, Weights, load
 from sweep import compare, settings, verdict
 from sweep.command import identity, overrides
+from sweep.environment import commit
 from sweep.fit import misfit
 from sweep.report import html, markdown
 from sweep.settings import SweepConfig
@@ -144,3 +146,21 @@ def test_what_cannot_fit_is_known_before_it_starts():
     assert fits(experts=256).startswith("needs 80.9 GiB (weights 79.1, ")
     assert fits(experts=256).endswith("a GPU has 80.0")
     assert fits(tp=2, gpus=2, experts=256) is None
+
+
+def test_other_code_is_never_taken_for_the_same(tmp_path):
+    assert commit(tmp_path) is None
+
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *words], cwd=tmp_path, check=True,
+                       capture_output=True)
+
+    git("init", "-q")
+    (tmp_path / "a.py").write_text("1")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    seen = [commit(tmp_path)]
+    for name, text in (("a.py", "2"), ("new.py", "1"), ("new.py", "2")):
+        (tmp_path / name).write_text(text)
+        seen.append(commit(tmp_path))
+    assert len(set(seen)) == len(seen)
