@@ -30,6 +30,9 @@ from serve.client import EngineClient
 
 MOST_SOCKET_PATH = 107  # bytes that Linux takes
 FLUSH_SECONDS = 3  # for answers that say why, once the engine is lost
+# More than clients and load balancers (the longest known has 600) keep an unused connection: whichever end closes it,
+# may meet a request on its way. The server's closing breaks that request, the client's does not.
+KEEP_ALIVE_SECONDS = 620
 
 log = logging.getLogger("mini-vllm")
 
@@ -64,7 +67,9 @@ async def serve(config: Config) -> int:
         app = create_app(client, config.server, config.model.name)
     except (OSError, ValueError) as error:
         raise ConfigError(f"server.api_key_file: {error}") from error
-    server = Server(uvicorn.Config(app, log_config=None, access_log=False, http="httptools", lifespan="off"))
+    server = Server(uvicorn.Config(
+        app, log_config=None, access_log=False, http="httptools", lifespan="off", timeout_keep_alive=KEEP_ALIVE_SECONDS,
+    ))
     loop = asyncio.get_running_loop()
     stop = Stop(app, client, server, config.server.drain_seconds)
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from http.client import HTTPConnection
 
 import httpx
 import psutil
@@ -47,6 +48,15 @@ def test_the_demo_model_answers_the_official_client():
         assert whole.message.content == "The capital of France is Paris."
         parts = list(client.chat.completions.create(**asked, stream=True))
         assert "".join(part.choices[0].delta.content or "" for part in parts if part.choices) == whole.message.content
+
+
+def test_an_unused_connection_stays_open(folder):
+    with served(folder).wait_ready() as server:
+        connection = HTTPConnection("127.0.0.1", server.port, timeout=10)
+        for unused in (6, 0):  # uvicorn's own choice is 5 seconds, clients keep a connection for longer
+            connection.request("GET", "/v1/models")
+            assert json.loads(connection.getresponse().read())["data"]
+            time.sleep(unused)
 
 
 def test_ranks_hold_one_model_and_a_killed_one_ends_the_server(folder):
