@@ -17,6 +17,7 @@ STYLE = {
     "figure.dpi": 150, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "grid.color": "#e4e4e4", "grid.linewidth": 0.6, "legend.frameon": False, "axes.axisbelow": True,
 }
+WIDE = 30  # by which latencies differ that a linear axis would press flat
 
 
 def draw(folder: Path, rows: list[Row], steps: dict[str, Any]) -> list[str]:
@@ -57,13 +58,13 @@ def _pareto(rows: list[Row]) -> Any:
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     groups = by_configuration(rows)
     names = short_names(list(groups))
-    for configuration, group in groups.items():
+    for number, (configuration, group) in enumerate(groups.items()):
         group = sorted(group, key=lambda row: (row["mode"], row["level"]))
+        beside = {"xytext": (-6, -5), "ha": "right", "va": "top"} if number % 2 else {"xytext": (6, 5)}
         x, y = _points(group)
         (line,) = axes.plot(x, y, "o-", linewidth=1, markersize=5, alpha=0.9, label=names[configuration])
         for row, at in zip(group, zip(x, y, strict=True), strict=True):
-            axes.annotate(row["load"], at, xytext=(6, 5), textcoords="offset points", fontsize=7,
-                          color=line.get_color())
+            axes.annotate(row["load"], at, textcoords="offset points", fontsize=7, color=line.get_color(), **beside)
         faulty = [row for row in group if row["status"] != "ok"]
         axes.plot(*_points(faulty), "x", color="#c00000", markersize=9, zorder=4)
     best = sorted(front(rows, "tpot_mean_ms"), key=lambda row: value(row, "tokens_per_s_per_user"))
@@ -113,7 +114,12 @@ def _latency(rows: list[Row]) -> Any:
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
             axes.xaxis.set_minor_locator(NullLocator())
             axes.set(xlabel=unit, ylabel="ms", title=title)
-            axes.set_ylim(bottom=0)
+            shown = [at for line in axes.lines for at in line.get_ydata()]
+            if max(shown, default=0) > WIDE * min(shown, default=0):
+                axes.set_yscale("log")
+                axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
+            else:
+                axes.set_ylim(bottom=0)
     for style, label in (("o-", "p50"), ("s:", "p90 (first token)"), ("^--", "p99")):
         grid[0][0].plot([], [], style, color="#555555", markersize=4, label=label)
     grid[0][0].plot([], [], "o", markersize=10, markerfacecolor="none", color="#555555",

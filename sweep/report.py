@@ -41,7 +41,9 @@ def write_report(store: Store, rows: list[Row], asked: SweepConfig, environment:
     page = markdown(rows, asked, environment, steps, pictures, changed)
     store.note("report.md", page)
     store.note("report.html", html(page, folder, asked.name))
-    for number, row in enumerate(verdict.front(rows), 1):
+    for old in folder.glob("choice-*"):
+        old.unlink()
+    for number, row in enumerate(verdict.choices(rows), 1):
         store.note(f"choice-{number}.buckets.yaml", verdict.buckets_yaml(row))
         store.note(f"choice-{number}.values.yaml", verdict.kubernetes_values(row))
     said = verdict.words(rows) + ([] if changed is None else [f"Against {asked.compare}:", *changed])
@@ -64,8 +66,8 @@ def markdown(rows: list[Row], asked: SweepConfig, environment: dict[str, Any], s
               "request was due. Goodput is requests/s within the limits.", _figures(rows)]
     if said := [row for row in rows if row.get("reason") or row.get("error")]:
         parts += ["### What went wrong", "\n".join(
-            f"- {row['configuration']}, {row['load']}: {row['status']}, {row.get('reason') or row['error']}"
-            for row in said)]
+            f"- {row['configuration']}, {row['load']}: {row['status']}, "
+            f"{'; '.join(filter(None, (row.get('reason'), row.get('error'))))}" for row in said)]
     parts += ["## Start and memory", _starts(rows), "## Buckets", *_buckets(rows, steps)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -97,12 +99,13 @@ def _conditions(asked: SweepConfig, environment: dict[str, Any]) -> str:
     limits = {name: limit for name, limit in OmegaConf.to_container(OmegaConf.structured(asked.limits)).items()
               if limit is not None}
     return (f"{device}; commit {environment['commit']}; Python {environment['python']}, {versions}. "
-            f"{'; '.join([lengths, *drawn])}; {asked.repeats} repeats of at most {asked.seconds:g} s; "
-            f"seed {asked.seed}; limits: {', '.join(f'{name} {limit:g}' for name, limit in limits.items())}.")
+            f"{'; '.join([lengths, *drawn])}; "
+            f"{asked.repeats} repeat{'s' * (asked.repeats != 1)} of at most {asked.seconds:g} s; seed {asked.seed}; "
+            f"limits: {', '.join(f'{name} {limit:g}' for name, limit in limits.items())}.")
 
 
 def _verdict(rows: list[Row]) -> list[str]:
-    chosen = verdict.front(rows)
+    chosen = verdict.choices(rows)
     said = "\n".join(f"{n}. {line}" for n, line in enumerate(verdict.words(rows), 1)) if chosen else None
     return [said, "The same as files: `choice-N.buckets.yaml` goes to `conf/buckets/`, `choice-N.values.yaml` holds a "
             "container's arguments and GPUs for Kubernetes."] if chosen else verdict.words(rows)

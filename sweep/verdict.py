@@ -11,6 +11,9 @@ from omegaconf import OmegaConf
 
 from sweep.store import Row
 
+ALIKE = 1.02  # costs this near are the same: what gains more there is the better choice
+WORTH = 1.05  # a choice that costs more gains at least this
+
 
 def front(rows: list[Row], cost: str = "tpot_p99_ms", gain: str = "tokens_per_s_per_gpu") -> list[Row]:
     """Rows that no other beats in both, from the least cost to the greatest gain."""
@@ -20,6 +23,18 @@ def front(rows: list[Row], cost: str = "tpot_p99_ms", gain: str = "tokens_per_s_
         if value(row, gain) > best:
             best = value(row, gain)
             found.append(row)
+    return found
+
+
+def choices(rows: list[Row]) -> list[Row]:
+    """Of the front in p99 TPOT those between which a user would choose, from the least p99 TPOT."""
+    found: list[Row] = []
+    for row in front(rows):
+        if found and value(row, "tokens_per_s_per_gpu") < WORTH * value(found[-1], "tokens_per_s_per_gpu"):
+            continue
+        if found and value(row, "tpot_p99_ms") <= ALIKE * value(found[-1], "tpot_p99_ms"):
+            found.pop()
+        found.append(row)
     return found
 
 
@@ -40,7 +55,7 @@ def command(row: Row) -> str:
 
 def words(rows: list[Row]) -> list[str]:
     """The verdict, a sentence each."""
-    chosen = front(rows)
+    chosen = choices(rows)
     if not chosen:
         return ["No configuration can be recommended: " + (
             "; ".join(sorted({f"{row['configuration']}: {row['reason']}" for row in rows})) or "nothing was measured")]

@@ -38,6 +38,12 @@ def test_the_front_is_what_nothing_without_fault_beats():
         "buckets=latency1", "buckets=latency8", "buckets=balanced64"]
 
 
+def test_choices_differ_by_enough_to_choose_between_them():
+    rows = [row("a", 1, 2.0, 500), row("b", 1, 2.03, 530), row("a", 8, 4.0, 545), row("a", 16, 8.0, 700)]
+    assert len(verdict.front(rows)) == 4
+    assert [found["key"] for found in verdict.choices(rows)] == ["b1", "a16"]
+
+
 def test_the_verdict_names_a_target_and_a_command():
     said = verdict.words(ROWS)
     assert len(said) == 3
@@ -58,7 +64,7 @@ def test_the_knee_has_the_most_throughput_by_delay():
 
 
 def test_files_to_use_as_they_are():
-    best = verdict.front(ROWS)[-1]
+    best = verdict.choices(ROWS)[-1]
     assert OmegaConf.create(verdict.buckets_yaml(best)) == {"decode_rows": [1, 2]}
     assert OmegaConf.create(verdict.kubernetes_values(best)) == {
         "args": ["server.host=0.0.0.0", "buckets=balanced"], "resources": {"limits": {"nvidia.com/gpu": 2}}}
@@ -81,15 +87,17 @@ def test_a_comparison_tells_what_lies_beyond_noise():
 def test_the_report_tells_every_row_and_its_page_needs_no_other_file(tmp_path):
     (tmp_path / "pareto.png").write_bytes(b"picture")
     failed = row("tp=4", status="failed", reason="no GPU") | {"figures": {}}
+    broke = row("tp=2", status="limits", reason="errors 1.0% > 0.0%", error="HTTP 500")
     environment = {"device": "H100", "gpus": [], "cores": 2, "commit": "abc", "python": "3.11", "packages": {}}
     steps = {"buckets=latency": {"read_bandwidth": 2e12, "steps": [
         {"kind": "decode", "size": 1, "ms": 1.0, "bytes": 1e9, "tokens_per_s": 1000, "share_of_floor": 0.5},
         {"kind": "decode", "size": 4, "ms": 3.0, "bytes": 1e9, "tokens_per_s": 1333, "share_of_floor": 0.17}]}}
     used = [{"kind": "decode", "size": 1, "steps": 500, "rows_used": 500, "rows_padded": 0}]
-    rows = [ROWS[0] | {"buckets": used}, failed]
+    rows = [ROWS[0] | {"buckets": used}, failed, broke]
     page = markdown(rows, SweepConfig(), environment, steps, ["pareto.png"], None)
     assert "| buckets=latency | 1 users |" in page
     assert "- tp=4, 1 users: failed, no GPU" in page
+    assert "- tp=2, 1 users: limits, errors 1.0% > 0.0%; HTTP 500" in page
     assert "| decode 1 | 1.00 | 1,000 | 1.00 | 50% | 500 | 100% | 0 | 2.00 ms (1.00 s) |" in page
     shown = html(page, tmp_path, "x")
     assert 'src="data:image/png;base64,cGljdHVyZQ=="' in shown
