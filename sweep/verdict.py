@@ -29,12 +29,14 @@ def front(rows: list[Row], cost: str = "tpot_p99_ms", gain: str = "tokens_per_s_
 def choices(rows: list[Row]) -> list[Row]:
     """Of the front in p99 TPOT those between which a user would choose, from the least p99 TPOT."""
     found: list[Row] = []
+    least = -math.inf  # cost of the last choice and of what it took the place of
     for row in front(rows):
-        if found and value(row, "tokens_per_s_per_gpu") < WORTH * value(found[-1], "tokens_per_s_per_gpu"):
-            continue
-        if found and value(row, "tpot_p99_ms") <= ALIKE * value(found[-1], "tpot_p99_ms"):
-            found.pop()
-        found.append(row)
+        cost, gain = value(row, "tpot_p99_ms"), value(row, "tokens_per_s_per_gpu")
+        if cost <= ALIKE * least:
+            found[-1] = row
+        elif not found or gain >= WORTH * value(found[-1], "tokens_per_s_per_gpu"):
+            found.append(row)
+            least = cost
     return found
 
 

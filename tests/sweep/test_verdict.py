@@ -39,7 +39,7 @@ def test_the_front_is_what_nothing_without_fault_beats():
 
 
 def test_choices_differ_by_enough_to_choose_between_them():
-    rows = [row("a", 1, 2.0, 500), row("b", 1, 2.03, 530), row("a", 8, 4.0, 545), row("a", 16, 8.0, 700)]
+    rows = [row("a", 1, 2.0, 500), row("b", 1, 2.03, 510), row("a", 8, 4.0, 530), row("a", 16, 8.0, 700)]
     assert len(verdict.front(rows)) == 4
     assert [found["key"] for found in verdict.choices(rows)] == ["b1", "a16"]
 
