@@ -23,8 +23,15 @@ def main(server: tuple[str, ...]) -> None:
     settings.register()
     # The last override varies fastest: the loads of a server follow each other, whatever order they were given in.
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument.startswith("sweep."))
+    interrupted = False
+
+    def interrupt(*_) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, interrupt)
     try:
         with Sweep(Console(), server) as sweep:
 
@@ -33,7 +40,9 @@ def main(server: tuple[str, ...]) -> None:
                 return sweep.run(composed)
 
             job()
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-    except (ConfigError, HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"configuration: {error}")
+    except (Exception, KeyboardInterrupt) as error:
+        if interrupted:  # whatever it became: OmegaConf trips over what an interrupt left half made
+            sys.exit(INTERRUPTED)
+        if isinstance(error, ConfigError | HydraException | OmegaConfBaseException):
+            sys.exit(f"configuration: {error}")
+        raise
