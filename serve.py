@@ -30,8 +30,8 @@ from serve.client import EngineClient
 
 MOST_SOCKET_PATH = 107  # bytes that Linux takes
 FLUSH_SECONDS = 3  # for answers that say why, once the engine is lost
-# More than clients and load balancers (the longest known has 600) keep an unused connection: whichever end closes it,
-# may meet a request on its way. The server's closing breaks that request, the client's does not.
+# Of an unused connection, longer than clients and load balancers keep theirs (Google Cloud's: 600). A server that
+# closes first may do so while a request is on its way, which then fails.
 KEEP_ALIVE_SECONDS = 620
 
 log = logging.getLogger("mini-vllm")

@@ -17,6 +17,7 @@ STYLE = {
     "figure.dpi": 150, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "grid.color": "#e4e4e4", "grid.linewidth": 0.6, "legend.frameon": False, "axes.axisbelow": True,
 }
+PLAIN = FuncFormatter(lambda number, _: f"{number:,g}")
 WIDE = 30  # by which latencies differ that a linear axis would press flat
 
 
@@ -111,13 +112,13 @@ def _latency(rows: list[Row]) -> Any:
                     axes.plot(bend["level"], at, "o", markersize=12, markerfacecolor="none", markeredgecolor=color)
             axes.set_xscale("log", base=2)
             axes.set_xticks(levels)
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+            axes.xaxis.set_major_formatter(PLAIN)
             axes.xaxis.set_minor_locator(NullLocator())
             axes.set(xlabel=unit, ylabel="ms", title=title)
             shown = [at for line in axes.lines for at in line.get_ydata()]
-            if max(shown, default=0) > WIDE * min(shown, default=0):
+            if 0 < WIDE * min(shown, default=0) < max(shown, default=0):
                 axes.set_yscale("log")
-                axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
+                axes.yaxis.set_major_formatter(PLAIN)
             else:
                 axes.set_ylim(bottom=0)
     for style, label in (("o-", "p50"), ("s:", "p90 (first token)"), ("^--", "p99")):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from http.client import HTTPConnection
 
 import httpx
@@ -51,8 +51,10 @@ def test_the_demo_model_answers_the_official_client():
 
 
 def test_an_unused_connection_stays_open(folder):
-    with served(folder).wait_ready() as server:
-        connection = HTTPConnection("127.0.0.1", server.port, timeout=10)
+    with (
+        served(folder).wait_ready() as server,
+        closing(HTTPConnection("127.0.0.1", server.port, timeout=10)) as connection,
+    ):
         for unused in (6, 0):  # uvicorn's own choice is 5 seconds, clients keep a connection for longer
             connection.request("GET", "/v1/models")
             assert json.loads(connection.getresponse().read())["data"]

@@ -1,4 +1,4 @@
-"""`python sweep.py` as a user runs it, over faked servers: real processes, real HTTP, real signals."""
+"""`python sweep.py` as a user runs it, over faked servers: real processes, real HTTP, real signals; what it resumes."""
 
 import csv
 import json
@@ -11,6 +11,7 @@ import time
 import psutil
 import pytest
 
+from sweep.environment import commit
 from sweep.store import read_rows
 from tests.served import ROOT
 from tests.sweep.fake_server import ANSWERS_WRONGLY, CRASHES, DOES_NOT_START, HANGS, IS_SLOW, WELL
@@ -108,6 +109,24 @@ def test_what_is_finished_is_not_measured_again_unless_asked(swept):
     assert swept.run(*once, "sweep.fresh=true")[0] == 0
     assert len(swept.started()) == 2
     assert [row["key"] for row in swept.rows()] == [row["key"] for row in first]
+
+
+def test_other_code_is_never_taken_for_the_same(tmp_path):
+    assert commit(tmp_path) is None
+
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *words], cwd=tmp_path, check=True,
+                       capture_output=True)
+
+    git("init", "-q")
+    (tmp_path / "a.py").write_text("1")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    seen = [commit(tmp_path)]
+    for name, text in (("a.py", "2"), ("new.py", "1"), ("new.py", "2")):
+        (tmp_path / name).write_text(text)
+        seen.append(commit(tmp_path))
+    assert len(set(seen)) == len(seen)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -2,16 +2,15 @@
 
 import math
 import shlex
-import subprocess
 
 import pytest
 from hydra import compose, initialize_config_module
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from conf.schema import BucketsConfig, Config, KernelsConfig, ModelConfig, Weights, load
-from sweep import compare, settings, verdict
+from sweep import compare, plots, settings, verdict
 from sweep.command import identity, overrides
-from sweep.environment import commit
 from sweep.fit import misfit
 from sweep.report import html, markdown
 from sweep.settings import SweepConfig
@@ -61,6 +60,17 @@ def test_a_target_is_never_below_what_was_measured(number, said):
 def test_the_knee_has_the_most_throughput_by_delay():
     loads = [row("a", 1, 10, 100), row("a", 4, 12, 380), row("a", 16, 40, 500), row("a", 64, 160, 510)]
     assert verdict.knee(loads)["level"] == 4
+
+
+def test_latencies_of_every_size_can_be_told_apart_in_the_picture(tmp_path, monkeypatch):
+    scales = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: scales.append([a.get_yscale() for a in self.axes]))
+    alike, slow = row("a", 1, 10.0), row("a", 8, 20.0)
+    for late in (7.0, 7000.0, 0.0):
+        slow["figures"] = slow["figures"] | {"ttft_p99_ms": late}
+        assert plots.draw(tmp_path, [alike, slow], {}) == ["pareto.png", "latency.png"]
+    assert [panels[0] for panels in scales[1::2]] == ["linear", "log", "linear"]
+    assert {panels[1] for panels in scales[1::2]} == {"linear"}
 
 
 def test_files_to_use_as_they_are():
@@ -154,21 +164,3 @@ def test_what_cannot_fit_is_known_before_it_starts():
     assert fits(experts=256).startswith("needs 80.9 GiB (weights 79.1, ")
     assert fits(experts=256).endswith("a GPU has 80.0")
     assert fits(tp=2, gpus=2, experts=256) is None
-
-
-def test_other_code_is_never_taken_for_the_same(tmp_path):
-    assert commit(tmp_path) is None
-
-    def git(*words):
-        subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *words], cwd=tmp_path, check=True,
-                       capture_output=True)
-
-    git("init", "-q")
-    (tmp_path / "a.py").write_text("1")
-    git("add", ".")
-    git("commit", "-qm", "first")
-    seen = [commit(tmp_path)]
-    for name, text in (("a.py", "2"), ("new.py", "1"), ("new.py", "2")):
-        (tmp_path / name).write_text(text)
-        seen.append(commit(tmp_path))
-    assert len(set(seen)) == len(seen)
