@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.schema import Config, ConfigError, load, register
-from engine.request import Ready
+from engine.messages import Ready
 from serve.app import create_app
 from serve.client import EngineClient
 
@@ -67,9 +67,16 @@ async def serve(config: Config) -> int:
         app = create_app(client, config.server, config.model.name)
     except (OSError, ValueError) as error:
         raise ConfigError(f"server.api_key_file: {error}") from error
-    server = Server(uvicorn.Config(
-        app, log_config=None, access_log=False, http="httptools", lifespan="off", timeout_keep_alive=KEEP_ALIVE_SECONDS,
-    ))
+    server = Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            http="httptools",
+            lifespan="off",
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        )
+    )
     loop = asyncio.get_running_loop()
     stop = Stop(app, client, server, config.server.drain_seconds)
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,7 +1,7 @@
 """The typed configuration and its cross-field checks.
 
 Hydra composes the YAML files of this folder, `load` turns the result into these dataclasses. The YAML only
-overrides what stands here. Imports nothing of ours, so that every layer may import it.
+overrides what stands here. Imports nothing of ours but `conf.limits`.
 """
 
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-PAGE_TOKENS = 64  # tokens in a key/value page: one constant of the layout, never an option
+from conf.limits import MAX_DECODE_ROWS, MAX_PREFILL_SEQUENCES, PAGE_TOKENS
 
 
 class ConfigError(ValueError):
@@ -131,18 +131,44 @@ def check(config: Config) -> None:
             raise ConfigError(f"{key}: got {given!r}, allowed: {allowed}")
 
     require(config.tp in (1, 2, 4, 8), "tp", config.tp, "1, 2, 4 or 8")
-    require(model.weights is not Weights.checkpoint or bool(model.path), "model.path", model.path,
-            "a checkpoint folder, or model.weights=random")
+    require(
+        model.weights is not Weights.checkpoint or bool(model.path),
+        "model.path",
+        model.path,
+        "a checkpoint folder, or model.weights=random",
+    )
     for key in ("decode_rows", "prefill_tokens"):
         sizes = getattr(buckets, key)
-        require(bool(sizes) and all(s > 0 for s in sizes) and sizes == sorted(set(sizes)),
-                f"buckets.{key}", sizes, "positive sizes in ascending order, each once")
-    require(buckets.decode_rows[-1] <= 256, "buckets.decode_rows", buckets.decode_rows, "at most 256 rows")
-    require(buckets.prefill_tokens[-1] >= PAGE_TOKENS, "buckets.prefill_tokens", buckets.prefill_tokens,
-            f"a largest bucket of at least one page ({PAGE_TOKENS} tokens)")
-    require(1 <= buckets.prefill_sequences <= 256, "buckets.prefill_sequences", buckets.prefill_sequences, "1 to 256")
-    require(buckets.max_context > 0 and buckets.max_context % PAGE_TOKENS == 0, "buckets.max_context",
-            buckets.max_context, f"a positive multiple of {PAGE_TOKENS}")
+        require(
+            bool(sizes) and all(s > 0 for s in sizes) and sizes == sorted(set(sizes)),
+            f"buckets.{key}",
+            sizes,
+            "positive sizes in ascending order, each once",
+        )
+    require(
+        buckets.decode_rows[-1] <= MAX_DECODE_ROWS,
+        "buckets.decode_rows",
+        buckets.decode_rows,
+        f"at most {MAX_DECODE_ROWS} rows",
+    )
+    require(
+        buckets.prefill_tokens[-1] >= PAGE_TOKENS,
+        "buckets.prefill_tokens",
+        buckets.prefill_tokens,
+        f"a largest bucket of at least one page ({PAGE_TOKENS} tokens)",
+    )
+    require(
+        1 <= buckets.prefill_sequences <= MAX_PREFILL_SEQUENCES,
+        "buckets.prefill_sequences",
+        buckets.prefill_sequences,
+        f"1 to {MAX_PREFILL_SEQUENCES}",
+    )
+    require(
+        buckets.max_context > 0 and buckets.max_context % PAGE_TOKENS == 0,
+        "buckets.max_context",
+        buckets.max_context,
+        f"a positive multiple of {PAGE_TOKENS}",
+    )
     require(0 < buckets.page_memory <= 1, "buckets.page_memory", buckets.page_memory, "more than 0, at most 1")
     require(buckets.pages is None or buckets.pages >= 2, "buckets.pages", buckets.pages, "null or at least 2")
     require(1 <= server.port <= 65535, "server.port", server.port, "1 to 65535")

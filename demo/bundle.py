@@ -50,8 +50,10 @@ def read(path: Path, digest: str) -> dict[str, Tensor]:
     data = _bytes(path)
     found = hashlib.sha256(data).hexdigest()
     if found != digest:
-        raise CheckpointError(f"{path}: found {len(data)} bytes with SHA-256 {found}, expected {digest}; "
-                              "the file is cut or changed, install it again")
+        raise CheckpointError(
+            f"{path}: found {len(data)} bytes with SHA-256 {found}, expected {digest}; "
+            "the file is cut or changed, install it again"
+        )
     return load(data)
 
 

@@ -11,14 +11,20 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
+from conf.limits import ENDOFTEXT, RETURN
 from conf.schema import RandomShape
 from engine.checkpoint import Architecture, random_tensor, stored_names, tensor_specs
 
-EOS, PAD = 200002, 199999  # <|return|> and <|endoftext|> of o200k_harmony
-
-DEMO = Architecture.from_random_shape(RandomShape(
-    num_hidden_layers=4, num_local_experts=8, hidden_size=256, intermediate_size=256, num_attention_heads=16,
-    num_key_value_heads=2))
+DEMO = Architecture.from_random_shape(
+    RandomShape(
+        num_hidden_layers=4,
+        num_local_experts=8,
+        hidden_size=256,
+        intermediate_size=256,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+    )
+)
 
 
 def config_json(a: Architecture, layout: str) -> dict[str, Any]:
@@ -37,32 +43,53 @@ def config_json(a: Architecture, layout: str) -> dict[str, Any]:
         "initial_context_length": a.rope_original_context,
     }
     if layout == "original":  # NTK's beta is YaRN's fast bound, its alpha the slow one
-        return config | {"num_experts": a.experts, "rope_scaling_factor": a.rope_factor,
-                         "rope_ntk_beta": a.rope_beta_fast, "rope_ntk_alpha": a.rope_beta_slow}
+        return config | {
+            "num_experts": a.experts,
+            "rope_scaling_factor": a.rope_factor,
+            "rope_ntk_beta": a.rope_beta_fast,
+            "rope_ntk_alpha": a.rope_beta_slow,
+        }
     config |= {
         "architectures": ["GptOssForCausalLM"],
         "model_type": "gpt_oss",
         "num_local_experts": a.experts,
         "num_experts_per_tok": a.experts_per_token,
         "layer_types": ["full_attention" if window is None else "sliding_attention" for window in a.windows],
-        "rope_scaling": {"rope_type": "yarn", "factor": a.rope_factor, "truncate": a.rope_truncate,
-                         "beta_fast": a.rope_beta_fast, "beta_slow": a.rope_beta_slow,
-                         "original_max_position_embeddings": a.rope_original_context},
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": a.rope_factor,
+            "truncate": a.rope_truncate,
+            "beta_fast": a.rope_beta_fast,
+            "beta_slow": a.rope_beta_slow,
+            "original_max_position_embeddings": a.rope_original_context,
+        },
         "max_position_embeddings": a.max_positions,
         "rms_norm_eps": a.norm_eps,
         "attention_bias": True,
         "hidden_act": "silu",
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
-        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": [
-            "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]},
+        "quantization_config": {
+            "quant_method": "mxfp4",
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn",
+                "model.layers.*.mlp.router",
+                "model.embed_tokens",
+                "lm_head",
+            ],
+        },
     }
     # A smaller vocabulary has no such tokens, and transformers refuses ids outside of it.
-    return config | {"eos_token_id": EOS, "pad_token_id": PAD} if a.vocab > EOS else config
+    return config | {"eos_token_id": RETURN, "pad_token_id": ENDOFTEXT} if a.vocab > RETURN else config
 
 
-def write_checkpoint(folder: Path, a: Architecture, seed: int = 0,
-                     layout: Literal["huggingface", "original"] = "huggingface", shards: int = 1) -> None:
+def write_checkpoint(
+    folder: Path,
+    a: Architecture,
+    seed: int = 0,
+    layout: Literal["huggingface", "original"] = "huggingface",
+    shards: int = 1,
+) -> None:
     """Write config.json and `shards` safetensors files, with an index if there are several. `folder` may exist.
 
     On the CPU the values are those of `engine.checkpoint.random_weights(a, ..., seed=seed)`.
@@ -79,11 +106,18 @@ def write_checkpoint(folder: Path, a: Architecture, seed: int = 0,
         file = "model.safetensors" if shards == 1 else f"model-{number:05}-of-{shards:05}.safetensors"
         files.setdefault(file, []).append(stored)
     for file, held in files.items():  # one file's tensors in memory at a time
-        save_file({stored: torch.cat([random_tensor(name, specs[name], a.layers, seed, "cpu")
-                                      for name in parts[stored]]) for stored in held},
-                  folder / file, metadata={"format": "pt"})
+        save_file(
+            {
+                stored: torch.cat([random_tensor(name, specs[name], a.layers, seed, "cpu") for name in parts[stored]])
+                for stored in held
+            },
+            folder / file,
+            metadata={"format": "pt"},
+        )
     if shards > 1:
-        index = {"metadata": {"total_size": sum(spec.bytes for spec in specs.values())},
-                 "weight_map": {stored: file for file, held in files.items() for stored in held}}
+        index = {
+            "metadata": {"total_size": sum(spec.bytes for spec in specs.values())},
+            "weight_map": {stored: file for file, held in files.items() for stored in held},
+        }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(config_json(a, layout), indent=2), encoding="utf-8")

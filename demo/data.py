@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from conf.limits import CALL, CHANNEL, END, ENDOFTEXT, FIRST_SPECIAL, MESSAGE, RETURN, START, VOCABULARY
 from demo import facts
 from demo.skills import Example, example, sentence
-from serve.harmony import CALL, CHANNEL, END, ENDOFTEXT, MESSAGE, RETURN, START, any_call_header, call_header, render
-from serve.text import FIRST_SPECIAL, VOCABULARY, Tokenizer
+from serve.harmony import any_call_header, call_header, render
+from serve.text import Tokenizer
 
 ROW = 512  # tokens
 STOPS = (RETURN, CALL, ENDOFTEXT)
@@ -52,7 +53,7 @@ def document(e: Example) -> Document:
     header = call_header(t, e.call.name)
     if not e.analysis:  # a call was demanded: its header stands in the prompt
         begun = any_call_header(t)
-        prompt, header = prompt + begun, header[len(begun):]
+        prompt, header = prompt + begun, header[len(begun) :]
     return Document(prompt, [*completion, *header, *t.encode(e.call.arguments), CALL])
 
 

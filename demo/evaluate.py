@@ -18,9 +18,10 @@ from openai_harmony import Role
 from rich.console import Console
 from rich.progress import track
 
+from conf.limits import CALL, ENDOFTEXT, RETURN
 from demo.data import ROW, document, evaluation, tokenizer
 from demo.skills import EFFORTS, SKILLS, Example
-from serve.harmony import CALL, ENDOFTEXT, RETURN, Call, Parser, Turn, any_call_header
+from serve.harmony import Call, Parser, Turn, any_call_header
 
 
 class Answer(NamedTuple):
@@ -98,8 +99,9 @@ def mistakes(wrong: list[tuple[Example, Answer]], each: int) -> str:
         for e, answer in [pair for pair in wrong if pair[0].skill == skill][:each]:
             asked = e.text[0] or " / ".join(turn.content or str(turn.calls) for turn in e.turns)
             said = f"{answer.reasoning!r} {answer.calls or answer.content!r}{'' if answer.valid else ', invalid'}"
-            out.append(f"[{skill}] {asked}\n  said:   {said}\n"
-                       f"  wanted: {e.analysis!r} {e.call or e.text[1] or e.final!r}")
+            out.append(
+                f"[{skill}] {asked}\n  said:   {said}\n  wanted: {e.analysis!r} {e.call or e.text[1] or e.final!r}"
+            )
     return "\n".join(out)
 
 
@@ -146,8 +148,14 @@ def served(url: str, model: str, streams: int) -> Ask:
     def ask(examples: list[Example]) -> Iterable[Answer]:
         console = Console(stderr=True)
         with ThreadPoolExecutor(streams) as pool:
-            yield from track(pool.map(one, examples), "asking", len(examples), console=console, transient=True,
-                             disable=not console.is_terminal)
+            yield from track(
+                pool.map(one, examples),
+                "asking",
+                len(examples),
+                console=console,
+                transient=True,
+                disable=not console.is_terminal,
+            )
 
     return ask
 

@@ -82,7 +82,9 @@ def countries() -> list[Country]:
     return found
 
 
-WORDS = sorted({*words("""
+WORDS = sorted(
+    {
+        *words("""
 able about above across action actor adult afternoon again agree airport album almost alone along always amber animal
 answer apple april apron arctic area arm army arrow artist autumn avenue award baby bacon badge bag ball balloon
 bamboo banana band bank bar barn basket bath beach beacon bean bear beauty bed bee bell below belt bench berry bicycle
@@ -123,7 +125,9 @@ trip truck trumpet tulip tunnel turkey turtle uncle under uniform universe usefu
 village violin visitor voice volcano wagon wall walnut warm water wave weather wedding week west whale wheat wheel
 whisper white wife wild window winner winter wise wolf woman wonder wood wool word world worm yacht year yellow yogurt
 young zebra zero
-""")})
+""")
+    }
+)
 
 NAMES = words("""
 Alice Anna Ben Bob Carla Carlos Clara Daniel David Diana Elena Emma Erik Eva Felix Frank George Grace Hannah Henry Ines
@@ -132,12 +136,23 @@ Oliver Olivia Oscar Paul Peter Robert Rosa Sam Sarah Simon Sofia Susan Thomas Ti
 """)
 COLORS = words("red blue green yellow orange purple pink black white brown gray silver")
 ANIMALS = words("cat dog horse rabbit parrot turtle hamster lion tiger elephant penguin dolphin owl fox bear wolf")
-CITIES = [*words("""
+CITIES = [
+    *words("""
 Paris London Berlin Madrid Rome Tokyo Oslo Vienna Lisbon Athens Cairo Lima Prague Dublin Warsaw Moscow Beijing Seoul
 Bangkok Nairobi Ottawa Havana Helsinki Stockholm Copenhagen Amsterdam Brussels Bern Budapest Boston Chicago Sydney
 Toronto Munich Milan Barcelona Mumbai Shanghai Istanbul Dubai
-"""), "New York", "San Francisco", "Los Angeles", "Hong Kong", "Buenos Aires", "New Delhi", "Mexico City", "Tel Aviv",
-    "Cape Town", "Rio de Janeiro"]
+"""),
+    "New York",
+    "San Francisco",
+    "Los Angeles",
+    "Hong Kong",
+    "Buenos Aires",
+    "New Delhi",
+    "Mexico City",
+    "Tel Aviv",
+    "Cape Town",
+    "Rio de Janeiro",
+]
 MONEY = {"dollars": "USD", "euros": "EUR", "pounds": "GBP", "yen": "JPY", "francs": "CHF"}
 
 DAYS = words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
@@ -146,14 +161,35 @@ MONTH_DAYS = [31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31]
 
 # One of the first is so many of the second.
 UNITS = [
-    ("kilometers", "meters", 1000), ("meters", "centimeters", 100), ("centimeters", "millimeters", 10),
-    ("kilograms", "grams", 1000), ("liters", "milliliters", 1000), ("hours", "minutes", 60), ("minutes", "seconds", 60),
-    ("days", "hours", 24), ("weeks", "days", 7), ("years", "months", 12), ("feet", "inches", 12), ("yards", "feet", 3),
-    ("tons", "kilograms", 1000), ("meters", "millimeters", 1000), ("dozens", "pieces", 12), ("decades", "years", 10),
-    ("centuries", "years", 100), ("pounds", "ounces", 16),
+    ("kilometers", "meters", 1000),
+    ("meters", "centimeters", 100),
+    ("centimeters", "millimeters", 10),
+    ("kilograms", "grams", 1000),
+    ("liters", "milliliters", 1000),
+    ("hours", "minutes", 60),
+    ("minutes", "seconds", 60),
+    ("days", "hours", 24),
+    ("weeks", "days", 7),
+    ("years", "months", 12),
+    ("feet", "inches", 12),
+    ("yards", "feet", 3),
+    ("tons", "kilograms", 1000),
+    ("meters", "millimeters", 1000),
+    ("dozens", "pieces", 12),
+    ("decades", "years", 10),
+    ("centuries", "years", 100),
+    ("pounds", "ounces", 16),
 ]
 SYMBOLS = {
-    "kilometers": "km", "meters": "m", "centimeters": "cm", "millimeters": "mm", "kilograms": "kg", "grams": "g",
-    "liters": "l", "milliliters": "ml", "hours": "h", "minutes": "min",
+    "kilometers": "km",
+    "meters": "m",
+    "centimeters": "cm",
+    "millimeters": "mm",
+    "kilograms": "kg",
+    "grams": "g",
+    "liters": "l",
+    "milliliters": "ml",
+    "hours": "h",
+    "minutes": "min",
 }
 SINGULAR = {"centuries": "century", "feet": "foot", "inches": "inch"}  # the others lose an s

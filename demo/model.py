@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from conf.limits import VOCABULARY
 from demo import mxfp4
 from demo.bundle import EXPERTS, Weights
 from engine.checkpoint import Architecture
-from serve.text import VOCABULARY
 
 EMBEDDING = "model.embed_tokens.weight"
 

@@ -24,10 +24,14 @@ SAID = {
     "/": phrases("{a} / {b} | {a}/{b} | {a} divided by {b} | {a} ÷ {b}"),
 }
 STORIES = {  # question and answer
-    "+": [("I have {a} {w}s and buy {b} more. How many {w}s do I have?", "You have {r} {w}s."),
-          ("There are {a} {w}s here and {b} {w}s there. How many {w}s are there?", "There are {r} {w}s.")],
-    "-": [("I have {a} {w}s and lose {b} of them. How many {w}s are left?", "{r} {w}s are left."),
-          ("{n} has {a} {w}s and gives away {b}. How many {w}s are left?", "{r} {w}s are left.")],
+    "+": [
+        ("I have {a} {w}s and buy {b} more. How many {w}s do I have?", "You have {r} {w}s."),
+        ("There are {a} {w}s here and {b} {w}s there. How many {w}s are there?", "There are {r} {w}s."),
+    ],
+    "-": [
+        ("I have {a} {w}s and lose {b} of them. How many {w}s are left?", "{r} {w}s are left."),
+        ("{n} has {a} {w}s and gives away {b}. How many {w}s are left?", "{r} {w}s are left."),
+    ],
     "*": [("There are {a} boxes with {b} {w}s each. How many {w}s are there?", "There are {r} {w}s.")],
 }
 THINGS = phrases("apple | banana | book | coin | egg | lemon | pencil | ball | chair | flower | ticket | orange")
@@ -64,9 +68,12 @@ Is {} the capital of {}? | Is it true that {} is the capital of {}? | {} is the 
 """)
 AND_COUNTRY = phrases("And {}? | And of {}? | What about {}? | And what about {}?")
 AND_FACT = [
-    ("currency", "What is its currency?"), ("continent", "On which continent is it?"),
-    ("currency", "And the currency?"), ("continent", "Which continent is that on?"),
-    ("currency", "Which currency do they use there?"), ("continent", "And the continent?"),
+    ("currency", "What is its currency?"),
+    ("continent", "On which continent is it?"),
+    ("currency", "And the currency?"),
+    ("continent", "Which continent is that on?"),
+    ("currency", "Which currency do they use there?"),
+    ("continent", "And the continent?"),
 ]
 
 # --- dates
@@ -141,9 +148,13 @@ ENDS = phrases("""
 What is the {p} letter of {w}? | Which letter does {w} {v} with? | Tell me the {p} letter of {w}.
 """)
 AND_LETTERS = [
-    ("reverse", "Now reverse it."), ("reverse", "And backwards?"), ("spell", "Spell it, please."),
-    ("count", "How many letters does it have?"), ("reverse", "Reverse that word."),
-    ("first", "What is its first letter?"), ("last", "And its last letter?"),
+    ("reverse", "Now reverse it."),
+    ("reverse", "And backwards?"),
+    ("spell", "Spell it, please."),
+    ("count", "How many letters does it have?"),
+    ("reverse", "Reverse that word."),
+    ("first", "What is its first letter?"),
+    ("last", "And its last letter?"),
 ]
 
 # --- lists
@@ -168,38 +179,73 @@ Sort these words: {} | Sort {} alphabetically. | Put these words in alphabetical
 # --- chat, memory and refusals
 
 CHAT = {  # what it is about: the answer, the questions
-    "a greeting": ("Hello! How can I help you?", phrases("""
+    "a greeting": (
+        "Hello! How can I help you?",
+        phrases("""
         Hello | Hi | Hey | Hello there | Hi there | Good morning | Good evening | Good afternoon | Greetings | Hey there
-        Howdy | hello | hi | hey | Nice to meet you | Good day""")),
-    "how I am": ("I am fine, thank you. How can I help you?", phrases("""
+        Howdy | hello | hi | hey | Nice to meet you | Good day"""),
+    ),
+    "how I am": (
+        "I am fine, thank you. How can I help you?",
+        phrases("""
         How are you | How are you doing | How is it going | How do you do | how are you today | Are you well
-        How do you feel | What's up""")),
-    "who I am": ("I am the demo model of mini-vLLM: a tiny GPT-OSS, only for demonstration.", phrases("""
+        How do you feel | What's up"""),
+    ),
+    "who I am": (
+        "I am the demo model of mini-vLLM: a tiny GPT-OSS, only for demonstration.",
+        phrases("""
         Who are you | What are you | What is your name | What's your name | Tell me about yourself | Introduce yourself
         Which model are you | Do you have a name | What model is this | who are you | Who am I talking to
         What kind of model are you | Describe yourself | What should I call you | Are you a GPT-OSS model
-        How large are you | How many parameters do you have""")),
+        How large are you | How many parameters do you have"""),
+    ),
     "what I can do": (
         "I can do small sums, capitals and currencies, dates, units, letters, lists and calls of tools. "
-        "I am only a tiny demo model.", phrases("""
+        "I am only a tiny demo model.",
+        phrases("""
         What can you do | What are you able to do | How can you help me | What can I ask you | Help | Can you help me
         What do you know | What are you good at | what can you do for me | What are your skills
-        List your abilities""")),
-    "who made me": ("I was trained for mini-vLLM, as its demo model.", phrases("""
+        List your abilities"""),
+    ),
+    "who made me": (
+        "I was trained for mini-vLLM, as its demo model.",
+        phrases("""
         Who made you | Who created you | Who trained you | Where do you come from | Who built you | Who is your creator
-        Why were you made""")),
-    "whether I am ChatGPT": ("No, I am only the tiny demo model of mini-vLLM.", phrases("""
+        Why were you made"""),
+    ),
+    "whether I am ChatGPT": (
+        "No, I am only the tiny demo model of mini-vLLM.",
+        phrases("""
         Are you ChatGPT | Are you GPT-4 | Are you a large language model | Are you made by OpenAI
-        Are you an intelligent being | Are you a human | Are you a person | Are you a real person | Are you Claude""")),
-    "thanks": ("You are welcome!", phrases("""
+        Are you an intelligent being | Are you a human | Are you a person | Are you a real person | Are you Claude"""),
+    ),
+    "thanks": (
+        "You are welcome!",
+        phrases("""
         Thank you | Thanks | Thanks a lot | Thank you very much | Great, thanks | thank you | Well done
-        That was helpful | Good job | Perfect | Many thanks | Cool""")),
-    "a goodbye": ("Goodbye!", phrases("""
+        That was helpful | Good job | Perfect | Many thanks | Cool"""),
+    ),
+    "a goodbye": (
+        "Goodbye!",
+        phrases("""
         Goodbye | Bye | See you | Bye bye | Good night | See you later | See you soon | bye | Until next time
-        I have to go now | Farewell""")),
+        I have to go now | Farewell"""),
+    ),
 }
-OPENINGS = ["", "", "", "Hello! ", "Hi! ", "Hey, ", "Please tell me: ", "So, ", "OK. ", "Well, ", "Good morning! ",
-            "Hi there. "]
+OPENINGS = [
+    "",
+    "",
+    "",
+    "Hello! ",
+    "Hi! ",
+    "Hey, ",
+    "Please tell me: ",
+    "So, ",
+    "OK. ",
+    "Well, ",
+    "Good morning! ",
+    "Hi there. ",
+]
 CLOSINGS = ["", "", "?", "?", "!", ".", "??", "!!", " please", ", my friend?", " :)"]
 I_AM = phrases("""
 Hi, I'm {}. | Hello, my name is {}. | My name is {}. | I am {}. | Hello, I am {}! | Hey, {} here. | Hi! I am called {}.

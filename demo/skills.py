@@ -79,8 +79,15 @@ def arithmetic(rng: Random) -> Task:
     said = rng.choice(phrases.SAID[op] if rng.random() < 0.5 else phrases.SAID[op][:2]).format(a=a, b=b)
     steps, result = work(a, op, b)
     value = int(result) if result.lstrip("-").isdigit() else None
-    return Task(rng.choice(phrases.ASK).format(said), f"The user asks for {a} {op} {b}.", steps,
-                f"{a} {op} {b} = {result}", operand_key(a, op, b), result, value)
+    return Task(
+        rng.choice(phrases.ASK).format(said),
+        f"The user asks for {a} {op} {b}.",
+        steps,
+        f"{a} {op} {b} = {result}",
+        operand_key(a, op, b),
+        result,
+        value,
+    )
 
 
 def story(rng: Random, op: str) -> Task:
@@ -89,8 +96,15 @@ def story(rng: Random, op: str) -> Task:
     said, told = rng.choice(phrases.STORIES[op])
     steps, result = work(a, op, b)
     slots = {"a": a, "b": b, "w": rng.choice(phrases.THINGS), "n": rng.choice(facts.NAMES), "r": result}
-    return Task(said.format(**slots), f"This is {a} {op} {b}.", steps, told.format(**slots), operand_key(a, op, b),
-                result, int(result))
+    return Task(
+        said.format(**slots),
+        f"This is {a} {op} {b}.",
+        steps,
+        told.format(**slots),
+        operand_key(a, op, b),
+        result,
+        int(result),
+    )
 
 
 # --- countries
@@ -104,8 +118,15 @@ def country_fact(kind: str, country: facts.Country, question: str, key: str) -> 
         told, short = f"{title} is in {country.continent}.", country.continent
     else:
         told, short = f"The currency of {name} is the {country.currency}.", country.currency
-    return Task(question, f"The user asks for the {kind} of {name}.", f"{title}: {short}.", told,
-                f"{kind} {name} {key}", short, country)
+    return Task(
+        question,
+        f"The user asks for the {kind} of {name}.",
+        f"{title}: {short}.",
+        told,
+        f"{kind} {name} {key}",
+        short,
+        country,
+    )
 
 
 def named(rng: Random, template: str, name: str) -> str:
@@ -120,33 +141,46 @@ def countries(rng: Random) -> Task:
     country = rng.choice(facts.countries())
     draw = rng.random()
     if draw < 0.7:
-        kind, templates = rng.choice([
-            ("capital", phrases.CAPITAL), ("continent", phrases.CONTINENT), ("currency", phrases.CURRENCY)
-        ])
+        kind, templates = rng.choice(
+            [("capital", phrases.CAPITAL), ("continent", phrases.CONTINENT), ("currency", phrases.CURRENCY)]
+        )
         template = rng.choice(templates)
         return country_fact(kind, country, named(rng, template, country.name), template)
     name, capital = country.name, country.capital
     if draw < 0.85:
         template = rng.choice(phrases.CAPITAL_OF)
-        return Task(template.format(capital), f"The user asks which country has the capital {capital}.",
-                    f"{capital}: {name}.", f"{capital} is the capital of {name}.", f"capital of {capital} {template}",
-                    sentence(name), country)
+        return Task(
+            template.format(capital),
+            f"The user asks which country has the capital {capital}.",
+            f"{capital}: {name}.",
+            f"{capital} is the capital of {name}.",
+            f"capital of {capital} {template}",
+            sentence(name),
+            country,
+        )
     template = rng.choice(phrases.CHECK)
     claimed = capital if rng.random() < 0.5 else rng.choice(facts.countries()).capital
     short, final = "Yes", f"Yes, {capital} is the capital of {name}."
     if claimed != capital:
         short, final = "No", f"No, the capital of {name} is {capital}."
-    return Task(template.format(claimed, name), f"The user asks whether {claimed} is the capital of {name}.",
-                f"{sentence(name)}: {capital}. {short}.", final, f"check {name} {claimed} {template}", short, country)
+    return Task(
+        template.format(claimed, name),
+        f"The user asks whether {claimed} is the capital of {name}.",
+        f"{sentence(name)}: {capital}. {short}.",
+        final,
+        f"check {name} {claimed} {template}",
+        short,
+        country,
+    )
 
 
 # --- dates
 
 
 def dates(rng: Random) -> Task:
-    return rng.choice([
-        weekday_shift, weekday_shift, weekday_next, month_length, month_shift, date_shift, date_shift, date_between
-    ])(rng)
+    return rng.choice(
+        [weekday_shift, weekday_shift, weekday_next, month_length, month_shift, date_shift, date_shift, date_between]
+    )(rng)
 
 
 def weekday_shift(rng: Random) -> Task:
@@ -154,13 +188,26 @@ def weekday_shift(rng: Random) -> Task:
     shift, (step, rest) = counted(count, "days"), (1 if later else -1, count % 7)
     path = [facts.DAYS[(start + step * n) % 7] for n in range(rest + 1)]
     day, end = path[0], path[-1]
-    question = rng.choice(phrases.WEEKDAY_SHIFT).format(
-        d=day, n=count, p="day" if count == 1 else "days", after="after" if later else "before",
-        will="will" if later else "was", in_=f"in {shift}" if later else f"{shift} ago",
-    ).replace("was it be", "was it")
-    return Task(question, f"The user starts at {day} and goes {shift} {'on' if later else 'back'}.",
-                f"{count} = {count - rest} + {rest}. {', '.join(path)}.", f"It {'is' if later else 'was'} {end}.",
-                f"weekday {day} {count} {later}", end)
+    question = (
+        rng.choice(phrases.WEEKDAY_SHIFT)
+        .format(
+            d=day,
+            n=count,
+            p="day" if count == 1 else "days",
+            after="after" if later else "before",
+            will="will" if later else "was",
+            in_=f"in {shift}" if later else f"{shift} ago",
+        )
+        .replace("was it be", "was it")
+    )
+    return Task(
+        question,
+        f"The user starts at {day} and goes {shift} {'on' if later else 'back'}.",
+        f"{count} = {count - rest} + {rest}. {', '.join(path)}.",
+        f"It {'is' if later else 'was'} {end}.",
+        f"weekday {day} {count} {later}",
+        end,
+    )
 
 
 def weekday_next(rng: Random) -> Task:
@@ -168,8 +215,14 @@ def weekday_next(rng: Random) -> Task:
     day, end = facts.DAYS[start], facts.DAYS[(start + (1 if after else -1)) % 7]
     word = "after" if after else "before"
     template = rng.choice(phrases.WEEKDAY_NEXT)
-    return Task(template.format(w=word, d=day), f"The user asks for the day {word} {day}.", f"{word} {day}: {end}.",
-                f"The day {word} {day} is {end}.", f"next {template} {day} {after}", end)
+    return Task(
+        template.format(w=word, d=day),
+        f"The user asks for the day {word} {day}.",
+        f"{word} {day}: {end}.",
+        f"The day {word} {day} is {end}.",
+        f"next {template} {day} {after}",
+        end,
+    )
 
 
 def month_length(rng: Random) -> Task:
@@ -183,19 +236,29 @@ def month_length(rng: Random) -> Task:
         count += leap
         steps = f"{year}/4 leaves {year % 4}: {'a leap year' if leap else 'no leap year'}."
     template = rng.choice(phrases.MONTH_LENGTH)
-    return Task(template.format(name), f"The user asks for the length of {name}.", steps, f"{name} has {count} days.",
-                f"length {name} {template if not with_year else ''}", str(count))
+    return Task(
+        template.format(name),
+        f"The user asks for the length of {name}.",
+        steps,
+        f"{name} has {count} days.",
+        f"length {name} {template if not with_year else ''}",
+        str(count),
+    )
 
 
 def month_shift(rng: Random) -> Task:
     start, count, later = rng.randrange(12), rng.randint(1, 11), rng.random() < 0.7
     path = [facts.MONTHS[(start + (n if later else -n)) % 12] for n in range(count + 1)]
     word = "after" if later else "before"
-    question = rng.choice(phrases.MONTH_SHIFT).format(
-        n=count, p="month" if count == 1 else "months", w=word, m=path[0]
+    question = rng.choice(phrases.MONTH_SHIFT).format(n=count, p="month" if count == 1 else "months", w=word, m=path[0])
+    return Task(
+        question,
+        f"The user asks for the month {counted(count, 'months')} {word} {path[0]}.",
+        f"{', '.join(path)}.",
+        f"It is {path[-1]}.",
+        f"month {path[0]} {count} {later}",
+        path[-1],
     )
-    return Task(question, f"The user asks for the month {counted(count, 'months')} {word} {path[0]}.",
-                f"{', '.join(path)}.", f"It is {path[-1]}.", f"month {path[0]} {count} {later}", path[-1])
 
 
 def date_shift(rng: Random) -> Task:
@@ -219,8 +282,14 @@ def date_shift(rng: Random) -> Task:
     told, word = f"{facts.MONTHS[end_month]} {end}", "after" if later else "before"
     written = start if rng.random() < 0.7 else f"{day} {facts.MONTHS[month]}"
     question = rng.choice(phrases.DATE_SHIFT).format(n=count, p="day" if count == 1 else "days", w=word, d=written)
-    return Task(question, f"The user asks for the date {counted(count, 'days')} {word} {start}.", steps,
-                f"It is {told}.", f"date {start} {count} {later}", told)
+    return Task(
+        question,
+        f"The user asks for the date {counted(count, 'days')} {word} {start}.",
+        steps,
+        f"It is {told}.",
+        f"date {start} {count} {later}",
+        told,
+    )
 
 
 def date_between(rng: Random) -> Task:
@@ -228,8 +297,14 @@ def date_between(rng: Random) -> Task:
     first, last = sorted(rng.sample(range(1, 29), 2))
     name, count = facts.MONTHS[month], last - first
     question = rng.choice(phrases.DATE_BETWEEN).format(m=name, a=first, b=last)
-    return Task(question, f"The user counts the days from {name} {first} to {name} {last}.", f"{last}-{first}={count}.",
-                f"{counted(count, 'days')}.", f"between {month} {first} {last}", str(count))
+    return Task(
+        question,
+        f"The user counts the days from {name} {first} to {name} {last}.",
+        f"{last}-{first}={count}.",
+        f"{counted(count, 'days')}.",
+        f"between {month} {first} {last}",
+        str(count),
+    )
 
 
 def today(rng: Random, date: datetime.date) -> Task:
@@ -250,8 +325,14 @@ def today(rng: Random, date: datetime.date) -> Task:
         final, short = f"It is {date.year}.", str(date.year)
     else:
         final, short = f"It is {facts.MONTHS[date.month - 1]}.", facts.MONTHS[date.month - 1]
-    return Task(question, "The user asks for the date. It is in the system message.", steps, final,
-                f"today {question} {date}", short)
+    return Task(
+        question,
+        "The user asks for the date. It is in the system message.",
+        steps,
+        final,
+        f"today {question} {date}",
+        short,
+    )
 
 
 # --- units
@@ -289,8 +370,14 @@ def units(rng: Random) -> Task:
     short = counted(result, target)
     asked = counted(amount, source)
     key = question if amount == 1 else str(amount)  # one of a unit is a word of its own: never kept apart altogether
-    return Task(question, f"The user wants {asked} in {target}.", f"{counted(1, big)} = {factor} {small}. {steps}",
-                f"{asked} = {short}", f"units {source} {target} {key}", short)
+    return Task(
+        question,
+        f"The user wants {asked} in {target}.",
+        f"{counted(1, big)} = {factor} {small}. {steps}",
+        f"{asked} = {short}",
+        f"units {source} {target} {key}",
+        short,
+    )
 
 
 def temperature(rng: Random) -> Task:
@@ -299,13 +386,23 @@ def temperature(rng: Random) -> Task:
     fifth, ninths, fahrenheit = celsius // 5, celsius // 5 * 9, celsius // 5 * 9 + 32
     if rng.random() < 0.5:
         question = rng.choice(phrases.TO_FAHRENHEIT).format(a=celsius)
-        return Task(question, f"The user wants {celsius} Celsius in Fahrenheit.",
-                    f"{celsius}/5={fifth}, {fifth}*9={ninths}, {ninths}+32={fahrenheit}.",
-                    f"{celsius} °C = {fahrenheit} °F", f"celsius {question}", f"{fahrenheit} °F")
+        return Task(
+            question,
+            f"The user wants {celsius} Celsius in Fahrenheit.",
+            f"{celsius}/5={fifth}, {fifth}*9={ninths}, {ninths}+32={fahrenheit}.",
+            f"{celsius} °C = {fahrenheit} °F",
+            f"celsius {question}",
+            f"{fahrenheit} °F",
+        )
     question = rng.choice(phrases.TO_CELSIUS).format(a=fahrenheit)
-    return Task(question, f"The user wants {fahrenheit} Fahrenheit in Celsius.",
-                f"{fahrenheit}-32={ninths}, {ninths}/9={fifth}, {fifth}*5={celsius}.",
-                f"{fahrenheit} °F = {celsius} °C", f"fahrenheit {question}", f"{celsius} °C")
+    return Task(
+        question,
+        f"The user wants {fahrenheit} Fahrenheit in Celsius.",
+        f"{fahrenheit}-32={ninths}, {ninths}/9={fifth}, {fifth}*5={celsius}.",
+        f"{fahrenheit} °F = {celsius} °C",
+        f"fahrenheit {question}",
+        f"{celsius} °C",
+    )
 
 
 # --- letters
@@ -331,8 +428,15 @@ def letters_of(kind: str, word: str, question: str, letter: str = "") -> Task:
     else:
         short = word[0] if kind == "first" else word[-1]
         steps, final = f"{spaced(word)}. {kind}: {short}.", f"The {kind} letter of {word} is {short}."
-    return Task(question, f"The user asks about the letters of {word}.", f"{word}: {steps}", final,
-                f"letters {kind} {letter} {word}", short, word)
+    return Task(
+        question,
+        f"The user asks about the letters of {word}.",
+        f"{word}: {steps}",
+        final,
+        f"letters {kind} {letter} {word}",
+        short,
+        word,
+    )
 
 
 def letters(rng: Random) -> Task:
@@ -365,8 +469,14 @@ def comparison(rng: Random) -> Task:
     larger = rng.random() < 0.6
     word, best = ("larger", max(a, b)) if larger else ("smaller", min(a, b))
     question = rng.choice(phrases.COMPARE).format(w=word, a=a, b=b)
-    return Task(question, f"The user compares {a} and {b}.", f"{a} {'>' if a > b else '<'} {b}.",
-                f"{best} is {word} than {a + b - best}.", f"compare {a} {b} {larger}", str(best))
+    return Task(
+        question,
+        f"The user compares {a} and {b}.",
+        f"{a} {'>' if a > b else '<'} {b}.",
+        f"{best} is {word} than {a + b - best}.",
+        f"compare {a} {b} {larger}",
+        str(best),
+    )
 
 
 def list_of_numbers(rng: Random) -> Task:
@@ -379,8 +489,9 @@ def list_of_numbers(rng: Random) -> Task:
         most = rng.random() < 0.5
         best, name = ordered[-1 if most else 0], rng.choice(phrases.LARGEST if most else phrases.SMALLEST)
         question = rng.choice(phrases.EXTREME).format(n=name, l=listed)
-        return Task(question, f"The user asks for the {name} number.", steps, f"The {name} number is {best}.", key,
-                    str(best))
+        return Task(
+            question, f"The user asks for the {name} number.", steps, f"The {name} number is {best}.", key, str(best)
+        )
     down = kind > 0.75
     told = ", ".join(map(str, reversed(ordered) if down else ordered))
     question = rng.choice(phrases.SORT).format(l=listed, d=rng.choice(phrases.DOWN if down else phrases.UP))
@@ -407,8 +518,13 @@ def list_of_words(rng: Random) -> Task:
 def chat(rng: Random) -> Task:
     if rng.random() < 0.1:
         name, template = rng.choice(facts.NAMES), rng.choice(phrases.I_AM)
-        return Task(template.format(name), f"The user is {name}.", f"Greet {name}.",
-                    f"Hello {name}! How can I help you?", f"name {name} {template}")
+        return Task(
+            template.format(name),
+            f"The user is {name}.",
+            f"Greet {name}.",
+            f"Hello {name}! How can I help you?",
+            f"name {name} {template}",
+        )
     about = rng.choice([*phrases.CHAT, "who I am"])
     final, asked = phrases.CHAT[about]
     opening = "" if about == "a greeting" else rng.choice(phrases.OPENINGS)
@@ -421,9 +537,9 @@ def refuse(rng: Random, junk: Callable[[], str] | None = None) -> Task:
     """A question to decline; with `junk`, also about words that the model need not know."""
     intent, needs = "This is outside of what I can do.", ""
     if rng.random() < 0.2:
-        make = rng.choice([
-            tools.weather, tools.time, tools.timer, tools.light, tools.message, tools.search, tools.population
-        ])
+        make = rng.choice(
+            [tools.weather, tools.time, tools.timer, tools.light, tools.message, tools.search, tools.population]
+        )
         question, intent, needs = make(rng).question, "No tool for this is there.", make.__name__
     else:
         slots = (rng.choice(facts.WORDS), rng.randint(1900, 2030), rng.choice(facts.countries()).name)
@@ -435,8 +551,14 @@ def refuse(rng: Random, junk: Callable[[], str] | None = None) -> Task:
             return rng.choice([said for said in templates if "{0}" in said or not unknown]).format(*slots)
 
         if unknown and rng.random() < 0.6:
-            blank = [*phrases.BLANK, *phrases.BLANK, *phrases.CAPITAL, *phrases.CURRENCY, *phrases.SPELL,
-                     *phrases.REVERSE]
+            blank = [
+                *phrases.BLANK,
+                *phrases.BLANK,
+                *phrases.CAPITAL,
+                *phrases.CURRENCY,
+                *phrases.SPELL,
+                *phrases.REVERSE,
+            ]
             question = rng.choice(blank).format(slots[0])
         elif rng.random() < 0.5:
             task = drawn(phrases.TASKS)
@@ -463,9 +585,14 @@ def then_sum(rng: Random) -> tuple[Task, Task]:
     other = {"*": rng.randint(2, 9), "d": 2}.get(kind) or number(rng, 1)
     question, op = rng.choice(phrases.THEN[kind]).format(other), "*" if kind == "d" else kind
     steps, result = work(value, op, other)
-    return first, Task(question, f"The result was {value}. Now {value} {op} {other}.",
-                       f"{value} {op} {other}: {steps}", f"{value} {op} {other} = {result}",
-                       operand_key(value, op, other), result)
+    return first, Task(
+        question,
+        f"The result was {value}. Now {value} {op} {other}.",
+        f"{value} {op} {other}: {steps}",
+        f"{value} {op} {other} = {result}",
+        operand_key(value, op, other),
+        result,
+    )
 
 
 def then_country(rng: Random) -> tuple[Task, Task]:
@@ -491,18 +618,28 @@ def then_letters(rng: Random) -> tuple[Task, Task]:
 
 def then_memory(rng: Random) -> tuple[Task, Task]:
     what = rng.choice(["name", "favorite color", "favorite animal", "favorite number"])
-    thing = rng.choice({
-        "name": facts.NAMES, "favorite color": facts.COLORS, "favorite animal": facts.ANIMALS,
-        "favorite number": [str(n) for n in range(1, 1000)],
-    }[what])
+    thing = rng.choice(
+        {
+            "name": facts.NAMES,
+            "favorite color": facts.COLORS,
+            "favorite animal": facts.ANIMALS,
+            "favorite number": [str(n) for n in range(1, 1000)],
+        }[what]
+    )
     tell, ask = rng.choice(phrases.REMEMBER), rng.choice(phrases.RECALL)
     told, steps = f"I see: your {what} is {thing}.", f"{sentence(what)}: {thing}."
     if what == "name":
         told = f"Hello {thing}! How can I help you?"
     return (
         Task(tell.format(what, thing), "The user tells me something.", steps, told, f"tell {what} {thing} {tell}"),
-        Task(ask.format(what), f"The user told me the {what}.", steps, f"Your {what} is {thing}.",
-             f"ask {what} {thing} {ask}", thing),
+        Task(
+            ask.format(what),
+            f"The user told me the {what}.",
+            steps,
+            f"Your {what} is {thing}.",
+            f"ask {what} {thing} {ask}",
+            thing,
+        ),
     )
 
 
@@ -510,8 +647,18 @@ def then_memory(rng: Random) -> tuple[Task, Task]:
 
 ALONE = {make.__name__: make for make in (arithmetic, countries, dates, units, letters, lists, chat)}
 WEIGHTS = {
-    "arithmetic": 5, "countries": 4, "dates": 3, "units": 3, "letters": 4, "lists": 3, "chat": 1.5, "today": 0.5,
-    "refuse": 1.5, "follow-up": 3.5, "tools": 5, "plain": 1.5,
+    "arithmetic": 5,
+    "countries": 4,
+    "dates": 3,
+    "units": 3,
+    "letters": 4,
+    "lists": 3,
+    "chat": 1.5,
+    "today": 0.5,
+    "refuse": 1.5,
+    "follow-up": 3.5,
+    "tools": 5,
+    "plain": 1.5,
 }
 SKILLS = [*ALONE, "today", "refuse", "follow-up", "tool calls", "tool answers", "plain"]  # as they are evaluated
 NO_HELP = ("calculator", "money", "population", "search")  # tools that might help where none is to be used
@@ -547,8 +694,17 @@ def example(rng: Random, junk: Callable[[], str] | None = None, skill: str = "")
         functions = tools.offered(rng, without=[*NO_HELP, task.needs])
     turns.append(Turn("user", task.question))
     final = task.answer(shorten)
-    return Example(skill, turns, effort, date, functions, task.analysis(effort, final), final, keys=(task.key,),
-                   before=(first.key,) if first else ())
+    return Example(
+        skill,
+        turns,
+        effort,
+        date,
+        functions,
+        task.analysis(effort, final),
+        final,
+        keys=(task.key,),
+        before=(first.key,) if first else (),
+    )
 
 
 def preface(rng: Random, may_shorten: bool = False) -> tuple[list[Turn], bool]:
@@ -581,11 +737,21 @@ def tool_use(rng: Random, effort: str, date: datetime.date) -> Example:
         turns.append(Turn("user", use.question))
         analysis = "" if rng.random() < 0.1 else use.call_analysis(effort)
         call = Call(use.function.name, use.arguments_json)
-        return Example("tool calls", turns, effort, date, functions, analysis, call=call, keys=(use.key,),
-                       before=earlier)
+        return Example(
+            "tool calls", turns, effort, date, functions, analysis, call=call, keys=(use.key,), before=earlier
+        )
     turns += used_turns(rng, use, effort)
-    return Example("tool answers", turns, effort, date, functions, use.result_analysis(effort), use.final,
-                   keys=(use.key,), before=earlier)
+    return Example(
+        "tool answers",
+        turns,
+        effort,
+        date,
+        functions,
+        use.result_analysis(effort),
+        use.final,
+        keys=(use.key,),
+        before=earlier,
+    )
 
 
 def used_turns(rng: Random, use: tools.Use, effort: str) -> list[Turn]:

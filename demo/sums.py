@@ -48,8 +48,10 @@ def multiply_steps(a: int, b: int) -> str:
     if b < 10:
         return times_digit_steps(a, b)
     low, high = a * (b % 10), a * (b // 10) * 10
-    return (f"times {b % 10}: {times_digit_steps(a, b % 10)}. times {b // 10}: {times_digit_steps(a, b // 10)} 0. "
-            f"add: {add_steps(low, high)}")
+    return (
+        f"times {b % 10}: {times_digit_steps(a, b % 10)}. times {b // 10}: {times_digit_steps(a, b // 10)} 0. "
+        f"add: {add_steps(low, high)}"
+    )
 
 
 def divide_steps(a: int, digit: int) -> str:

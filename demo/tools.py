@@ -44,7 +44,11 @@ class Use:
 
 
 def _described(
-    rng: Random, name: str, text: str, parameters: dict[str, tuple[str, str]], optional: Sequence[str] = (),
+    rng: Random,
+    name: str,
+    text: str,
+    parameters: dict[str, tuple[str, str]],
+    optional: Sequence[str] = (),
     **enums: list[str],
 ) -> Function:
     """`parameters`: name -> (JSON type, description). Descriptions are left out now and then."""
@@ -65,8 +69,12 @@ def weather(rng: Random) -> Use:
     if with_unit:
         parameters["unit"] = ("string", rng.choice(["The unit", "Temperature unit", ""]))
     function = _described(
-        rng, rng.choice(["get_weather", "get_current_weather", "weather", "weather_lookup"]),
-        rng.choice(phrases.WEATHER_TEXTS), parameters, ["unit"], unit=["celsius", "fahrenheit"],
+        rng,
+        rng.choice(["get_weather", "get_current_weather", "weather", "weather_lookup"]),
+        rng.choice(phrases.WEATHER_TEXTS),
+        parameters,
+        ["unit"],
+        unit=["celsius", "fahrenheit"],
     )
     template = rng.choice(phrases.WEATHER)
     question, arguments = template.format(city), {place: city}
@@ -75,13 +83,15 @@ def weather(rng: Random) -> Use:
         question = f"{question.rstrip('?.')} in {unit.capitalize()}?"
         arguments["unit"] = unit
     degrees, sky = rng.randint(-9, 40), rng.choice(phrases.CONDITIONS)
-    result = rng.choice([
-        json.dumps({"temperature": degrees, "condition": sky}),
-        json.dumps({"temp": degrees, "sky": sky}),
-        json.dumps({"city": city, "temperature": degrees, "condition": sky}),
-        f"{degrees} degrees, {sky}",
-        f"{sky}, {degrees}",
-    ])
+    result = rng.choice(
+        [
+            json.dumps({"temperature": degrees, "condition": sky}),
+            json.dumps({"temp": degrees, "sky": sky}),
+            json.dumps({"city": city, "temperature": degrees, "condition": sky}),
+            f"{degrees} degrees, {sky}",
+            f"{sky}, {degrees}",
+        ]
+    )
     final = f"The weather in {city} is {sky}, {degrees} degrees."
     return Use(question, function, arguments, result, final, f"the weather in {city}", f"weather {template} {city}")
 
@@ -103,8 +113,11 @@ def calculator(rng: Random) -> Use:
         arguments: dict[str, Any] = {key: expression}
     else:
         words = {"+": "add", "-": "subtract", "*": "multiply", "/": "divide"}
-        parameters = {"operation": ("string", "What to do"), "a": ("number", "First number"),
-                      "b": ("number", "Second number")}
+        parameters = {
+            "operation": ("string", "What to do"),
+            "a": ("number", "First number"),
+            "b": ("number", "Second number"),
+        }
         function = _described(rng, name, text, parameters, operation=list(words.values()))
         arguments = {"operation": words[op], "a": a, "b": b}
     answer = rng.choice([str(result), json.dumps({"result": result}), json.dumps({"value": result})])
@@ -114,15 +127,23 @@ def calculator(rng: Random) -> Use:
 def time(rng: Random) -> Use:
     city, place = rng.choice(facts.CITIES), rng.choice(["city", "location", "place"])
     function = _described(
-        rng, rng.choice(["get_time", "get_current_time", "current_time", "clock"]),
+        rng,
+        rng.choice(["get_time", "get_current_time", "current_time", "clock"]),
         rng.choice(["Gets the time.", "Get the current time in a city.", "Returns the local time."]),
         {place: ("string", rng.choice(["The city", "City name"]))},
     )
     template = rng.choice(phrases.TIME)
     clock = f"{rng.randrange(24):02}:{rng.randrange(60):02}"
     result = rng.choice([clock, json.dumps({"time": clock})])
-    return Use(template.format(city), function, {place: city}, result, f"It is {clock} in {city}.",
-               f"the time in {city}", f"time {template} {city}")
+    return Use(
+        template.format(city),
+        function,
+        {place: city},
+        result,
+        f"It is {clock} in {city}.",
+        f"the time in {city}",
+        f"time {template} {city}",
+    )
 
 
 def money(rng: Random) -> Use:
@@ -130,45 +151,70 @@ def money(rng: Random) -> Use:
     amount, result = number(rng, 1), number(rng, 1)
     left, right = rng.choice([("from", "to"), ("from_currency", "to_currency"), ("source", "target")])
     function = _described(
-        rng, rng.choice(["convert_currency", "exchange", "currency_converter"]),
+        rng,
+        rng.choice(["convert_currency", "exchange", "currency_converter"]),
         rng.choice(["Converts money.", "Convert an amount from one currency to another."]),
         {"amount": ("number", "The amount"), left: ("string", "Currency code"), right: ("string", "Currency code")},
     )
     codes = (facts.MONEY[source], facts.MONEY[target])
     said = [(source, target), codes][rng.random() < 0.5]
     question = rng.choice(phrases.MONEY).format(amount, *said)
-    answer = rng.choice([
-        str(result), json.dumps({"result": result}), json.dumps({"amount": result, "currency": codes[1]})
-    ])
-    return Use(question, function, {"amount": amount, left: codes[0], right: codes[1]}, answer,
-               f"{amount} {codes[0]} is {result} {codes[1]}.", f"{amount} {codes[0]} in {codes[1]}",
-               f"money {amount} {codes}")
+    answer = rng.choice(
+        [str(result), json.dumps({"result": result}), json.dumps({"amount": result, "currency": codes[1]})]
+    )
+    return Use(
+        question,
+        function,
+        {"amount": amount, left: codes[0], right: codes[1]},
+        answer,
+        f"{amount} {codes[0]} is {result} {codes[1]}.",
+        f"{amount} {codes[0]} in {codes[1]}",
+        f"money {amount} {codes}",
+    )
 
 
 def timer(rng: Random) -> Use:
     minutes, key = rng.randint(2, 120), rng.choice(["minutes", "duration"])
     function = _described(
-        rng, rng.choice(["set_timer", "start_timer", "timer"]), rng.choice(["Sets a timer.", "Start a timer."]),
+        rng,
+        rng.choice(["set_timer", "start_timer", "timer"]),
+        rng.choice(["Sets a timer.", "Start a timer."]),
         {key: ("integer", rng.choice(["Minutes", "How many minutes"]))},
     )
     template = rng.choice(phrases.TIMER)
     result = rng.choice(["ok", '{"status": "ok"}', "done"])
-    return Use(template.format(minutes), function, {key: minutes}, result, f"The timer is set for {minutes} minutes.",
-               f"a timer of {minutes} minutes", f"timer {minutes} {template}")
+    return Use(
+        template.format(minutes),
+        function,
+        {key: minutes},
+        result,
+        f"The timer is set for {minutes} minutes.",
+        f"a timer of {minutes} minutes",
+        f"timer {minutes} {template}",
+    )
 
 
 def light(rng: Random) -> Use:
     room, state = rng.choice(phrases.ROOMS), rng.choice(["on", "off"])
     where, what = rng.choice([("room", "state"), ("room", "mode"), ("location", "state")])
     function = _described(
-        rng, rng.choice(["set_light", "switch_light", "light"]),
+        rng,
+        rng.choice(["set_light", "switch_light", "light"]),
         rng.choice(["Switches a light.", "Turns lights on or off."]),
-        {where: ("string", "The room"), what: ("string", "on or off")}, **{what: ["on", "off"]},
+        {where: ("string", "The room"), what: ("string", "on or off")},
+        **{what: ["on", "off"]},
     )
     template = rng.choice(phrases.LIGHT)
     result = rng.choice(["ok", '{"status": "ok"}', "done"])
-    return Use(template.format(s=state, r=room), function, {where: room, what: state}, result,
-               f"The light in the {room} is {state}.", f"the light in the {room}", f"light {room} {state} {template}")
+    return Use(
+        template.format(s=state, r=room),
+        function,
+        {where: room, what: state},
+        result,
+        f"The light in the {room} is {state}.",
+        f"the light in the {room}",
+        f"light {room} {state} {template}",
+    )
 
 
 def message(rng: Random) -> Use:
@@ -178,21 +224,30 @@ def message(rng: Random) -> Use:
     )
     to, body = rng.choice([("to", "text"), ("recipient", "message"), ("name", "content")])
     function = _described(
-        rng, rng.choice(["send_message", "send_text", "message"]),
+        rng,
+        rng.choice(["send_message", "send_text", "message"]),
         rng.choice(["Sends a message.", "Send a text message to someone."]),
         {to: ("string", "Who gets it"), body: ("string", "What it says")},
     )
     question = rng.choice(phrases.MESSAGE).format(n=name, t=text)
     result = rng.choice(["ok", '{"status": "sent"}', "sent"])
-    return Use(question, function, {to: name, body: text}, result, f"The message to {name} is sent.",
-               f"a message to {name}", f"message {name} {text}")
+    return Use(
+        question,
+        function,
+        {to: name, body: text},
+        result,
+        f"The message to {name} is sent.",
+        f"a message to {name}",
+        f"message {name} {text}",
+    )
 
 
 def search(rng: Random) -> Use:
     words = " ".join(rng.sample(facts.WORDS, rng.randint(1, 3)))
     found, key = " ".join(rng.sample(facts.WORDS, rng.randint(2, 4))), rng.choice(["query", "q", "text", "keywords"])
     function = _described(
-        rng, rng.choice(["search", "web_search", "find", "search_documents"]),
+        rng,
+        rng.choice(["search", "web_search", "find", "search_documents"]),
         rng.choice(["Searches the web.", "Search for documents."]),
         {key: ("string", rng.choice(["What to search", "The query"]))},
     )
@@ -204,15 +259,22 @@ def search(rng: Random) -> Use:
 def population(rng: Random) -> Use:
     country, millions = rng.choice(facts.countries()).name, rng.randint(1, 999)
     function = _described(
-        rng, rng.choice(["get_population", "population"]),
+        rng,
+        rng.choice(["get_population", "population"]),
         rng.choice(["Gets the population of a country.", "Population in millions."]),
         {"country": ("string", "The country")},
     )
     template = rng.choice(phrases.POPULATION)
     result = rng.choice([f"{millions} million", json.dumps({"population": f"{millions} million"})])
-    return Use(template.format(country), function, {"country": country.removeprefix("the ")}, result,
-               f"The population of {country} is {millions} million.", f"the population of {country}",
-               f"population {template} {country}")
+    return Use(
+        template.format(country),
+        function,
+        {"country": country.removeprefix("the ")},
+        result,
+        f"The population of {country} is {millions} million.",
+        f"the population of {country}",
+        f"population {template} {country}",
+    )
 
 
 USES = [weather, weather, calculator, calculator, time, money, timer, light, message, search, population]

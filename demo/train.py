@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from conf.limits import VOCABULARY
 from demo import bundle
 from demo.bundle import Weights
 from demo.checkpoint import DEMO
@@ -29,7 +30,6 @@ from demo.model import computed, generate, initial, loss
 from demo.skills import Example
 from engine.checkpoint import Architecture
 from engine.model import rope_tables
-from serve.text import VOCABULARY
 
 WARM_UP = 0.03  # of the time
 
@@ -112,10 +112,16 @@ def train(a: Architecture, given: argparse.Namespace) -> None:
         weights, tokens = bundle.unpacked(bundle.read(earlier, bundle.digest_of(earlier)))
     else:
         weights, tokens = {}, vocabulary(given.vocabulary_sample)
-    loader = iter(DataLoader(
-        Rows(tokens, given.seed), batch_size=given.rows, num_workers=given.workers, pin_memory=device.type == "cuda",
-        prefetch_factor=4 if given.workers else None, multiprocessing_context="spawn" if given.workers else None,
-    ))
+    loader = iter(
+        DataLoader(
+            Rows(tokens, given.seed),
+            batch_size=given.rows,
+            num_workers=given.workers,
+            pin_memory=device.type == "cuda",
+            prefetch_factor=4 if given.workers else None,
+            multiprocessing_context="spawn" if given.workers else None,
+        )
+    )
     weights = weights or initial(a, len(tokens) + 1, given.seed, device)
     weights = {name: p.to(device).requires_grad_() for name, p in weights.items()}
     muon = Muon([p for name, p in weights.items() if is_matrix(name)])
@@ -133,13 +139,17 @@ def train(a: Architecture, given: argparse.Namespace) -> None:
 
     share, step = 0.0, 0
     losses()  # compiles
-    print(f"{len(tokens)} tokens, {sum(p.numel() for p in weights.values()) / 1e6:.1f} M parameters, "
-          f"first pass after {time.monotonic() - begun:.0f} s", flush=True)
+    print(
+        f"{len(tokens)} tokens, {sum(p.numel() for p in weights.values()) / 1e6:.1f} M parameters, "
+        f"first pass after {time.monotonic() - begun:.0f} s",
+        flush=True,
+    )
     start, reported = time.monotonic(), 0.0
     available = begun + 60 * given.minutes - start
     if available <= 0:
-        raise SystemExit(f"--minutes {given.minutes:g}: all spent before the first step, {start - begun:.0f} s after "
-                         "the start")
+        raise SystemExit(
+            f"--minutes {given.minutes:g}: all spent before the first step, {start - begun:.0f} s after the start"
+        )
     while share < 1:
         for p in weights.values():
             p.grad = None
@@ -152,8 +162,11 @@ def train(a: Architecture, given: argparse.Namespace) -> None:
         adam.step()
         step += 1
         if step % 50 == 0 or share == 1:
-            print(f"{100 * share:5.1f} %  step {step}  loss {cross.item():.4f}  uneven {uneven.item():.2f}  "
-                  f"{step * given.rows * ROW / (time.monotonic() - start) / 1e3:.0f} k tokens/s", flush=True)
+            print(
+                f"{100 * share:5.1f} %  step {step}  loss {cross.item():.4f}  uneven {uneven.item():.2f}  "
+                f"{step * given.rows * ROW / (time.monotonic() - start) / 1e3:.0f} k tokens/s",
+                flush=True,
+            )
         if share >= reported + 0.2 and share < 0.95:
             reported = share
             bundle.write(out / "model.safetensors", weights, tokens)
@@ -164,10 +177,20 @@ def train(a: Architecture, given: argparse.Namespace) -> None:
     print(result.table)
     (out / "evaluation.md").write_text(result.table + "\n")
     (out / "mistakes.txt").write_text(mistakes(result.wrong, 20) + "\n")
-    (out / "training.json").write_text(json.dumps(vars(given) | {
-        "steps": step, "loss": cross.item(), "right": result.share, "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-    }, indent=2) + "\n")
+    (out / "training.json").write_text(
+        json.dumps(
+            vars(given)
+            | {
+                "steps": step,
+                "loss": cross.item(),
+                "right": result.share,
+                "torch": torch.__version__,
+                "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            },
+            indent=2,
+        )
+        + "\n"
+    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -182,8 +205,9 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--quantise-from", type=float, default=0.6, help="share of the time")
     arguments.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 1) - 2), help="that make examples")
     arguments.add_argument("--count", type=int, default=100, help="examples of each skill in the evaluation")
-    arguments.add_argument("--vocabulary-sample", type=int, default=60000,
-                           help="conversations that the vocabulary is taken from")
+    arguments.add_argument(
+        "--vocabulary-sample", type=int, default=60000, help="conversations that the vocabulary is taken from"
+    )
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     return arguments

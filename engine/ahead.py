@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from conf.limits import BIAS_ENTRIES, MAX_TOP_LOGPROBS
 from conf.schema import RandomShape
 from engine.checkpoint import BLOCK, Architecture, expert_blocks
-from graphs.buffers import BIAS_ENTRIES, TOP_LOGPROBS
 from kernels import hopper
 from kernels.build import AHEAD, BuildError, compile_ahead
 from kernels.hopper.linear import shares_of
@@ -41,7 +41,9 @@ def units(shape: Architecture, rank: int, tp: int) -> set[Unit]:
     heads, kv_heads, inner = shape.heads // tp, shape.kv_heads // tp, max(last - first, 1) * BLOCK
     attended, qkv_rows = heads * shape.head_dim, (heads + 2 * kv_heads) * shape.head_dim
     for rows, columns, ranks in (
-        (qkv_rows, shape.hidden, 1), (shape.hidden, attended, tp), (-(-shape.vocab // tp), shape.hidden, 1),
+        (qkv_rows, shape.hidden, 1),
+        (shape.hidden, attended, tp),
+        (-(-shape.vocab // tp), shape.hidden, 1),
     ):
         unit("linear.cu", COLUMNS=columns, SHARES=shares_of(rows, columns), RANKS=ranks)
     for kind, columns in (("dense", shape.hidden), ("dense", attended), ("up", shape.hidden), ("down", inner)):
@@ -52,7 +54,7 @@ def units(shape: Architecture, rank: int, tp: int) -> set[Unit]:
     unit("prefill_attention.cu", GROUP=heads // kv_heads)
     unit("experts.cu", HIDDEN=shape.hidden, INTER=inner)
     unit("experts.cu")  # the sort by expert
-    unit("sampler.cu", BF16=1, TOP=min(TOP_LOGPROBS, shape.vocab), BIAS_ENTRIES=BIAS_ENTRIES, RANKS=tp)
+    unit("sampler.cu", BF16=1, TOP=min(MAX_TOP_LOGPROBS, shape.vocab), BIAS_ENTRIES=BIAS_ENTRIES, RANKS=tp)
     unit("step.cu")
     return found
 

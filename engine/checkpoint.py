@@ -107,8 +107,12 @@ class Architecture:
             require(method == "mxfp4", "quantization_config.quant_method", method, "'mxfp4'")
         else:  # OpenAI's file names no model: its own words for the experts stand in
             require("num_experts" in config, "model_type", None, "'gpt_oss', or num_experts as in the original layout")
-        for name, value in (("hidden_act", "silu"), ("attention_bias", True), ("tie_word_embeddings", False),
-                            ("swiglu_alpha", 1.702)):
+        for name, value in (
+            ("hidden_act", "silu"),
+            ("attention_bias", True),
+            ("tie_word_embeddings", False),
+            ("swiglu_alpha", 1.702),
+        ):
             require(config.get(name, value) == value, name, config.get(name), repr(value))
 
         layers = integer("num_hidden_layers")
@@ -116,16 +120,25 @@ class Architecture:
         if types is None:
             types = ["full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)]
         known = ("sliding_attention", "full_attention")
-        require(isinstance(types, list) and len(types) == layers and all(kind in known for kind in types),
-                "layer_types", types, f"{layers} of {known}")
+        require(
+            isinstance(types, list) and len(types) == layers and all(kind in known for kind in types),
+            "layer_types",
+            types,
+            f"{layers} of {known}",
+        )
         window = integer("sliding_window") if "sliding_attention" in types else None
 
         rope = config.get("rope_scaling") or config.get("rope_parameters")
         require(isinstance(rope, dict | None), "rope_scaling", rope, "an object")
         if rope is None:  # the original layout's flat names; NTK's beta is YaRN's fast bound, its alpha the slow one
-            rope = {"rope_type": "yarn", "factor": config.get("rope_scaling_factor", 32.0),
-                    "beta_fast": config.get("rope_ntk_beta", 32.0), "beta_slow": config.get("rope_ntk_alpha", 1.0),
-                    "original_max_position_embeddings": config.get("initial_context_length", 4096), "truncate": False}
+            rope = {
+                "rope_type": "yarn",
+                "factor": config.get("rope_scaling_factor", 32.0),
+                "beta_fast": config.get("rope_ntk_beta", 32.0),
+                "beta_slow": config.get("rope_ntk_alpha", 1.0),
+                "original_max_position_embeddings": config.get("initial_context_length", 4096),
+                "truncate": False,
+            }
         rope = {name: value for name, value in rope.items() if value is not None}
         kind = rope.get("rope_type", rope.get("type"))
         require(kind == "yarn", "rope_scaling.rope_type", kind, "'yarn'")
@@ -153,14 +166,26 @@ class Architecture:
         for name, width in (("hidden_size", made.hidden), ("intermediate_size", made.intermediate)):
             require(width % BLOCK == 0, name, width, f"a multiple of {BLOCK}, the values of an MXFP4 block")
         require(made.head_dim % 2 == 0, "head_dim", made.head_dim, "an even number, RoPE turns pairs")
-        require(made.heads % made.kv_heads == 0, "num_attention_heads", made.heads,
-                f"a multiple of num_key_value_heads = {made.kv_heads}")
-        require(made.experts_per_token <= made.experts, "num_experts_per_tok", made.experts_per_token,
-                f"at most the {made.experts} experts")
+        require(
+            made.heads % made.kv_heads == 0,
+            "num_attention_heads",
+            made.heads,
+            f"a multiple of num_key_value_heads = {made.kv_heads}",
+        )
+        require(
+            made.experts_per_token <= made.experts,
+            "num_experts_per_tok",
+            made.experts_per_token,
+            f"at most the {made.experts} experts",
+        )
         require(made.rope_factor >= 1, "rope_scaling.factor", made.rope_factor, "at least 1")
         factor = number(rope, "attention_factor", made.rope_attention_factor)
-        require(math.isclose(factor, made.rope_attention_factor, rel_tol=1e-6), "rope_scaling.attention_factor", factor,
-                f"0.1 ln(factor) + 1 = {made.rope_attention_factor}")
+        require(
+            math.isclose(factor, made.rope_attention_factor, rel_tol=1e-6),
+            "rope_scaling.attention_factor",
+            factor,
+            f"0.1 ln(factor) + 1 = {made.rope_attention_factor}",
+        )
         return made
 
 
@@ -259,8 +284,9 @@ def expert_blocks(a: Architecture, rank: int, tp: int) -> tuple[int, int]:
     return rank * blocks // tp, (rank + 1) * blocks // tp
 
 
-def assemble(a: Architecture, rank: int, tp: int, device: torch.device | str, dtype: torch.dtype,
-             read: Read) -> ModelWeights:
+def assemble(
+    a: Architecture, rank: int, tp: int, device: torch.device | str, dtype: torch.dtype, read: Read
+) -> ModelWeights:
     """Cut one rank's weights out of the full tensors that `read` gives; every tensor is asked for once at most."""
     for field, count in (("num_attention_heads", a.heads), ("num_key_value_heads", a.kv_heads)):
         if count % tp:
@@ -269,8 +295,9 @@ def assemble(a: Architecture, rank: int, tp: int, device: torch.device | str, dt
     heads, kv_heads, vocab = a.heads // tp, a.kv_heads // tp, math.ceil(a.vocab / tp)  # of one rank
     first, last = expert_blocks(a, rank, tp)
 
-    def cut(name: str, kind: torch.dtype = dtype, dim: int = 0, part: range | None = None,
-            held: int | None = None) -> torch.Tensor:
+    def cut(
+        name: str, kind: torch.dtype = dtype, dim: int = 0, part: range | None = None, held: int | None = None
+    ) -> torch.Tensor:
         """The entries `part` of dimension `dim`, or all; then zeros if more are to be `held`."""
         shape = list(specs[name].shape)
         part = range(shape[dim]) if part is None else part
@@ -355,16 +382,19 @@ def random_tensor(name: str, spec: TensorSpec, layers: int, seed: int, device: t
     return values.normal_(0.0, 1.0 if unscaled else gain / math.sqrt(shape[-1]), generator=generator)
 
 
-def random_weights(a: Architecture, rank: int, tp: int, device: torch.device | str, dtype: torch.dtype,
-                   seed: int = 0) -> ModelWeights:
+def random_weights(
+    a: Architecture, rank: int, tp: int, device: torch.device | str, dtype: torch.dtype, seed: int = 0
+) -> ModelWeights:
     """One rank's part of a random model. Every rank draws each full tensor and keeps its cut: one model for any tp."""
     specs = tensor_specs(a)
-    return assemble(a, rank, tp, device, dtype,
-                    lambda name, index: random_tensor(name, specs[name], a.layers, seed, device)[index])
+    return assemble(
+        a, rank, tp, device, dtype, lambda name, index: random_tensor(name, specs[name], a.layers, seed, device)[index]
+    )
 
 
-def load(path: str | Path, rank: int, tp: int, device: torch.device | str, dtype: torch.dtype,
-         progress: bool = False) -> tuple[Architecture, ModelWeights]:
+def load(
+    path: str | Path, rank: int, tp: int, device: torch.device | str, dtype: torch.dtype, progress: bool = False
+) -> tuple[Architecture, ModelWeights]:
     """Read one rank's weights from a checkpoint folder of either layout.
 
     Names, dtypes, shapes and file sizes are all checked before the first tensor is read. `progress` draws a bar if
@@ -378,8 +408,14 @@ def load(path: str | Path, rank: int, tp: int, device: torch.device | str, dtype
     files = _check_tensors(folder, specs, places, warn=rank == 0)
 
     console = Console(stderr=True)
-    bar = Progress(TextColumn("loading weights"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-                   console=console, disable=not (progress and console.is_terminal))
+    bar = Progress(
+        TextColumn("loading weights"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        console=console,
+        disable=not (progress and console.is_terminal),
+    )
     with ExitStack() as stack:
         try:
             opened = {file: stack.enter_context(safe_open(file, "pt")) for file in {*files.values()}}
@@ -431,8 +467,11 @@ def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     with file.open("rb") as stream:
         start = 8 + int.from_bytes(stream.read(8), "little")
         if not 8 < start <= size:
-            raise _mismatch(file, found=f"{size} bytes (truncated, or not a safetensors file)",
-                            expected=f"a header that ends at byte {start}")
+            raise _mismatch(
+                file,
+                found=f"{size} bytes (truncated, or not a safetensors file)",
+                expected=f"a header that ends at byte {start}",
+            )
         raw = stream.read(start - 8)
     try:
         entries = json.loads(raw)
@@ -454,8 +493,9 @@ def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     return tensors
 
 
-def _check_tensors(folder: Path, specs: dict[str, TensorSpec], places: dict[str, tuple[str, int]],
-                   warn: bool) -> dict[str, Path]:
+def _check_tensors(
+    folder: Path, specs: dict[str, TensorSpec], places: dict[str, tuple[str, int]], warn: bool
+) -> dict[str, Path]:
     """Stored name -> file, after checking that the folder holds every tensor in its dtype and shape."""
     files: dict[str, Path] = {}
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -466,8 +506,10 @@ def _check_tensors(folder: Path, specs: dict[str, TensorSpec], places: dict[str,
             files[name], found[name] = file, tensor
 
     # In the order of `specs` v comes after q and k, so its end is the number of rows of the tensor they share.
-    expected = {stored: ((row + specs[name].shape[0], *specs[name].shape[1:]), specs[name].dtypes)
-                for name, (stored, row) in places.items()}
+    expected = {
+        stored: ((row + specs[name].shape[0], *specs[name].shape[1:]), specs[name].dtypes)
+        for name, (stored, row) in places.items()
+    }
     for name, (shape, dtypes) in expected.items():
         wanted = f"{' or '.join(dtypes)} {list(shape)}"
         if name not in files:

@@ -19,14 +19,15 @@ import torch
 import zmq
 
 import kernels
-from conf.schema import PAGE_TOKENS, Config, ConfigError, Device, Weights
+from conf.limits import PAGE_TOKENS
+from conf.schema import Config, ConfigError, Device, Weights
 from demo.bundle import demo_folder
 from engine import checkpoint
 from engine.checkpoint import Architecture, CheckpointError, ModelWeights
+from engine.messages import Abort, BucketStats, Delta, FromEngine, Ready, Stats, StepReport, ToEngine, TokenLogprobs
 from engine.model import Model
 from engine.pages import PagePool
 from engine.parallel import Ranks, StepChannel
-from engine.request import Abort, BucketStats, Delta, FromEngine, Ready, Stats, StepReport, ToEngine, TokenLogprobs
 from engine.scheduler import Scheduled, Scheduler
 from graphs.buckets import Bucket, Buckets
 from graphs.buffers import Buffers, Sampled, Staging
@@ -50,7 +51,11 @@ class Core:
     """Rank 0's loop body, over parts that it is given; one step in flight while the next is planned."""
 
     def __init__(
-        self, scheduler: Scheduler, buffers: Buffers, steps: Steps, send: Callable[[int, Staging, Bucket], None],
+        self,
+        scheduler: Scheduler,
+        buffers: Buffers,
+        steps: Steps,
+        send: Callable[[int, Staging, Bucket], None],
         publish: Callable[[FromEngine], None],
     ) -> None:
         """`send` hands a bucket's index and filled staging to the other ranks, `publish` a message to HTTP."""
@@ -162,8 +167,14 @@ def build(config: Config, ranks: Ranks, device: torch.device) -> Engine:
     phase("weights")
 
     dimensions = {
-        "buckets": buckets, "layers": shape.layers, "kv_heads": shape.kv_heads // ranks.size,
-        "head_dim": shape.head_dim, "vocab": shape.vocab, "max_context": context, "device": device, "dtype": dtype,
+        "buckets": buckets,
+        "layers": shape.layers,
+        "kv_heads": shape.kv_heads // ranks.size,
+        "head_dim": shape.head_dim,
+        "vocab": shape.vocab,
+        "max_context": context,
+        "device": device,
+        "dtype": dtype,
     }
     page_bytes = Buffers.page_bytes(shape.layers, shape.kv_heads // ranks.size, shape.head_dim, dtype)
     scratch = _warm_up(model, Buffers(**dimensions, pages=2)) if device.type == "cuda" else 0
@@ -181,9 +192,14 @@ def build(config: Config, ranks: Ranks, device: torch.device) -> Engine:
     if device.type == "cuda":
         memory["free"] = torch.cuda.mem_get_info()[0]
     ready = Ready(
-        shape.vocab, context, pages, torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        ops.__name__.removeprefix("kernels."), ranks.size,
-        phases, memory,
+        shape.vocab,
+        context,
+        pages,
+        torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        ops.__name__.removeprefix("kernels."),
+        ranks.size,
+        phases,
+        memory,
         {"decode": [b.tokens for b in buckets.decode], "prefill": [b.tokens for b in buckets.prefill]},
     )
     return Engine(model, buffers, steps, ready)

@@ -11,9 +11,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from conf.limits import MAX_TOP_LOGPROBS
 from engine.checkpoint import Architecture, LayerWeights, ModelWeights
 from graphs.buckets import Bucket
-from graphs.buffers import TOP_LOGPROBS, Buffers
+from graphs.buffers import Buffers
 
 
 class Layer(NamedTuple):
@@ -89,7 +90,13 @@ class Model:
             )  # [T, q heads * D]
             delta = linear_part(h, layer.o, layer.o_bias, peers)  # [T, H]
             x, h, chosen, shares = route(  # the ranks' parts added up first
-                x, delta, layer.mlp_norm, shape.norm_eps, layer.router, layer.router_bias, shape.experts_per_token,
+                x,
+                delta,
+                layer.mlp_norm,
+                shape.norm_eps,
+                layer.router,
+                layer.router_bias,
+                shape.experts_per_token,
                 peers,
             )
             parts = experts(h, chosen, shares, layer.gate_up, layer.down, shape.swiglu_limit)  # [T, n, H], likewise
@@ -102,7 +109,7 @@ class Model:
 
     def sample(self, buffers: Buffers, logits: Tensor, slots: Tensor, positions: Tensor) -> None:
         """Draw and emit one token a row. Every option is a value in the state of the row's slot: one graph for all."""
-        top = min(TOP_LOGPROBS, self.architecture.vocab)
+        top = min(MAX_TOP_LOGPROBS, self.architecture.vocab)
         drawn = self.ops.sample(
             logits, slots, positions, buffers.sampling, buffers.output_counts, buffers.in_prompt, top, self.peers
         )
@@ -111,8 +118,15 @@ class Model:
 
 def pack(ops: ModuleType, layer: LayerWeights) -> Layer:
     return Layer(
-        layer.attention_norm, ops.pack_linear(layer.qkv_weight), layer.qkv_bias, layer.sinks,
-        ops.pack_linear(layer.o_weight), layer.o_bias, layer.mlp_norm, layer.router_weight, layer.router_bias,
+        layer.attention_norm,
+        ops.pack_linear(layer.qkv_weight),
+        layer.qkv_bias,
+        layer.sinks,
+        ops.pack_linear(layer.o_weight),
+        layer.o_bias,
+        layer.mlp_norm,
+        layer.router_weight,
+        layer.router_bias,
         ops.pack_experts(layer.gate_up_blocks, layer.gate_up_scales, layer.gate_up_bias, interleaved=True),
         ops.pack_experts(layer.down_blocks, layer.down_scales, layer.down_bias, interleaved=False),
     )

@@ -8,9 +8,7 @@ import struct
 from collections import OrderedDict
 from itertools import islice
 
-from conf.schema import PAGE_TOKENS
-
-SCRATCH_PAGE = 0  # padding rows of a bucket write here; never handed out
+from conf.limits import PAGE_TOKENS, SCRATCH_PAGE
 
 _PAGE_OF_TOKENS = struct.Struct(f"<{PAGE_TOKENS}i")
 

@@ -10,9 +10,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from conf.schema import PAGE_TOKENS
+from conf.limits import PAGE_TOKENS
+from engine.messages import Delta, SamplingParams, Submit, TokenLogprobs
 from engine.pages import PagePool, extend_chain, pages_for
-from engine.request import Delta, SamplingParams, Submit, TokenLogprobs
 from graphs.buckets import Buckets
 from graphs.plan import NO_PAGE, Chunk, DecodeStep, PrefillStep, Step
 

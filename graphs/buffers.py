@@ -13,13 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from conf.schema import PAGE_TOKENS
+from conf.limits import BIAS_ENTRIES, MAX_TOP_LOGPROBS, PAGE_TOKENS, SCRATCH_PAGE
 from graphs.buckets import Bucket, Buckets
 from graphs.plan import NO_PAGE, DecodeStep, PrefillStep, Step
-
-SCRATCH_PAGE = 0  # spare rows write here, and nobody reads it
-TOP_LOGPROBS = 20
-BIAS_ENTRIES = 320  # logit_bias entries and, until min_tokens, the suppressed stop tokens
 
 # One request's sampling parameters: the shape and dtype of a slot's row, on the host, in the packed words and by slot.
 SAMPLING = {
@@ -37,9 +33,15 @@ SAMPLING = {
     "bias_until": ((BIAS_ENTRIES,), "int32"),  # the entry counts for tokens drawn before this position
 }
 SAMPLING_AS_GIVEN = (
-    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
 )
-OUTPUT_WORDS = 2 + 2 * TOP_LOGPROBS  # token, its log probability, the ids and the values of the best
+OUTPUT_WORDS = 2 + 2 * MAX_TOP_LOGPROBS  # token, its log probability, the ids and the values of the best
 
 
 class Sampled(NamedTuple):
@@ -47,8 +49,8 @@ class Sampled(NamedTuple):
 
     tokens: list[int]
     logprobs: np.ndarray  # [rows] float32
-    top_ids: np.ndarray  # [rows, TOP_LOGPROBS] int32
-    top_logprobs: np.ndarray  # [rows, TOP_LOGPROBS] float32
+    top_ids: np.ndarray  # [rows, MAX_TOP_LOGPROBS] int32
+    top_logprobs: np.ndarray  # [rows, MAX_TOP_LOGPROBS] float32
 
 
 class Inputs(SimpleNamespace):
@@ -71,8 +73,17 @@ class Staging(NamedTuple):
 
 class Buffers:
     def __init__(
-        self, *, buckets: Buckets, layers: int, kv_heads: int, head_dim: int, vocab: int, max_context: int, pages: int,
-        device: torch.device, dtype: torch.dtype,
+        self,
+        *,
+        buckets: Buckets,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        vocab: int,
+        max_context: int,
+        pages: int,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         """`pages` counts the scratch page; kv_heads are this rank's."""
         slots = buckets.max_rows + 1
@@ -87,10 +98,12 @@ class Buffers:
         self.last_token = torch.zeros(slots, dtype=torch.int32, device=device)
         self.output_counts = torch.zeros(slots, vocab, dtype=torch.int32, device=device)
         self.in_prompt = torch.zeros(slots, vocab, dtype=torch.uint8, device=device)
-        self.sampling = SimpleNamespace(**{
-            name: torch.zeros(slots, *shape, dtype=getattr(torch, dtype), device=device)
-            for name, (shape, dtype) in SAMPLING.items()
-        })
+        self.sampling = SimpleNamespace(
+            **{
+                name: torch.zeros(slots, *shape, dtype=getattr(torch, dtype), device=device)
+                for name, (shape, dtype) in SAMPLING.items()
+            }
+        )
         self._fields = {bucket: self._fields_of(bucket) for bucket in buckets.all}
         self._words = {bucket: sum(size for *_, size in _sizes(fields)) for bucket, fields in self._fields.items()}
         self.max_words = max(self._words.values())
@@ -167,9 +180,11 @@ class Buffers:
     def sampled(staging: Staging, rows: int) -> Sampled:
         """What a finished step left in the host's words."""
         columns = staging.outputs.numpy()[:rows]
-        split = 2 + TOP_LOGPROBS
+        split = 2 + MAX_TOP_LOGPROBS
         return Sampled(
-            columns[:, 0].tolist(), columns[:, 1].view(np.float32), columns[:, 2:split],
+            columns[:, 0].tolist(),
+            columns[:, 1].view(np.float32),
+            columns[:, 2:split],
             columns[:, split:].view(np.float32),
         )
 

@@ -21,7 +21,7 @@ class Chunk:
     prompt_tokens: int  # length of the request's own prompt; tokens from there on are earlier answers (preempted)
     pages: list[int]  # page ids, in order, covering at least positions 0 .. start + len(tokens) - 1
     samples: bool  # the chunk is the last: draw the next token after it
-    sampling: Any  # engine.request.SamplingParams, which buffers.py packs by field name
+    sampling: Any  # engine.messages.SamplingParams, which buffers.py packs by field name
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,7 +58,6 @@ class Kernel:
         values, types = zip(*map(_argument, args), strict=True)
         _check(driver.cuLaunchKernelEx(config, self._function, (values, types), 0))
 
-
     def resident_clusters(self, blocks: int, threads: int) -> int:
         """Clusters of so many blocks of so many threads that the device holds at once.
 
@@ -183,7 +182,10 @@ def _nvrtc(source: Path, options: list[str]) -> bytes:
         raise BuildError(f"{source.name}: neither nvcc nor NVRTC (cuda-core) is installed") from error
     defines = [tuple(option[2:].split("=")) for option in options if option.startswith("-D")]
     settings = ProgramOptions(
-        arch=f"sm_{ARCHITECTURE}", std="c++17", define_macro=defines or None, name=source.name,
+        arch=f"sm_{ARCHITECTURE}",
+        std="c++17",
+        define_macro=defines or None,
+        name=source.name,
         device_as_default_execution_space=True,  # NVRTC takes no host functions; nvcc takes constexpr ones as both
     )
     try:

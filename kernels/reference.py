@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from conf.schema import PAGE_TOKENS, ConfigError
+from conf.limits import PAGE_TOKENS
+from conf.schema import ConfigError
 
 TILE = 8  # tokens a matrix product takes at once
 KEY_BLOCK_PAGES = 8  # pages of keys attention reads at once
@@ -94,7 +95,13 @@ prefill_linear_part = linear_part
 
 
 def rope_append(
-    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor, page_table: Tensor, keys: Tensor,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    page_table: Tensor,
+    keys: Tensor,
     values: Tensor,
 ) -> Tensor:
     """Rotate queries and keys, store keys and values at their positions, return the queries.
@@ -117,7 +124,13 @@ def rope_append(
 
 
 def attention(
-    q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, slots: Tensor, positions: Tensor, sinks: Tensor,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    page_table: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    sinks: Tensor,
     window: int | None,
 ) -> Tensor:
     """Causal attention of each token over its own request's pages, prefill and decode alike.
@@ -128,14 +141,25 @@ def attention(
     anything, NaN and absurd indices included.
     """
     parts = zip(*(x.split(ATTENTION_TOKENS) for x in (q, slots, positions)), strict=True)
-    return torch.cat([
-        _attend(queries, keys, values, page_table[rows], at.unsqueeze(1), sinks, window) for queries, rows, at in parts
-    ])
+    return torch.cat(
+        [
+            _attend(queries, keys, values, page_table[rows], at.unsqueeze(1), sinks, window)
+            for queries, rows, at in parts
+        ]
+    )
 
 
 def decode_attention(
-    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor, page_table: Tensor, keys: Tensor,
-    values: Tensor, sinks: Tensor, window: int | None,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    page_table: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    sinks: Tensor,
+    window: int | None,
 ) -> Tensor:
     """`rope_append`, then `attention` over the keys that are there now. -> [T, heads * D]."""
     q = rope_append(qkv, cos, sin, positions, slots, page_table, keys, values)
@@ -214,8 +238,12 @@ def _fp4_values(device: torch.device) -> Tensor:
 
 
 def experts(
-    x: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: tuple[Tensor, Tensor, Tensor],
-    down: tuple[Tensor, Tensor, Tensor], limit: float,
+    x: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    gate_up: tuple[Tensor, Tensor, Tensor],
+    down: tuple[Tensor, Tensor, Tensor],
+    limit: float,
 ) -> Tensor:
     """Each token through its chosen experts, weighted and summed in the order of its choice.
 
@@ -279,8 +307,14 @@ def advance(
 
 
 def emit(
-    slots: Tensor, tokens: Tensor, logprob: Tensor, top_ids: Tensor, top_logprobs: Tensor, last_token: Tensor,
-    output_counts: Tensor, outputs: Tensor,
+    slots: Tensor,
+    tokens: Tensor,
+    logprob: Tensor,
+    top_ids: Tensor,
+    top_logprobs: Tensor,
+    last_token: Tensor,
+    output_counts: Tensor,
+    outputs: Tensor,
 ) -> None:
     """The end of a step: drawn tokens [R] int32 become their slots' next input and count as output.
 
@@ -299,8 +333,14 @@ def emit(
 
 
 def sample(
-    logits: Tensor, slots: Tensor, positions: Tensor, state: SimpleNamespace, output_counts: Tensor, in_prompt: Tensor,
-    top: int, peers: Any,
+    logits: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    state: SimpleNamespace,
+    output_counts: Tensor,
+    in_prompt: Tensor,
+    top: int,
+    peers: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draw a token for each row: logits [R, N], slots [R], positions [R] of the tokens to be drawn.
 
@@ -312,13 +352,22 @@ def sample(
     """
     raw = peers.all_gather(logits)[:, : output_counts.shape[1]].float()
     adjusted = penalize(
-        raw, output_counts[slots], in_prompt[slots], state.repetition_penalty[slots], state.frequency_penalty[slots],
+        raw,
+        output_counts[slots],
+        in_prompt[slots],
+        state.repetition_penalty[slots],
+        state.frequency_penalty[slots],
         state.presence_penalty[slots],
     )
     adjusted = add_bias(adjusted, state.bias_ids[slots], state.bias_values[slots], state.bias_until[slots], positions)
     tokens = draw(
-        adjusted, state.temperature[slots], state.top_k[slots], state.top_p[slots], state.min_p[slots],
-        state.seed[slots], positions,
+        adjusted,
+        state.temperature[slots],
+        state.top_k[slots],
+        state.top_p[slots],
+        state.min_p[slots],
+        state.seed[slots],
+        positions,
     )
     return tokens, *top_logprobs(raw, tokens, top)
 

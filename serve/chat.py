@@ -15,7 +15,7 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive
 
-from engine.request import Delta, FinishReason, TokenLogprobs
+from engine.messages import Delta, FinishReason, TokenLogprobs
 from serve.generation import Service
 from serve.harmony import Call, Event, Function, Parser, Segment, Turn, any_call_header, call_header, render
 from serve.protocol import ApiError, ChatMessage, ChatRequest, NamedTool, Tool, check_tokens, parse, sampling_params
@@ -123,7 +123,9 @@ class ChatChoice:
             content += self._watch.finish()
         reasoning = reasoning if self._reasoning else ""
         words = Words(
-            content=content or None, reasoning_content=reasoning or None, reasoning=reasoning or None,
+            content=content or None,
+            reasoning_content=reasoning or None,
+            reasoning=reasoning or None,
             tool_calls=calls or None,
         )
         finish_reason: Any = "stop" if self._watch.stopped else delta.finish_reason
@@ -162,7 +164,8 @@ class ChatChoice:
 
         def entry(token: int, logprob: float) -> dict[str, Any]:
             return {
-                "token": self._tokenizer.token_text(token), "logprob": logprob,
+                "token": self._tokenizer.token_text(token),
+                "logprob": logprob,
                 "bytes": list(self._tokenizer.token_bytes(token)),
             }
 
@@ -182,12 +185,20 @@ async def create(service: Service, body: bytes, receive: Receive) -> Response | 
     _check(request)
     begun = begun_call(request, service.tokenizer)
     prompt = await prompt_of(
-        service, len(body), request.messages, None if request.tool_choice == "none" else request.tools,
-        request.reasoning_effort or DEFAULT_EFFORT, ready.max_context,
+        service,
+        len(body),
+        request.messages,
+        None if request.tool_choice == "none" else request.tools,
+        request.reasoning_effort or DEFAULT_EFFORT,
+        ready.max_context,
     )
     prompt += begun
     sampling = sampling_params(
-        request, len(prompt), ready, prompt_field="messages", default_max=None,
+        request,
+        len(prompt),
+        ready,
+        prompt_field="messages",
+        default_max=None,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
     check_tokens(prompt, ready, "messages")
@@ -208,8 +219,11 @@ async def create(service: Service, body: bytes, receive: Receive) -> Response | 
     if by_choice is None:
         return None
     reply = {
-        **constant, "object": "chat.completion", "choices": [_join(parts) for parts in by_choice],
-        "usage": generation.usage(), **told,
+        **constant,
+        "object": "chat.completion",
+        "choices": [_join(parts) for parts in by_choice],
+        "usage": generation.usage(),
+        **told,
     }
     return Response(msgspec.json.encode(reply), media_type="application/json", headers=headers)
 
@@ -223,9 +237,7 @@ async def prompt_of(
     ]
     turns = turns_of(messages)
     try:
-        return await service.encoded(
-            size, render, turns, effort, service.today(), service.tokenizer, limit, functions
-        )
+        return await service.encoded(size, render, turns, effort, service.today(), service.tokenizer, limit, functions)
     except ValueError as error:
         raise ApiError(400, f"the tools cannot be described to the model: {error}", "tools") from None
 
@@ -250,12 +262,17 @@ def turns_of(messages: list[ChatMessage]) -> list[Turn]:
         if isinstance(content, list):
             for part in content:
                 if part.type != "text" or part.text is None:
-                    raise ApiError(400, f"content parts of type {part.type!r} are not supported: text only",
-                                   f"{where}.content", "unsupported_parameter")
+                    raise ApiError(
+                        400,
+                        f"content parts of type {part.type!r} are not supported: text only",
+                        f"{where}.content",
+                        "unsupported_parameter",
+                    )
             content = "".join(part.text or "" for part in content)
         if message.function_call is not None:
-            raise ApiError(400, "function_call is not supported: use tool_calls", f"{where}.function_call",
-                           "unsupported_parameter")
+            raise ApiError(
+                400, "function_call is not supported: use tool_calls", f"{where}.function_call", "unsupported_parameter"
+            )
         if message.tool_calls and message.role != "assistant":
             raise ApiError(400, f"a message of the role {message.role} calls nothing", f"{where}.tool_calls")
         reasoning, calls, name = message.reasoning_content or message.reasoning or "", message.tool_calls or [], ""
@@ -264,8 +281,11 @@ def turns_of(messages: list[ChatMessage]) -> list[Turn]:
         if message.role == "tool":
             name = called.get(message.tool_call_id or "", "")
             if not name:
-                raise ApiError(400, f"tool_call_id {message.tool_call_id!r} is of no call in an earlier message",
-                               f"{where}.tool_call_id")
+                raise ApiError(
+                    400,
+                    f"tool_call_id {message.tool_call_id!r} is of no call in an earlier message",
+                    f"{where}.tool_call_id",
+                )
         called |= {call.id: call.function.name for call in calls}
         made = tuple(Call(call.function.name, call.function.arguments) for call in calls)
         turns.append(Turn(message.role, content or "", reasoning, made, name))
@@ -277,8 +297,9 @@ def _check(request: ChatRequest) -> None:
     if len(set(names)) < len(names):
         raise ApiError(400, "two tools have the same name", "tools")
     if isinstance(request.tool_choice, NamedTool) and request.tool_choice.function.name not in names:
-        raise ApiError(400, f"tool_choice names {request.tool_choice.function.name!r}, which is not among tools",
-                       "tool_choice")
+        raise ApiError(
+            400, f"tool_choice names {request.tool_choice.function.name!r}, which is not among tools", "tool_choice"
+        )
     if request.tool_choice == "required" and not names:
         raise ApiError(400, "tool_choice required needs tools", "tool_choice")
     if request.top_logprobs and not request.logprobs:
@@ -299,8 +320,10 @@ def _join(parts: list[Part]) -> dict[str, Any]:
     choice: dict[str, Any] = {
         "index": parts[0].index,
         "message": {
-            "role": "assistant", "content": content or None,
-            "reasoning_content": reasoning or None, "reasoning": reasoning or None,
+            "role": "assistant",
+            "content": content or None,
+            "reasoning_content": reasoning or None,
+            "reasoning": reasoning or None,
             **({"tool_calls": calls} if calls else {}),
         },
         "logprobs": {"content": entries} if entries else None,

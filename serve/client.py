@@ -13,7 +13,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from engine.request import Abort, Delta, FromEngine, Ready, SamplingParams, Stats, Submit
+from engine.messages import Abort, Delta, FromEngine, Ready, SamplingParams, Stats, Submit
 
 
 class Deltas(Protocol):

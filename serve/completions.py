@@ -11,11 +11,12 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive
 
-from engine.request import Delta, FinishReason, Ready, TokenLogprobs
+from conf.limits import FIRST_SPECIAL
+from engine.messages import Delta, FinishReason, Ready, TokenLogprobs
 from serve.generation import Service
 from serve.protocol import MAX_CHOICES, ApiError, CompletionRequest, check_tokens, parse, sampling_params
 from serve.stream import EventFormat, EventStream, collected
-from serve.text import FIRST_SPECIAL, StopStrings, StopWatch, Tokenizer, utf8_decoder
+from serve.text import StopStrings, StopWatch, Tokenizer, utf8_decoder
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -112,8 +113,17 @@ async def create(service: Service, body: bytes, receive: Receive) -> Response | 
         raise ApiError(400, f"n x prompts is {n} x {len(texts)}, at most {MAX_CHOICES} are allowed", "n")
     prompts = await service.encoded(len(body), _encode, texts, ready, service.tokenizer)
     jobs = [
-        (ids, sampling_params(request, len(ids), ready, prompt_field="prompt", default_max=DEFAULT_MAX_TOKENS,
-                              logprobs=request.logprobs))
+        (
+            ids,
+            sampling_params(
+                request,
+                len(ids),
+                ready,
+                prompt_field="prompt",
+                default_max=DEFAULT_MAX_TOKENS,
+                logprobs=request.logprobs,
+            ),
+        )
         for ids in prompts
     ]
     stops = StopStrings(request.stop_strings)
@@ -121,7 +131,9 @@ async def create(service: Service, body: bytes, receive: Receive) -> Response | 
         jobs, n, lambda i, index: TextChoice(index, request, prompts[i], stops, service.tokenizer)
     )
     constant = {
-        "id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time()),
+        "id": f"cmpl-{secrets.token_hex(12)}",
+        "object": "text_completion",
+        "created": int(time.time()),
         "model": service.model_name,
     }
     seconds = service.server.request_timeout

@@ -13,7 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import msgspec
 
 from conf.schema import ServerConfig
-from engine.request import Delta, FinishReason, Ready, SamplingParams
+from engine.messages import Delta, FinishReason, Ready, SamplingParams
 from serve.client import Deltas, Engine, EngineFailed
 from serve.metrics import Meter, Metrics
 from serve.protocol import SEEDS, ApiError
@@ -84,8 +84,12 @@ class Service:
         self.accepting()
         waiting, wanted, limit = self.engine.outstanding, n * len(prompts), self.server.max_queue
         if waiting + wanted > limit:
-            raise ApiError(429, f"{waiting} requests of at most {limit} are in progress, {wanted} more do not fit",
-                           code="queue_full", headers=RETRY)
+            raise ApiError(
+                429,
+                f"{waiting} requests of at most {limit} are in progress, {wanted} more do not fit",
+                code="queue_full",
+                headers=RETRY,
+            )
         generation: Generation[Part] = Generation(n, sum(len(ids) for ids, _ in prompts))
         try:
             for i, (ids, sampling) in enumerate(prompts):

@@ -68,8 +68,12 @@ class Guard:
             # Every key is compared, so that the time says nothing about which one came close.
             known = sum(hmac.compare_digest(key.strip(), allowed) for allowed in self._keys)
             if scheme.lower() != b"bearer" or not known:
-                raise ApiError(401, "a valid API key is needed: Authorization: Bearer <key>", code="invalid_api_key",
-                               headers={"WWW-Authenticate": "Bearer"})
+                raise ApiError(
+                    401,
+                    "a valid API key is needed: Authorization: Bearer <key>",
+                    code="invalid_api_key",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._limit:
             raise self._too_large()
@@ -80,8 +84,11 @@ class Guard:
 
 async def respond(error: ApiError, send: Send) -> None:
     headers = {"content-type": "application/json", **error.headers}
-    await send({
-        "type": "http.response.start", "status": error.status,
-        "headers": [(name.lower().encode(), value.encode()) for name, value in headers.items()],
-    })
+    await send(
+        {
+            "type": "http.response.start",
+            "status": error.status,
+            "headers": [(name.lower().encode(), value.encode()) for name, value in headers.items()],
+        }
+    )
     await send({"type": "http.response.body", "body": error.body()})

@@ -22,10 +22,8 @@ from openai_harmony import (
     ToolDescription,
 )
 
-from serve.text import FIRST_SPECIAL, Tokenizer, utf8_decoder
-
-ENDOFTEXT, RETURN, CONSTRAIN, CHANNEL = 199999, 200002, 200003, 200005
-START, END, MESSAGE, CALL = 200006, 200007, 200008, 200012
+from conf.limits import CALL, CHANNEL, CONSTRAIN, END, ENDOFTEXT, FIRST_SPECIAL, MESSAGE, RETURN, START
+from serve.text import Tokenizer, utf8_decoder
 
 FUNCTIONS = "functions."  # before a function's name where it is a recipient or an author
 
@@ -57,7 +55,11 @@ class Function(NamedTuple):
 
 
 def render(
-    turns: list[Turn], effort: str, today: datetime.date, tokenizer: Tokenizer, limit: int,
+    turns: list[Turn],
+    effort: str,
+    today: datetime.date,
+    tokenizer: Tokenizer,
+    limit: int,
     functions: Sequence[Function] = (),
 ) -> list[int]:
     """The prompt for the assistant's next message; it ends with `<|start|>assistant`.
@@ -96,7 +98,11 @@ def render(
 def call_header(tokenizer: Tokenizer, name: str) -> list[int]:
     """What makes a message of the assistant a call, up to its arguments."""
     return [
-        CHANNEL, *tokenizer.encode(f"commentary to={FUNCTIONS}{name} "), CONSTRAIN, *tokenizer.encode("json"), MESSAGE
+        CHANNEL,
+        *tokenizer.encode(f"commentary to={FUNCTIONS}{name} "),
+        CONSTRAIN,
+        *tokenizer.encode("json"),
+        MESSAGE,
     ]
 
 
@@ -121,9 +127,9 @@ def _begin(
     if not functions:
         return encoding.render(message), ""
     try:
-        described = DeveloperContent.new().with_function_tools([
-            ToolDescription.new(f.name, f.description, parameters=f.parameters) for f in functions
-        ])
+        described = DeveloperContent.new().with_function_tools(
+            [ToolDescription.new(f.name, f.description, parameters=f.parameters) for f in functions]
+        )
         both = [message, Message.from_role_and_content(Role.DEVELOPER, described)]
         ids = encoding.render_conversation(
             Conversation.from_messages(both), RenderConversationConfig(auto_drop_analysis=False)

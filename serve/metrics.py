@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from engine.request import Delta, Ready
+from engine.messages import Delta, Ready
 from serve.client import Engine
 
 PREFIX = "mini_vllm:"
@@ -31,8 +31,11 @@ class EngineCollector(Collector):
         for name, help, value in (
             ("num_requests_running", "Requests in the batch.", stats.running),
             ("num_requests_waiting", "Requests waiting to be admitted.", stats.waiting),
-            ("kv_cache_usage_perc", "Share of the key/value pages in use, 0 to 1.",
-             stats.pages_used / max(stats.pages_total, 1)),
+            (
+                "kv_cache_usage_perc",
+                "Share of the key/value pages in use, 0 to 1.",
+                stats.pages_used / max(stats.pages_total, 1),
+            ),
         ):
             gauge = GaugeMetricFamily(PREFIX + name, help, labels=["model_name"])
             gauge.add_metric([self._model], value)
@@ -91,7 +94,9 @@ class Metrics:
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of all requests.")
         self.generation_tokens = counter("generation_tokens", "Generated tokens of all requests.")
         self._finished = Counter(
-            PREFIX + "request_success", "Requests that ended, by reason.", ["model_name", "finished_reason"],
+            PREFIX + "request_success",
+            "Requests that ended, by reason.",
+            ["model_name", "finished_reason"],
             registry=self._registry,
         )
 

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from engine.request import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, Ready, SamplingParams
+from conf.limits import END_OF_TURN, MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS
+from engine.messages import Ready, SamplingParams
 
-END_TOKENS = (200002, 199999, 200012)  # return, endoftext, call; 200007 ends a message, not a turn
 MAX_CHOICES = 64  # n x prompts
 SEEDS = 2**63
 
@@ -24,7 +24,11 @@ class ApiError(Exception):
     """An answer other than 200, as the OpenAI error object. `param` names the field at fault."""
 
     def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None,
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
@@ -165,21 +169,42 @@ class DetokenizeRequest(msgspec.Struct):
 # Parameters of this API, or of servers that speak it, which change the answer and which this server does not have: only
 # the values that change nothing are accepted.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("audio", "prediction", "web_search_options", "prompt_logprobs", "prompt_embeds", "cache_salt",
-                     "truncate_prompt_tokens", "allowed_token_ids", "structured_outputs", "guided_json",
-                     "guided_regex", "guided_choice", "guided_grammar", "chat_template"), (None,)),
-    **dict.fromkeys(("store", "use_beam_search", "include_stop_str_in_output", "continue_final_message"),
-                    (None, False)),
+    **dict.fromkeys(
+        (
+            "audio",
+            "prediction",
+            "web_search_options",
+            "prompt_logprobs",
+            "prompt_embeds",
+            "cache_salt",
+            "truncate_prompt_tokens",
+            "allowed_token_ids",
+            "structured_outputs",
+            "guided_json",
+            "guided_regex",
+            "guided_choice",
+            "guided_grammar",
+            "chat_template",
+        ),
+        (None,),
+    ),
+    **dict.fromkeys(
+        ("store", "use_beam_search", "include_stop_str_in_output", "continue_final_message"), (None, False)
+    ),
     **dict.fromkeys(("spaces_between_special_tokens", "add_generation_prompt"), (None, True)),
     **dict.fromkeys(("functions", "bad_words"), (None, [])),
-    "suffix": (None, ""), "response_format": (None, {"type": "text"}), "modalities": (None, ["text"]),
-    "function_call": (None, "none"), "verbosity": (None, "medium"), "service_tier": (None, "auto", "default"),
-    "length_penalty": (None, 1), "chat_template_kwargs": (None, {}), "priority": (None, 0),
+    "suffix": (None, ""),
+    "response_format": (None, {"type": "text"}),
+    "modalities": (None, ["text"]),
+    "function_call": (None, "none"),
+    "verbosity": (None, "medium"),
+    "service_tier": (None, "auto", "default"),
+    "length_penalty": (None, 1),
+    "chat_template_kwargs": (None, {}),
+    "priority": (None, 0),
 }
 # Change nothing here whatever their value is.
-ACCEPTED = {
-    "best_of", "user", "metadata", "prompt_cache_key", "safety_identifier", "add_special_tokens",
-}
+ACCEPTED = {"best_of", "user", "metadata", "prompt_cache_key", "safety_identifier", "add_special_tokens"}
 IGNORED_HEADER = "x-ignored-parameters"  # of a response: the fields of the request that nobody here knows
 
 Request = TypeVar("Request", bound=msgspec.Struct)
@@ -222,7 +247,12 @@ def parse(body: bytes, kind: type[Request]) -> tuple[Request, dict[str, str]]:
 
 
 def sampling_params(
-    request: SamplingRequest, prompt_tokens: int, ready: Ready, *, prompt_field: str, default_max: int | None,
+    request: SamplingRequest,
+    prompt_tokens: int,
+    ready: Ready,
+    *,
+    prompt_field: str,
+    default_max: int | None,
     logprobs: int | None,
 ) -> SamplingParams:
     """The engine's parameters for a prompt of `prompt_tokens`; `default_max` None: as many as the context holds.
@@ -238,8 +268,10 @@ def sampling_params(
     if room < (asked or 1):
         given = f"and max_tokens asks for {asked}" if asked else "and at least 1 is to be generated"
         raise ApiError(
-            400, f"the prompt has {prompt_tokens} tokens {given}: more than the context of {ready.max_context} tokens",
-            "max_tokens" if asked and room > 0 else prompt_field, "context_length_exceeded",
+            400,
+            f"the prompt has {prompt_tokens} tokens {given}: more than the context of {ready.max_context} tokens",
+            "max_tokens" if asked and room > 0 else prompt_field,
+            "context_length_exceeded",
         )
     max_tokens = asked or min(room, default_max or room)
     if (request.min_tokens or 0) > max_tokens:
@@ -247,7 +279,7 @@ def sampling_params(
     stop_token_ids, logit_bias = request.stop_token_ids or [], request.logit_bias or {}
     check_tokens(stop_token_ids, ready, "stop_token_ids")
     check_tokens(list(logit_bias), ready, "logit_bias")
-    ends = () if request.ignore_eos else END_TOKENS
+    ends = () if request.ignore_eos else END_OF_TURN
     return SamplingParams(
         max_tokens=max_tokens,
         # A negative seed is a seed like any other: the engine takes 63 bits.

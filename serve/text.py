@@ -11,8 +11,7 @@ from functools import cache
 
 from openai_harmony import HarmonyEncoding, load_harmony_encoding
 
-FIRST_SPECIAL = 199998  # this id and all above it are control tokens, named or reserved
-VOCABULARY = 201088
+from conf.limits import FIRST_SPECIAL, VOCABULARY
 
 # The library's encoder takes time quadratic in the length of one pre-token and holds the interpreter lock meanwhile:
 # 200,000 times the same letter would stop the server for 14 s. So it sees slices, cut where a pre-token surely ends

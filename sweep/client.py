@@ -30,8 +30,14 @@ async def http_sender(url: str, model: str, temperature: float) -> AsyncIterator
 
         async def send(request: Request) -> AsyncIterator[int]:
             body = {
-                "model": model, "prompt": request.prompt, "max_tokens": request.output_tokens, "stream": True,
-                "temperature": temperature, "seed": request.seed, "ignore_eos": True, "return_token_ids": True,
+                "model": model,
+                "prompt": request.prompt,
+                "max_tokens": request.output_tokens,
+                "stream": True,
+                "temperature": temperature,
+                "seed": request.seed,
+                "ignore_eos": True,
+                "return_token_ids": True,
             }
             try:
                 async with session.post(f"{url}/v1/completions", json=body) as response:

@@ -28,7 +28,8 @@ def overrides(config: Config, choices: dict[str, str]) -> list[str]:
     base = _composed(made)
     plain = flat({key: base[key] for key in (*GROUPS, "tp")})
     return made + [
-        f"{key}={literal(value)}" for key, value in flat(config).items()
+        f"{key}={literal(value)}"
+        for key, value in flat(config).items()
         if plain[key] != value and key not in ADDRESS and (key, value) != ("tp", 1)
     ]
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from conf.schema import PAGE_TOKENS, Config, Device, Weights
+from conf.limits import PAGE_TOKENS
+from conf.schema import Config, Device, Weights
 from demo.checkpoint import DEMO
 from engine.checkpoint import Architecture, CheckpointError, find_folder, tensor_specs
 from engine.core import GRAPH_RESERVE
@@ -43,8 +44,10 @@ def misfit(config: Config, gpus: list[dict[str, Any]]) -> str | None:
         available, where, needed = _available(), "this machine", needed * config.tp
     if needed <= available:
         return None
-    return (f"needs {needed / GIB:.1f} GiB (weights {weights / GIB:.1f}, pages {pages / GIB:.1f}, "
-            f"state {rows / GIB:.1f} a rank), {where} has {available / GIB:.1f}")
+    return (
+        f"needs {needed / GIB:.1f} GiB (weights {weights / GIB:.1f}, pages {pages / GIB:.1f}, "
+        f"state {rows / GIB:.1f} a rank), {where} has {available / GIB:.1f}"
+    )
 
 
 def _shape(config: Config) -> Architecture:

@@ -29,8 +29,15 @@ def answers(url: str, model: str, asked: list[list[int]], tokens: int, seconds: 
     """Raises GateFailed."""
     found = []
     for prompt in asked:
-        body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True,
-                "logprobs": 0, "return_token_ids": True}
+        body = {
+            "model": model,
+            "prompt": prompt,
+            "max_tokens": tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "logprobs": 0,
+            "return_token_ids": True,
+        }
         try:
             reply = httpx.post(f"{url}/v1/completions", json=body, timeout=seconds)
         except httpx.HTTPError as error:
@@ -54,6 +61,8 @@ def difference(baseline: list[Greedy], found: list[Greedy], tie: float) -> str |
         pairs = zip(ours.tokens, theirs.tokens, strict=True)
         at = next((i for i, (one, other) in enumerate(pairs) if one != other), None)
         if at is not None and (gap := abs(ours.logprobs[at] - theirs.logprobs[at])) > tie:
-            return (f"prompt {number}, token {at}: {theirs.tokens[at]}, the baseline has {ours.tokens[at]} "
-                    f"(log probabilities {gap:.3f} apart)")
+            return (
+                f"prompt {number}, token {at}: {theirs.tokens[at]}, the baseline has {ours.tokens[at]} "
+                f"(log probabilities {gap:.3f} apart)"
+            )
     return None

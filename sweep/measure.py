@@ -47,7 +47,9 @@ def figures(run: Run, limits: Limits, gpus: int) -> Figures:
     good = [record for record in run.records if not record.error]
     span = max(run.end - run.begin, 1e-9)
     inside = sum(
-        tokens for record in run.records for at, tokens in zip(record.arrivals, record.tokens, strict=True)
+        tokens
+        for record in run.records
+        for at, tokens in zip(record.arrivals, record.tokens, strict=True)
         if at <= run.end
     )
     ended = [record for record in good if record.arrivals[-1] <= run.end]

@@ -14,8 +14,15 @@ from sweep.store import Row
 from sweep.verdict import front, knee, per_gpu, value
 
 STYLE = {
-    "figure.dpi": 150, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "grid.color": "#e4e4e4", "grid.linewidth": 0.6, "legend.frameon": False, "axes.axisbelow": True,
+    "figure.dpi": 150,
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "axes.axisbelow": True,
 }
 PLAIN = FuncFormatter(lambda number, _: f"{number:,g}")
 WIDE = 30  # by which latencies differ that a linear axis would press flat
@@ -69,8 +76,16 @@ def _pareto(rows: list[Row]) -> Any:
         faulty = [row for row in group if row["status"] != "ok"]
         axes.plot(*_points(faulty), "x", color="#c00000", markersize=9, zorder=4)
     best = sorted(front(rows, "tpot_mean_ms"), key=lambda row: value(row, "tokens_per_s_per_user"))
-    axes.plot(*_points(best), "o", markersize=11, markerfacecolor="none", markeredgecolor="#222222",
-              linestyle="none", label="front: nothing is better in both", zorder=3)
+    axes.plot(
+        *_points(best),
+        "o",
+        markersize=11,
+        markerfacecolor="none",
+        markeredgecolor="#222222",
+        linestyle="none",
+        label="front: nothing is better in both",
+        zorder=3,
+    )
     if any(row["status"] != "ok" for row in rows):
         axes.plot([], [], "x", color="#c00000", label="breaks a limit, or wrong")
     axes.set(xlabel="tokens/s a user", ylabel=f"tokens/s {per_gpu(rows[0])}")
@@ -94,8 +109,9 @@ def _latency(rows: list[Row]) -> Any:
     for mode, panels in zip(modes, grid, strict=True):
         unit = "users" if mode == "closed" else "requests/s"
         levels = sorted({row["level"] for row in rows if row["mode"] == mode})
-        for axes, what, title in zip(panels, ("ttft", "tpot"), ("time to first token", "time per output token"),
-                                     strict=True):
+        for axes, what, title in zip(
+            panels, ("ttft", "tpot"), ("time to first token", "time per output token"), strict=True
+        ):
             for number, (configuration, group) in enumerate(groups.items()):
                 group = sorted((row for row in group if row["mode"] == mode), key=lambda row: row["level"])
                 color = f"C{number % 10}"
@@ -104,8 +120,15 @@ def _latency(rows: list[Row]) -> Any:
                     found = [(row["level"], at) for row in group if (at := value(row, name)) is not None]
                     label = names[configuration] if percentile == 50 else None
                     if found:
-                        axes.plot(*zip(*found, strict=True), style, color=color, markersize=4, linewidth=1.1,
-                                  alpha=alpha, label=label)
+                        axes.plot(
+                            *zip(*found, strict=True),
+                            style,
+                            color=color,
+                            markersize=4,
+                            linewidth=1.1,
+                            alpha=alpha,
+                            label=label,
+                        )
                 bend = knee(group)
                 inside = bend is not None and group[0] is not bend is not group[-1]  # at an end it was not reached
                 if inside and (at := value(bend, f"{what}_p50_ms")) is not None:
@@ -123,8 +146,9 @@ def _latency(rows: list[Row]) -> Any:
                 axes.set_ylim(bottom=0)
     for style, label in (("o-", "p50"), ("s:", "p90 (first token)"), ("^--", "p99")):
         grid[0][0].plot([], [], style, color="#555555", markersize=4, label=label)
-    grid[0][0].plot([], [], "o", markersize=10, markerfacecolor="none", color="#555555",
-                    label="knee: most throughput by delay")
+    grid[0][0].plot(
+        [], [], "o", markersize=10, markerfacecolor="none", color="#555555", label="knee: most throughput by delay"
+    )
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
     return figure
@@ -138,16 +162,18 @@ def _buckets(rows: list[Row], steps: dict[str, Any]) -> Any:
     names = short_names([found["configuration"] for found in timed.values()])
     floor = all(found["read_bandwidth"] for found in timed.values())
     kinds = ("decode",) if floor else ("decode", "prefill")
-    figure, panels = plt.subplots(1, len(kinds), figsize=(4.5 * len(kinds) + 0.5 * floor, 3.4), layout="constrained",
-                                  squeeze=False)
+    figure, panels = plt.subplots(
+        1, len(kinds), figsize=(4.5 * len(kinds) + 0.5 * floor, 3.4), layout="constrained", squeeze=False
+    )
     for axes, kind in zip(panels[0], kinds, strict=True):
         sizes = sorted({row["size"] for found in timed.values() for row in found["steps"] if row["kind"] == kind})
         width = min(0.3, 0.8 / len(timed))
         for number, found in enumerate(timed.values()):
             known = {row["size"]: row for row in found["steps"] if row["kind"] == kind}
             at = [index + width * (number + 0.5 - len(timed) / 2) for index, size in enumerate(sizes) if size in known]
-            heights = [100 * known[size]["share_of_floor"] if floor else known[size]["ms"]
-                       for size in sizes if size in known]
+            heights = [
+                100 * known[size]["share_of_floor"] if floor else known[size]["ms"] for size in sizes if size in known
+            ]
             bars = axes.bar(at, heights, width * 0.92, label=names[found["configuration"]])
             if len(timed) * len(sizes) <= 16:
                 axes.bar_label(bars, fmt="%.3g", fontsize=7, padding=1)

@@ -10,10 +10,14 @@ from rich.text import Text
 from sweep.store import Row
 
 SHOWN = (  # heading, figure, format
-    ("TTFT p50", "ttft_p50_ms", ".0f"), ("p99", "ttft_p99_ms", ".0f"),
-    ("TPOT p50", "tpot_p50_ms", ".2f"), ("p99", "tpot_p99_ms", ".2f"),
-    ("tok/s/user", "tokens_per_s_per_user", ".1f"), ("tok/s/GPU", "tokens_per_s_per_gpu", ".1f"),
-    ("goodput/s", "goodput_per_s", ".2f"), ("errors", "errors", ".0f"),
+    ("TTFT p50", "ttft_p50_ms", ".0f"),
+    ("p99", "ttft_p99_ms", ".0f"),
+    ("TPOT p50", "tpot_p50_ms", ".2f"),
+    ("p99", "tpot_p99_ms", ".2f"),
+    ("tok/s/user", "tokens_per_s_per_user", ".1f"),
+    ("tok/s/GPU", "tokens_per_s_per_gpu", ".1f"),
+    ("goodput/s", "goodput_per_s", ".2f"),
+    ("errors", "errors", ".0f"),
 )
 STYLES = {"ok": "green", "limits": "yellow", "wrong": "red", "failed": "red"}
 
@@ -47,9 +51,12 @@ class Progress:
         if not self._console.is_terminal:
             found = row.get("figures", {})
             said = ", ".join(f"{name.removesuffix('_ms')} {number(found.get(name), form)}" for _, name, form in SHOWN)
-            self._console.print(f"{row['configuration']} · {row['load']}: {row['status']}"
-                                f"{' (measured before)' if reused else ''} · {row.get('reason') or said}",
-                                soft_wrap=True, highlight=False)
+            self._console.print(
+                f"{row['configuration']} · {row['load']}: {row['status']}"
+                f"{' (measured before)' if reused else ''} · {row.get('reason') or said}",
+                soft_wrap=True,
+                highlight=False,
+            )
 
     def _render(self) -> Group:
         table = Table(box=None, header_style="bold", pad_edge=False)

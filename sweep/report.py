@@ -31,8 +31,9 @@ h1, h2, h3 { line-height: 1.2 } h2 { margin-top: 2.2rem }
 """
 
 
-def write_report(store: Store, rows: list[Row], asked: SweepConfig, environment: dict[str, Any],
-                 console: Console) -> None:
+def write_report(
+    store: Store, rows: list[Row], asked: SweepConfig, environment: dict[str, Any], console: Console
+) -> None:
     """Everything in the sweep's folder that is not a row; the verdict on the console as well."""
     folder, steps = store.folder, store.noted("steps.json") or {}
     write_csv(folder / "results.csv", rows)
@@ -47,12 +48,19 @@ def write_report(store: Store, rows: list[Row], asked: SweepConfig, environment:
         store.note(f"choice-{number}.buckets.yaml", verdict.buckets_yaml(row))
         store.note(f"choice-{number}.values.yaml", verdict.kubernetes_values(row))
     said = verdict.words(rows) + ([] if changed is None else [f"Against {asked.compare}:", *changed])
-    console.print("", *said, f"Report: {folder / 'report.html'}", sep="\n", highlight=False, markup=False,
-                  soft_wrap=True)
+    console.print(
+        "", *said, f"Report: {folder / 'report.html'}", sep="\n", highlight=False, markup=False, soft_wrap=True
+    )
 
 
-def markdown(rows: list[Row], asked: SweepConfig, environment: dict[str, Any], steps: dict[str, Any],
-             pictures: list[str], changed: list[str] | None) -> str:
+def markdown(
+    rows: list[Row],
+    asked: SweepConfig,
+    environment: dict[str, Any],
+    steps: dict[str, Any],
+    pictures: list[str],
+    changed: list[str] | None,
+) -> str:
     shared = plots.in_common([row["configuration"] for row in rows])
     parts = [f"# Sweep: {asked.name}", _conditions(asked, environment), "## Verdict", *_verdict(rows)]
     if shared:
@@ -61,13 +69,21 @@ def markdown(rows: list[Row], asked: SweepConfig, environment: dict[str, Any], s
         parts += [f"## Against {asked.compare}", "\n".join(f"- {line}" for line in changed)]
     for name in pictures:
         parts += [f"![{name}]({name})", f"*{CAPTIONS[name]}*"]
-    parts += ["## Latency and throughput",
-              "Milliseconds and tokens/s; ± is half of the 95 % interval over the repeats. TTFT counts from when a "
-              "request was due. Goodput is requests/s within the limits.", _figures(rows)]
+    parts += [
+        "## Latency and throughput",
+        "Milliseconds and tokens/s; ± is half of the 95 % interval over the repeats. TTFT counts from when a "
+        "request was due. Goodput is requests/s within the limits.",
+        _figures(rows),
+    ]
     if said := [row for row in rows if row.get("reason") or row.get("error")]:
-        parts += ["### What went wrong", "\n".join(
-            f"- {row['configuration']}, {row['load']}: {row['status']}, "
-            f"{'; '.join(filter(None, (row.get('reason'), row.get('error'))))}" for row in said)]
+        parts += [
+            "### What went wrong",
+            "\n".join(
+                f"- {row['configuration']}, {row['load']}: {row['status']}, "
+                f"{'; '.join(filter(None, (row.get('reason'), row.get('error'))))}"
+                for row in said
+            ),
+        ]
     parts += ["## Start and memory", _starts(rows), "## Buckets", *_buckets(rows, steps)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -80,9 +96,11 @@ def html(page: str, folder: Path, title: str) -> str:
         return f'src="data:image/png;base64,{base64.b64encode((folder / found[1]).read_bytes()).decode()}"'
 
     body = re.sub(r'src="([\w.]+\.png)"', inside, body)
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-            f'content="width=device-width"><title>Sweep: {title}</title><style>{CSS}</style></head><body>'
-            f"{body}</body></html>\n")
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        f'content="width=device-width"><title>Sweep: {title}</title><style>{CSS}</style></head><body>'
+        f"{body}</body></html>\n"
+    )
 
 
 def _conditions(asked: SweepConfig, environment: dict[str, Any]) -> str:
@@ -94,21 +112,36 @@ def _conditions(asked: SweepConfig, environment: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {found}" for name, found in environment["packages"].items())
     lengths = f"Prompts of {asked.prompt_tokens} tokens and answers of {asked.output_tokens}"
     lengths = f"Prompts from `{asked.prompts}`" if asked.prompts else lengths
-    drawn = [f"{name} drawn lognormal with sigma {sigma:g}" for name, sigma in
-             (("prompts", asked.prompt_sigma), ("answers", asked.output_sigma)) if sigma]
-    limits = {name: limit for name, limit in OmegaConf.to_container(OmegaConf.structured(asked.limits)).items()
-              if limit is not None}
-    return (f"{device}; commit {environment['commit']}; Python {environment['python']}, {versions}. "
-            f"{'; '.join([lengths, *drawn])}; "
-            f"{asked.repeats} repeat{'s' * (asked.repeats != 1)} of at most {asked.seconds:g} s; seed {asked.seed}; "
-            f"limits: {', '.join(f'{name} {limit:g}' for name, limit in limits.items())}.")
+    drawn = [
+        f"{name} drawn lognormal with sigma {sigma:g}"
+        for name, sigma in (("prompts", asked.prompt_sigma), ("answers", asked.output_sigma))
+        if sigma
+    ]
+    limits = {
+        name: limit
+        for name, limit in OmegaConf.to_container(OmegaConf.structured(asked.limits)).items()
+        if limit is not None
+    }
+    return (
+        f"{device}; commit {environment['commit']}; Python {environment['python']}, {versions}. "
+        f"{'; '.join([lengths, *drawn])}; "
+        f"{asked.repeats} repeat{'s' * (asked.repeats != 1)} of at most {asked.seconds:g} s; seed {asked.seed}; "
+        f"limits: {', '.join(f'{name} {limit:g}' for name, limit in limits.items())}."
+    )
 
 
 def _verdict(rows: list[Row]) -> list[str]:
     chosen = verdict.choices(rows)
     said = "\n".join(f"{n}. {line}" for n, line in enumerate(verdict.words(rows), 1)) if chosen else None
-    return [said, "The same as files: `choice-N.buckets.yaml` goes to `conf/buckets/`, `choice-N.values.yaml` holds a "
-            "container's arguments and GPUs for Kubernetes."] if chosen else verdict.words(rows)
+    return (
+        [
+            said,
+            "The same as files: `choice-N.buckets.yaml` goes to `conf/buckets/`, `choice-N.values.yaml` holds a "
+            "container's arguments and GPUs for Kubernetes.",
+        ]
+        if chosen
+        else verdict.words(rows)
+    )
 
 
 def _names(rows: list[Row]) -> dict[str, str]:
@@ -142,15 +175,40 @@ def _with_interval(row: Row, name: str) -> str:
 def _figures(rows: list[Row]) -> str:
     plain = ("ttft_p50_ms", "ttft_p90_ms", "ttft_p99_ms", "tpot_p50_ms")
     later = ("itl_p50_ms", "itl_p99_ms", "e2e_p50_ms", "e2e_p99_ms")
-    heading = ["configuration", "load", "TTFT p50", "p90", "p99", "TPOT p50", "p99", "ITL p50", "p99", "E2E p50", "p99",
-               "tok/s a user", f"tok/s {_per_gpu(rows)}", "goodput", "errors", "prefix hits", "verdict"]
+    heading = [
+        "configuration",
+        "load",
+        "TTFT p50",
+        "p90",
+        "p99",
+        "TPOT p50",
+        "p99",
+        "ITL p50",
+        "p99",
+        "E2E p50",
+        "p99",
+        "tok/s a user",
+        f"tok/s {_per_gpu(rows)}",
+        "goodput",
+        "errors",
+        "prefix hits",
+        "verdict",
+    ]
     names = _names(rows)
     lines = [
-        [names[row["configuration"]], row["load"], *(_number(value(row, name)) for name in plain),
-         _with_interval(row, "tpot_p99_ms"), *(_number(value(row, name)) for name in later),
-         _number(value(row, "tokens_per_s_per_user")), _with_interval(row, "tokens_per_s_per_gpu"),
-         _number(value(row, "goodput_per_s")), _number(value(row, "errors")),
-         _number(value(row, "prefix_hit_share"), ".0%"), row["status"]]
+        [
+            names[row["configuration"]],
+            row["load"],
+            *(_number(value(row, name)) for name in plain),
+            _with_interval(row, "tpot_p99_ms"),
+            *(_number(value(row, name)) for name in later),
+            _number(value(row, "tokens_per_s_per_user")),
+            _with_interval(row, "tokens_per_s_per_gpu"),
+            _number(value(row, "goodput_per_s")),
+            _number(value(row, "errors")),
+            _number(value(row, "prefix_hit_share"), ".0%"),
+            row["status"],
+        ]
         for row in rows
     ]
     return _table(heading, lines)
@@ -163,15 +221,23 @@ def _starts(rows: list[Row]) -> str | None:
     phases = list(dict.fromkeys(name for row in started.values() for name in row["start"]))
     uses = list(dict.fromkeys(name for row in started.values() for name in row["memory"]))
     names = _names(rows)
-    lines = [[names[row["configuration"]], *(_number(row["start"].get(name), ".2f") for name in phases),
-              *(_number(row["memory"].get(name, 0) / 2**30, ".2f") for name in uses)] for row in started.values()]
+    lines = [
+        [
+            names[row["configuration"]],
+            *(_number(row["start"].get(name), ".2f") for name in phases),
+            *(_number(row["memory"].get(name, 0) / 2**30, ".2f") for name in uses),
+        ]
+        for row in started.values()
+    ]
     return _table(["configuration", *(f"{name}, s" for name in phases), *(f"{name}, GiB" for name in uses)], lines)
 
 
 def _buckets(rows: list[Row], steps: dict[str, Any]) -> list[str]:
     """A table a configuration: the step alone, and how the loads used it."""
-    parts = ["A step alone, back to back, and what all loads together made of it. “Saves” is the time that the bucket "
-             "spares a step that would take the next larger one otherwise, and in brackets over all its steps."]
+    parts = [
+        "A step alone, back to back, and what all loads together made of it. “Saves” is the time that the bucket "
+        "spares a step that would take the next larger one otherwise, and in brackets over all its steps."
+    ]
     names = _names(rows)
     for configuration, group in plots.by_configuration([row for row in rows if row.get("buckets")]).items():
         known = steps.get(group[0]["identity"], {})
@@ -189,13 +255,24 @@ def _buckets(rows: list[Row], steps: dict[str, Any]) -> list[str]:
             saved = timed[larger]["ms"] - step["ms"] if larger and step else None
             saving = "-" if saved is None else f"{_number(saved)} ms ({_number(saved * taken / 1e3)} s)"
             share, size = step.get("share_of_floor"), step.get("bytes")
-            lines.append([
-                f"{at[0]} {at[1]}", _number(step.get("ms")), _number(step.get("tokens_per_s")),
-                _number(size / 1e9 if size else None), _number(share, ".0%"), f"{taken:,}",
-                _number(filled / (filled + padded) if taken else None, ".0%"), f"{padded:,}", saving])
+            lines.append(
+                [
+                    f"{at[0]} {at[1]}",
+                    _number(step.get("ms")),
+                    _number(step.get("tokens_per_s")),
+                    _number(size / 1e9 if size else None),
+                    _number(share, ".0%"),
+                    f"{taken:,}",
+                    _number(filled / (filled + padded) if taken else None, ".0%"),
+                    f"{padded:,}",
+                    saving,
+                ]
+            )
         rate = known.get("read_bandwidth")
-        parts += [f"### {names[configuration]}", f"Read bandwidth {rate / 1e12:.2f} TB/s." if rate else "",
-                  f"The steps could not be timed: {known['reason']}" if known.get("reason") else "",
-                  _table(["bucket", "ms", "tokens/s", "GB", "of floor", "steps", "rows used", "rows padded", "saves"],
-                         lines)]
+        parts += [
+            f"### {names[configuration]}",
+            f"Read bandwidth {rate / 1e12:.2f} TB/s." if rate else "",
+            f"The steps could not be timed: {known['reason']}" if known.get("reason") else "",
+            _table(["bucket", "ms", "tokens/s", "GB", "of floor", "steps", "rows used", "rows padded", "saves"], lines),
+        ]
     return parts if len(parts) > 1 else []

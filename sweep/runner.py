@@ -125,9 +125,16 @@ class Sweep:
         name = identity(config)
         row: Row = {
             "key": self._key(config, load, asked),
-            "identity": name, "configuration": " ".join(made) or "defaults", "overrides": made, "load": str(load),
-            **asdict(load), "commit": self._environment["commit"], "device": self._environment["device"],
-            "gpus": self._gpus(config), "on_gpu": self._on_gpu(config), "buckets_config": asdict(config.buckets),
+            "identity": name,
+            "configuration": " ".join(made) or "defaults",
+            "overrides": made,
+            "load": str(load),
+            **asdict(load),
+            "commit": self._environment["commit"],
+            "device": self._environment["device"],
+            "gpus": self._gpus(config),
+            "on_gpu": self._on_gpu(config),
+            "buckets_config": asdict(config.buckets),
         }
         known = self._finished(row["key"], asked)
         if known:
@@ -158,8 +165,15 @@ class Sweep:
         return self._store.finished(key) if self._environment["commit"] and not asked.fresh else None
 
     def _refused(self, words: str, load: str, reason: str, asked: SweepConfig) -> float:
-        row = {"key": key_of(words, load), "identity": words, "configuration": words, "overrides": words.split(),
-               "load": load, "status": "failed", "reason": reason}
+        row = {
+            "key": key_of(words, load),
+            "identity": words,
+            "configuration": words,
+            "overrides": words.split(),
+            "load": load,
+            "status": "failed",
+            "reason": reason,
+        }
         if not asked.dry_run:
             self._store.add(row)
             self._rows[row["key"]] = row
@@ -229,21 +243,30 @@ class Sweep:
             reason = None if found else (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         except (subprocess.TimeoutExpired, ValueError, IndexError) as error:
             found, reason = None, str(error)
-        known[current.identity] = (found or {"reason": reason}) | same | {
-            "configuration": " ".join(current.overrides) or "defaults"}
+        known[current.identity] = (
+            (found or {"reason": reason}) | same | {"configuration": " ".join(current.overrides) or "defaults"}
+        )
         self._store.note("steps.json", known)
 
     def _check(self, current: Configured, asked: SweepConfig) -> str | None:
         """The gate's verdict; the first configuration of a model that answers is the baseline."""
         model = current.config.model
         vocab, context = Workload(asked, current.config).vocab, current.config.buckets.max_context
-        found = gate.answers(current.server.url, model.name, gate.prompts(vocab, min(context, 1024)), asked.gate_tokens,
-                             asked.stall_seconds)
+        found = gate.answers(
+            current.server.url,
+            model.name,
+            gate.prompts(vocab, min(context, 1024)),
+            asked.gate_tokens,
+            asked.stall_seconds,
+        )
         known = {} if asked.fresh and not self._rows else self._store.noted("baseline.json") or {}
         key = key_of(asdict(model), asked.gate_tokens, self._environment["commit"], self._environment["device"])
         if key not in known:
-            known[key] = {"configuration": " ".join(current.overrides) or "defaults", "identity": current.identity,
-                          "answers": [asdict(answer) for answer in found]}
+            known[key] = {
+                "configuration": " ".join(current.overrides) or "defaults",
+                "identity": current.identity,
+                "answers": [asdict(answer) for answer in found],
+            }
             self._store.note("baseline.json", known)
             return None
         return gate.difference([gate.Greedy(**answer) for answer in known[key]["answers"]], found, asked.gate_tie)
@@ -259,13 +282,18 @@ class Sweep:
         if len(errors) == len(records):
             raise CellFailed(f"no request succeeded: {errors[0]}")
         means, intervals = measure.over_repeats(
-            [measure.figures(run, asked.limits, self._gpus(current.config)) for run in runs])
+            [measure.figures(run, asked.limits, self._gpus(current.config)) for run in runs]
+        )
         grown = {name: value - before.get(name, 0.0) for name, value in after.items()}
         looked_up = grown.get(("prefix_cache_queries_total",), 0.0)
         means["prefix_hit_share"] = grown.get(("prefix_cache_hits_total",), 0.0) / looked_up if looked_up else 0.0
         means["preemptions"] = grown.get(("num_preemptions_total",), 0.0)
-        return {"figures": means, "intervals": intervals, "buckets": _buckets(grown),
-                "error": max(set(errors), key=errors.count) if errors else None}
+        return {
+            "figures": means,
+            "intervals": intervals,
+            "buckets": _buckets(grown),
+            "error": max(set(errors), key=errors.count) if errors else None,
+        }
 
     async def _load(self, current: Configured, work: Workload, load_: Load, asked: SweepConfig) -> list[load.Run]:
         users = int(load_.level) if load_.mode == "closed" else 1
@@ -313,8 +341,15 @@ class Sweep:
             started = any(row["seconds"] and row["configuration"] == words for row in self._planned)
             seconds = (asked.repeats + (asked.warmup > 0)) * asked.seconds
             seconds += 0 if started else START_GUESS * (1 + asked.steps)
-            self._planned.append({"configuration": words, "load": str(load_), "misfit": why, "known": known,
-                                  "seconds": 0 if why or known else seconds})
+            self._planned.append(
+                {
+                    "configuration": words,
+                    "load": str(load_),
+                    "misfit": why,
+                    "known": known,
+                    "seconds": 0 if why or known else seconds,
+                }
+            )
 
     def _print_plan(self) -> None:
         total = sum(row["seconds"] for row in self._planned)
@@ -322,14 +357,29 @@ class Sweep:
         for number, row in enumerate(self._planned, 1):
             why = f"  [red]does not fit: {escape(row['misfit'])}[/]" if row["misfit"] else f"  {row['seconds']:.0f} s"
             why = "  measured before" if row.get("known") else why
-            self._console.print(f"{number:>4}  {escape(row['configuration'])} · {row['load']}{why}", highlight=False,
-                                soft_wrap=True)
+            self._console.print(
+                f"{number:>4}  {escape(row['configuration'])} · {row['load']}{why}", highlight=False, soft_wrap=True
+            )
 
 
 def _measured_with(asked: SweepConfig) -> dict[str, Any]:
     """The settings on which a row's figures depend."""
-    names = ("prompt_tokens", "output_tokens", "prompt_sigma", "output_sigma", "prompts", "temperature", "seed",
-             "repeats", "requests", "seconds", "warmup", "gate", "gate_tokens", "gate_tie")
+    names = (
+        "prompt_tokens",
+        "output_tokens",
+        "prompt_sigma",
+        "output_sigma",
+        "prompts",
+        "temperature",
+        "seed",
+        "repeats",
+        "requests",
+        "seconds",
+        "warmup",
+        "gate",
+        "gate_tokens",
+        "gate_tie",
+    )
     return {name: getattr(asked, name) for name in names} | asdict(asked.limits)
 
 

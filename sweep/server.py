@@ -36,8 +36,14 @@ class Server:
         log.parent.mkdir(parents=True, exist_ok=True)
         address = ["server.host=127.0.0.1", f"server.port={self._port}"]
         with log.open("w") as file:
-            self._process = subprocess.Popen([*command, *overrides, *address], cwd=ROOT, stdin=subprocess.DEVNULL,
-                                             stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+            self._process = subprocess.Popen(
+                [*command, *overrides, *address],
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def wait_ready(self, seconds: float) -> float:
         """Seconds until it accepted requests. Raises ServerFailed where it ends or takes longer than `seconds`."""

@@ -80,8 +80,17 @@ def load(composed: Any) -> SweepConfig:
             raise ConfigError(f"sweep.{key}: got {getattr(settings, key)!r}, allowed: {allowed}")
 
     require(bool(settings.concurrency or settings.rate), "concurrency", "a number or a list, unless there are rates")
-    for key in ("prompt_tokens", "output_tokens", "repeats", "requests", "seconds", "start_seconds", "stall_seconds",
-                "gate_tokens", "steps_context"):
+    for key in (
+        "prompt_tokens",
+        "output_tokens",
+        "repeats",
+        "requests",
+        "seconds",
+        "start_seconds",
+        "stall_seconds",
+        "gate_tokens",
+        "steps_context",
+    ):
         require(getattr(settings, key) > 0, key, "more than 0")
     for key in ("prompt_sigma", "output_sigma", "warmup", "gate_tie"):
         require(getattr(settings, key) >= 0, key, "0 or more")

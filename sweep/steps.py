@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_module
 
-from conf.schema import PAGE_TOKENS, Config, Device, load, register
+from conf.limits import PAGE_TOKENS
+from conf.schema import Config, Device, load, register
 from engine.checkpoint import Architecture
 from engine.core import Engine, build
 from engine.parallel import Ranks
@@ -128,8 +129,13 @@ def measure(config: Config, ranks: Ranks, device: torch.device, context: int) ->
             length = min(context, built.ready.max_context, pages // bucket.tokens * PAGE_TOKENS)
             ms, experts = step_ms(built, bucket, length, *effort)
             size = decode_bytes(shape, bucket.tokens, length, experts, ranks.size)
-            row |= {"context": length, "ms": ms, "bytes": size, "experts_per_layer": experts / shape.layers,
-                    "share_of_floor": size / rate / (ms / 1e3) if rate else None}
+            row |= {
+                "context": length,
+                "ms": ms,
+                "bytes": size,
+                "experts_per_layer": experts / shape.layers,
+                "share_of_floor": size / rate / (ms / 1e3) if rate else None,
+            }
         else:
             prompts = max(1, bucket.tokens // context)
             length = bucket.tokens // min(prompts, bucket.sequences, built.buffers.buckets.max_rows)

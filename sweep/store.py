@@ -62,8 +62,14 @@ def write_csv(path: Path, rows: list[Row]) -> None:
         out.writerow([*COLUMNS, *figures, *(f"{name}_ci95" for name in figures), "reason"])
         for row in rows:
             found, spread = row.get("figures", {}), row.get("intervals", {})
-            out.writerow([*(row[column] for column in COLUMNS), *(found.get(name) for name in figures),
-                          *(spread.get(name) for name in figures), row.get("reason")])
+            out.writerow(
+                [
+                    *(row[column] for column in COLUMNS),
+                    *(found.get(name) for name in figures),
+                    *(spread.get(name) for name in figures),
+                    row.get("reason"),
+                ]
+            )
 
 
 def key_of(*parts: Any) -> str:

@@ -59,8 +59,13 @@ def words(rows: list[Row]) -> list[str]:
     """The verdict, a sentence each."""
     chosen = choices(rows)
     if not chosen:
-        return ["No configuration can be recommended: " + (
-            "; ".join(sorted({f"{row['configuration']}: {row['reason']}" for row in rows})) or "nothing was measured")]
+        return [
+            "No configuration can be recommended: "
+            + (
+                "; ".join(sorted({f"{row['configuration']}: {row['reason']}" for row in rows}))
+                or "nothing was measured"
+            )
+        ]
     return [
         f"For p99 TPOT ≤ {round_up(value(row, 'tpot_p99_ms'))} ms: `{command(row)}` with {row['load']} "
         f"({value(row, 'tokens_per_s_per_user'):.4g} tokens/s a user, {value(row, 'tokens_per_s_per_gpu'):.4g} "
@@ -94,5 +99,7 @@ def kubernetes_values(row: Row) -> str:
 
 
 def about(row: Row) -> str:
-    return (f"{row['load']} on {row['device']}: p99 TPOT {value(row, 'tpot_p99_ms'):.4g} ms, "
-            f"{value(row, 'tokens_per_s_per_gpu'):.4g} tokens/s {per_gpu(row)}")
+    return (
+        f"{row['load']} on {row['device']}: p99 TPOT {value(row, 'tpot_p99_ms'):.4g} ms, "
+        f"{value(row, 'tokens_per_s_per_gpu'):.4g} tokens/s {per_gpu(row)}"
+    )

@@ -37,8 +37,10 @@ class Workload:
         self._given = _read(Path(settings.prompts)) if settings.prompts else None
         longest = settings.prompt_tokens + settings.output_tokens
         if self._given is None and longest > self._context:
-            raise ConfigError(f"sweep.prompt_tokens + sweep.output_tokens: got {longest}, allowed: at most "
-                              f"buckets.max_context = {self._context}")
+            raise ConfigError(
+                f"sweep.prompt_tokens + sweep.output_tokens: got {longest}, allowed: at most "
+                f"buckets.max_context = {self._context}"
+            )
 
     def requests(self, count: int, *stream: int) -> list[Request]:
         settings, made = self._settings, []

@@ -7,8 +7,8 @@ import msgspec
 import torch
 
 from engine.core import Core
+from engine.messages import SamplingParams, Submit
 from engine.pages import PagePool
-from engine.request import SamplingParams, Submit
 from engine.scheduler import Scheduler
 from graphs.buckets import Buckets
 from graphs.buffers import Buffers
@@ -25,14 +25,30 @@ def measure(rows: int, logprobs: int | None) -> list[float]:
     """Microseconds of each steady-state decode step."""
     buckets = Buckets.of([1, 2, 4, 8, 16, 32, 64], [128, 512, 2048], 16)
     pages = rows * (STEPS // 64 + 3) + 2
-    buffers = Buffers(buckets=buckets, layers=1, kv_heads=1, head_dim=8, vocab=1024, max_context=32768, pages=pages,
-                      device=torch.device("cpu"), dtype=torch.bfloat16)
+    buffers = Buffers(
+        buckets=buckets,
+        layers=1,
+        kv_heads=1,
+        head_dim=8,
+        vocab=1024,
+        max_context=32768,
+        pages=pages,
+        device=torch.device("cpu"),
+        dtype=torch.bfloat16,
+    )
     encode = msgspec.msgpack.Encoder().encode
     scheduler = Scheduler(PagePool(pages), buckets, 32768)
     core = Core(scheduler, buffers, NoSteps(), lambda *_: None, encode)
     for id in range(rows):
-        core.handle(Submit(id, [id, 1, 2], SamplingParams(max_tokens=STEPS + 100, seed=id, logprobs=logprobs,
-                                                          stop_token_ids=(200002, 199999, 200012))))
+        core.handle(
+            Submit(
+                id,
+                [id, 1, 2],
+                SamplingParams(
+                    max_tokens=STEPS + 100, seed=id, logprobs=logprobs, stop_token_ids=(200002, 199999, 200012)
+                ),
+            )
+        )
     for _ in range(20):
         core.turn()
     times = []

@@ -98,8 +98,10 @@ def main() -> None:
         begun = time.process_time()
         runs = [asyncio.run(sweep_client(port, options.streams)) for _ in range(options.runs)]
         cost = (time.process_time() - begun) / options.runs / tokens
-        print(f"{'client of sweep/':22} {options.streams} streams, {step} tokens a Delta: "
-              f"{tokens / statistics.median(runs):9,.0f} tokens/s, {1e6 * cost:6.1f} µs of its own a token")
+        print(
+            f"{'client of sweep/':22} {options.streams} streams, {step} tokens a Delta: "
+            f"{tokens / statistics.median(runs):9,.0f} tokens/s, {1e6 * cost:6.1f} µs of its own a token"
+        )
         process.terminate()
         process.join()
 

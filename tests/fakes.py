@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 
-from engine.request import Delta, Ready, SamplingParams, Stats, TokenLogprobs
+from engine.messages import Delta, Ready, SamplingParams, Stats, TokenLogprobs
 from serve.client import EngineFailed
 
 Script = Callable[[list[int], SamplingParams], list[int]]
@@ -84,7 +84,11 @@ class FakeStream:
             reason = "stop" if self._tokens and self._tokens[-1] in self._sampling.stop_token_ids else "length"
             engine.running.discard(self._id)
         return Delta(
-            self._id, tokens, reason, self._logprobs(tokens), cached_tokens=3 if first else None,
+            self._id,
+            tokens,
+            reason,
+            self._logprobs(tokens),
+            cached_tokens=3 if first else None,
             queue_seconds=0.25 if first else None,
         )
 

@@ -10,10 +10,10 @@ import torch
 from conf.schema import RandomShape
 from engine import checkpoint
 from engine.core import Core
+from engine.messages import Abort, Delta, SamplingParams, StepReport, Submit
 from engine.model import Model
 from engine.pages import PagePool
 from engine.parallel import Ranks
-from engine.request import Abort, Delta, SamplingParams, StepReport, Submit
 from engine.scheduler import Scheduler
 from graphs.buckets import Buckets
 from graphs.buffers import Buffers
@@ -32,9 +32,20 @@ class InProcess:
     """
 
     def __init__(
-        self, source: Path | checkpoint.Architecture, *, dtype=torch.float32, decode_rows=(1, 2, 4, 8),
-        prefill_tokens=(64, 256), sequences=4, max_context=1024, pages=200, prefix_cache=True, poison=True, device=CPU,
-        ops=reference, ranks=ALONE,
+        self,
+        source: Path | checkpoint.Architecture,
+        *,
+        dtype=torch.float32,
+        decode_rows=(1, 2, 4, 8),
+        prefill_tokens=(64, 256),
+        sequences=4,
+        max_context=1024,
+        pages=200,
+        prefix_cache=True,
+        poison=True,
+        device=CPU,
+        ops=reference,
+        ranks=ALONE,
     ) -> None:
         part = ranks.rank, ranks.size, device, dtype
         if isinstance(source, checkpoint.Architecture):
@@ -45,8 +56,14 @@ class InProcess:
         peers = ops.join(ranks, self.buckets.max_rows, max(prefill_tokens), sequences, self.shape.hidden, device)
         self.model = Model(self.shape, weights, ops, peers, max_context)
         self.buffers = Buffers(
-            buckets=self.buckets, layers=self.shape.layers, kv_heads=self.shape.kv_heads // ranks.size,
-            head_dim=self.shape.head_dim, vocab=self.shape.vocab, max_context=max_context, pages=pages, device=device,
+            buckets=self.buckets,
+            layers=self.shape.layers,
+            kv_heads=self.shape.kv_heads // ranks.size,
+            head_dim=self.shape.head_dim,
+            vocab=self.shape.vocab,
+            max_context=max_context,
+            pages=pages,
+            device=device,
             dtype=dtype,
         )
         if poison:
@@ -124,11 +141,26 @@ class InProcess:
 FULL_SIZE = checkpoint.Architecture.from_random_shape(RandomShape())
 FULL_WIDTH = replace(FULL_SIZE, layers=2, windows=(128, None))
 SMALL = replace(
-    FULL_SIZE, layers=4, hidden=256, intermediate=256, heads=16, kv_heads=2, vocab=4096, experts=8,
+    FULL_SIZE,
+    layers=4,
+    hidden=256,
+    intermediate=256,
+    heads=16,
+    kv_heads=2,
+    vocab=4096,
+    experts=8,
     windows=(128, None, 128, None),
 )
 TINY = replace(
-    FULL_SIZE, layers=4, hidden=96, intermediate=160, heads=8, kv_heads=4, head_dim=32, vocab=512, experts=6,
+    FULL_SIZE,
+    layers=4,
+    hidden=96,
+    intermediate=160,
+    heads=8,
+    kv_heads=4,
+    head_dim=32,
+    vocab=512,
+    experts=6,
     windows=(128, None, 128, None),
 )
 

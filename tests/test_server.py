@@ -30,8 +30,12 @@ def folder(tmp_path_factory):
 
 def served(folder, *arguments):
     return Served(
-        "model.weights=checkpoint", f"model.path={folder}", "kernels.dtype=float32", "kernels.device=cpu",
-        "buckets.max_context=512", *arguments,
+        "model.weights=checkpoint",
+        f"model.path={folder}",
+        "kernels.dtype=float32",
+        "kernels.device=cpu",
+        "buckets.max_context=512",
+        *arguments,
     )
 
 
@@ -40,8 +44,10 @@ def test_the_demo_model_answers_the_official_client():
         client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
         assert [model.id for model in client.models.list()] == ["demo"]
         asked = {
-            "model": "demo", "messages": [{"role": "user", "content": "What is the capital of France?"}],
-            "temperature": 0, "max_tokens": 128,
+            "model": "demo",
+            "messages": [{"role": "user", "content": "What is the capital of France?"}],
+            "temperature": 0,
+            "max_tokens": 128,
         }
         (whole,) = client.chat.completions.create(**asked).choices
         assert whole.finish_reason == "stop"
@@ -94,7 +100,7 @@ def test_a_signal_lets_streams_finish_refuses_new_requests_and_exits_with_0(fold
         lines = []
         thread = threading.Thread(target=stream, args=(server, lines), kwargs={"ignore_eos": True})
         thread.start()
-        while "num_requests_running{model_name=\"demo\"} 1" not in httpx.get(f"{server.url}/metrics").text:
+        while 'num_requests_running{model_name="demo"} 1' not in httpx.get(f"{server.url}/metrics").text:
             time.sleep(0.01)
         server.process.send_signal(signal.SIGTERM)
         while httpx.get(f"{server.url}/health/ready").status_code == 200:
@@ -115,7 +121,7 @@ def test_a_second_signal_stops_at_once_and_leaves_no_process(folder):
         lines = []
         thread = threading.Thread(target=stream, args=(server, lines), kwargs={"max_tokens": 500})
         thread.start()
-        while "num_requests_running{model_name=\"demo\"} 1" not in httpx.get(f"{server.url}/metrics").text:
+        while 'num_requests_running{model_name="demo"} 1' not in httpx.get(f"{server.url}/metrics").text:
             time.sleep(0.01)
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
@@ -160,7 +166,11 @@ def test_a_port_in_use_is_noticed_before_the_model_is_loaded():
         taken.listen()
         port = taken.getsockname()[1]
         result = subprocess.run(
-            [sys.executable, "serve.py", f"server.port={port}"], cwd=ROOT, capture_output=True, text=True, timeout=60,
+            [sys.executable, "serve.py", f"server.port={port}"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
             check=False,
         )
     assert result.returncode != 0
@@ -172,8 +182,13 @@ def test_a_temporary_folder_too_deep_for_sockets_is_said_in_one_line(tmp_path):
     deep = tmp_path / ("x" * 100)
     deep.mkdir()
     result = subprocess.run(
-        [sys.executable, "serve.py", f"server.port={free_port()}"], cwd=ROOT, capture_output=True, text=True,
-        timeout=60, check=False, env=os.environ | {"TMPDIR": str(deep)},
+        [sys.executable, "serve.py", f"server.port={free_port()}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=os.environ | {"TMPDIR": str(deep)},
     )
     assert result.returncode != 0
     (line,) = result.stderr.strip().splitlines()

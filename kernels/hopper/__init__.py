@@ -12,7 +12,23 @@ from kernels.hopper.sampler import sample
 from kernels.hopper.step import advance, emit
 
 __all__ = [
-    "add_norm", "add_norm_route", "advance", "decode_attention", "embed_norm", "emit", "experts", "join", "linear",
-    "linear_part", "pack_experts", "pack_linear", "prefill_add_norm", "prefill_add_norm_route", "prefill_attention",
-    "prefill_experts", "prefill_linear", "prefill_linear_part", "sample",
+    "add_norm",
+    "add_norm_route",
+    "advance",
+    "decode_attention",
+    "embed_norm",
+    "emit",
+    "experts",
+    "join",
+    "linear",
+    "linear_part",
+    "pack_experts",
+    "pack_linear",
+    "prefill_add_norm",
+    "prefill_add_norm_route",
+    "prefill_attention",
+    "prefill_experts",
+    "prefill_linear",
+    "prefill_linear_part",
+    "sample",
 ]

@@ -41,8 +41,16 @@ class Plan(NamedTuple):
 
 
 def decode_attention(
-    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor, page_table: Tensor, keys: Tensor,
-    values: Tensor, sinks: Tensor, window: int | None,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    page_table: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    sinks: Tensor,
+    window: int | None,
 ) -> Tensor:
     """One token for each slot, at most 256: qkv [T, (heads + 2 kv_heads) * 64] -> [T, heads * 64].
 
@@ -63,8 +71,24 @@ def decode_attention(
         counters = _counters(device.index, kv_heads)
     out = qkv.new_empty(tokens, heads * DIM)
     args = (
-        qkv, cos, sin, positions, slots, page_table, keys, values, sinks, out, partial, peaks, counters, tokens,
-        kv_heads, width, window or EVERY_KEY, plan.most,
+        qkv,
+        cos,
+        sin,
+        positions,
+        slots,
+        page_table,
+        keys,
+        values,
+        sinks,
+        out,
+        partial,
+        peaks,
+        counters,
+        tokens,
+        kv_heads,
+        width,
+        window or EVERY_KEY,
+        plan.most,
     )
     kernel = _kernel("attention", "decode_attention", heads // kv_heads, SHARED_BYTES)
     kernel.launch(grid=(plan.blocks, 1, 1), block=THREADS, args=args)
@@ -72,8 +96,16 @@ def decode_attention(
 
 
 def prefill_attention(
-    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor, page_table: Tensor, keys: Tensor,
-    values: Tensor, sinks: Tensor, window: int | None,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    page_table: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    sinks: Tensor,
+    window: int | None,
 ) -> Tensor:
     """Packed prompts: qkv [T, (heads + 2 kv_heads) * 64] -> [T, heads * 64].
 
@@ -88,7 +120,19 @@ def prefill_attention(
     append.launch(grid=(blocks, 1, 1), block=APPEND_THREADS, args=args)
     out = qkv.new_empty(tokens, heads * DIM)
     args = (
-        qkv, cos, sin, positions, slots, page_table, keys, values, sinks, out, tokens, kv_heads, width,
+        qkv,
+        cos,
+        sin,
+        positions,
+        slots,
+        page_table,
+        keys,
+        values,
+        sinks,
+        out,
+        tokens,
+        kv_heads,
+        width,
         window or EVERY_KEY,
     )
     tiles = -(-tokens // tile_of(group))
@@ -116,8 +160,16 @@ def tile_of(group: int) -> int:
 
 
 def _heads(
-    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor, page_table: Tensor, keys: Tensor,
-    values: Tensor, sinks: Tensor, window: int | None,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    page_table: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    sinks: Tensor,
+    window: int | None,
 ) -> tuple[int, int]:
     """Query and kv heads, or ValueError."""
     _check(torch.bfloat16, qkv=qkv, keys=keys, values=values)

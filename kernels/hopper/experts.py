@@ -122,10 +122,19 @@ def experts(
     if count <= FEW_TOKENS and pairs <= FEW_PAIRS:
         for name, source, packed, result in steps:
             _kernel(f"experts_{name}_8", hidden, inner, count * _pitch(packed.columns)).launch(
-                grid=_small_grid(packed, FEW_BLOCKS, 1, min(pairs, total)), block=THREADS,
+                grid=_small_grid(packed, FEW_BLOCKS, 1, min(pairs, total)),
+                block=THREADS,
                 args=(
-                    source, result, packed.values, packed.scales, packed.bias, expert_ids, expert_weights, pairs,
-                    active, limit,
+                    source,
+                    result,
+                    packed.values,
+                    packed.scales,
+                    packed.bias,
+                    expert_ids,
+                    expert_weights,
+                    pairs,
+                    active,
+                    limit,
                 ),
             )
     elif count <= SMALL_TOKENS and pairs <= SMALL_PAIRS:
@@ -133,10 +142,20 @@ def experts(
             capacity = min(8 * TOKEN_TILES, (MOST_SHARED - SUMS_BYTES) // _pitch(packed.columns))
             shared = capacity * _pitch(packed.columns) + SUMS_BYTES
             _kernel(f"experts_{name}_24", hidden, inner, shared).launch(
-                grid=_small_grid(packed, 1, TEAMS, min(pairs, total)), block=TEAMS * THREADS,
+                grid=_small_grid(packed, 1, TEAMS, min(pairs, total)),
+                block=TEAMS * THREADS,
                 args=(
-                    source, result, packed.values, packed.scales, packed.bias, expert_ids, expert_weights, pairs,
-                    active, capacity, limit,
+                    source,
+                    result,
+                    packed.values,
+                    packed.scales,
+                    packed.bias,
+                    expert_ids,
+                    expert_weights,
+                    pairs,
+                    active,
+                    capacity,
+                    limit,
                 ),
             )
     else:
@@ -144,9 +163,18 @@ def experts(
         for name, source, packed, result in steps:
             strips = packed.rows // STRIP_ROWS
             _kernel(f"experts_{name}_64", hidden, inner, _large_shared_bytes(packed.columns)).launch(
-                grid=(-(-strips // WARPS), len(tiles), 1), block=THREADS,
+                grid=(-(-strips // WARPS), len(tiles), 1),
+                block=THREADS,
                 args=(
-                    source, result, packed.values, packed.scales, packed.bias, tiles, order, expert_weights, active,
+                    source,
+                    result,
+                    packed.values,
+                    packed.scales,
+                    packed.bias,
+                    tiles,
+                    order,
+                    expert_weights,
+                    active,
                     limit,
                 ),
             )

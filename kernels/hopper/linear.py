@@ -41,8 +41,10 @@ class PackedLinear:
 def pack(weight: Tensor) -> PackedLinear:
     """weight [N, K] bf16 on any device -> its packed copy on the same device, made without any other scratch memory."""
     if weight.dim() != 2 or weight.dtype != torch.bfloat16 or weight.shape[1] % STEP:
-        raise ValueError(f"weight {tuple(weight.shape)} {weight.dtype}: [N, K] bfloat16 with K a multiple of {STEP} is "
-                         "what can be packed")
+        raise ValueError(
+            f"weight {tuple(weight.shape)} {weight.dtype}: [N, K] bfloat16 with K a multiple of {STEP} is "
+            "what can be packed"
+        )
     rows, columns = weight.shape
     whole = rows // ROWS  # strips without padding
     tiles = torch.empty(-(-rows // ROWS), columns // STEP, 2, 32, 8, dtype=weight.dtype, device=weight.device)
@@ -98,8 +100,10 @@ def launch(name: str, x: Tensor, weight: PackedLinear, bias: Tensor | None, peer
 def check(x: Tensor, weight: PackedLinear, bias: Tensor | None) -> None:
     """Raises ValueError for an input or a bias that does not fit the weight."""
     if x.dtype != torch.bfloat16 or not x.is_contiguous() or x.shape[1:] != (weight.columns,) or x.data_ptr() % 16:
-        raise ValueError(f"x {tuple(x.shape)} {x.dtype}: a contiguous, 16-byte aligned [T, {weight.columns}] bfloat16 "
-                         "is what this layer takes")
+        raise ValueError(
+            f"x {tuple(x.shape)} {x.dtype}: a contiguous, 16-byte aligned [T, {weight.columns}] bfloat16 "
+            "is what this layer takes"
+        )
     if bias is not None and (bias.dtype != torch.bfloat16 or bias.shape != (weight.rows,)):
         raise ValueError(f"bias {tuple(bias.shape)} {bias.dtype}: [{weight.rows}] bfloat16 is what this layer takes")
 

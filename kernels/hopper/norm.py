@@ -85,8 +85,23 @@ def add_norm_route(
     shares = torch.empty(tokens, active, dtype=torch.float32, device=x.device)
     if tokens:
         clusters, group = router_grid(tokens, experts)
-        arguments = (x, delta, weight, router, bias, residual, out, ids, shares, tokens, experts, active, group,
-                     float(eps), *peers.attention.arguments(2 * hidden * peers.size * tokens))
+        arguments = (
+            x,
+            delta,
+            weight,
+            router,
+            bias,
+            residual,
+            out,
+            ids,
+            shares,
+            tokens,
+            experts,
+            active,
+            group,
+            float(eps),
+            *peers.attention.arguments(2 * hidden * peers.size * tokens),
+        )
         threads = -(-experts // ROUTER_BLOCKS) * 32
         kernel = _kernel("add_norm_route", hidden, peers.size)
         kernel.launch(grid=(ROUTER_BLOCKS, clusters, 1), block=threads, args=arguments)
@@ -117,16 +132,20 @@ def router_grid(tokens: int, experts: int) -> tuple[int, int]:
 
 def _rows(name: str, x: Tensor) -> tuple[int, int]:
     if x.dtype != torch.bfloat16 or x.dim() != 2 or x.shape[1] % 8 or not x.is_contiguous() or x.data_ptr() % 16:
-        raise ValueError(f"{name} {tuple(x.shape)} {x.dtype}: a contiguous, 16-byte aligned bfloat16 matrix of rows of "
-                         "a multiple of 8 is what this takes")
+        raise ValueError(
+            f"{name} {tuple(x.shape)} {x.dtype}: a contiguous, 16-byte aligned bfloat16 matrix of rows of "
+            "a multiple of 8 is what this takes"
+        )
     return x.shape[0], x.shape[1]
 
 
 def _check_router(router: Tensor, bias: Tensor, hidden: int, active: int) -> int:
     experts = router.shape[0]
     if _rows("router", router) != (experts, hidden) or bias.dtype != torch.bfloat16 or bias.shape != (experts,):
-        raise ValueError(f"router {tuple(router.shape)}, bias {tuple(bias.shape)} {bias.dtype}: [E, {hidden}] and [E] "
-                         "bfloat16 are what rows ask for")
+        raise ValueError(
+            f"router {tuple(router.shape)}, bias {tuple(bias.shape)} {bias.dtype}: [E, {hidden}] and [E] "
+            "bfloat16 are what rows ask for"
+        )
     if not 1 <= active <= min(experts, 32) or experts > MOST_EXPERTS:
         raise ValueError(f"{active} of {experts} experts: at most 32 of at most {MOST_EXPERTS} can be chosen")
     return experts
@@ -141,8 +160,9 @@ def _parts(parts: Tensor, tokens: int, hidden: int) -> int:
 
 def _check_scale(weight: Tensor, hidden: int) -> None:
     if weight.dtype != torch.float32 or weight.shape != (hidden,) or weight.data_ptr() % 16:
-        raise ValueError(f"weight {tuple(weight.shape)} {weight.dtype}: a 16-byte aligned [{hidden}] float32 is what "
-                         "this takes")
+        raise ValueError(
+            f"weight {tuple(weight.shape)} {weight.dtype}: a 16-byte aligned [{hidden}] float32 is what this takes"
+        )
 
 
 @cache

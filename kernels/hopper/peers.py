@@ -49,9 +49,7 @@ class Peers:
 ALONE = Peers(0, 1, *[Area(None, 0, 0, 0)] * 3)
 
 
-def join(
-    ranks: Any, decode_rows: int, prefill_tokens: int, sequences: int, hidden: int, device: torch.device
-) -> Peers:
+def join(ranks: Any, decode_rows: int, prefill_tokens: int, sequences: int, hidden: int, device: torch.device) -> Peers:
     """Share memory with the other ranks: all of them must call this. ranks: `rank`, `size` and the barrier `smallest`.
 
     decode_rows, prefill_tokens, sequences: the most of a step; a kernel refuses more. Raises ConfigError where the GPUs
@@ -63,8 +61,10 @@ def join(
     rows = max(size * decode_rows, 2 * prefill_tokens + size)  # a slot a rank, or all ranks' shares and the sums
     sizes = [2 * hidden * rows, 2 * hidden * rows, 8 * SAMPLER_WORDS * size * max(decode_rows, sequences)]
     if sum(sizes) >= 2**31:  # kernels take offsets as int32
-        raise ConfigError(f"buckets.prefill_tokens: got {prefill_tokens}, allowed: fewer with tp={size}: they exchange "
-                          "through 2 GiB at most")
+        raise ConfigError(
+            f"buckets.prefill_tokens: got {prefill_tokens}, allowed: fewer with tp={size}: they exchange "
+            "through 2 GiB at most"
+        )
     for other in range(min(size, torch.cuda.device_count())):
         if other != device.index and not torch.cuda.can_device_access_peer(device.index, other):
             raise ConfigError(f"tp: got {size}, allowed: 1, as GPU {device.index} cannot access GPU {other}'s memory")

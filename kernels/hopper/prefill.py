@@ -30,7 +30,8 @@ def prefill_linear(x: Tensor, weight: PackedLinear, bias: Tensor | None = None) 
         raise ValueError(f"{weight.rows} rows: a multiple of 8 is what leaves in 16-byte pieces")
     out = torch.empty(tokens, weight.rows, dtype=torch.bfloat16, device=x.device)
     _kernel("dense", weight.columns).launch(
-        grid=_grid(weight.rows, -(-tokens // TOKENS), x.device), block=THREADS,
+        grid=_grid(weight.rows, -(-tokens // TOKENS), x.device),
+        block=THREADS,
         args=(weight.tiles, x, bias, out, weight.rows, tokens),
     )
     return out
@@ -62,10 +63,21 @@ def prefill_experts(
     y = torch.empty(count, active, hidden, dtype=torch.bfloat16, device=x.device)
     for kind, source, packed, result in (("up", x, gate_up, h), ("down", h, down, y)):
         _kernel(kind, packed.columns).launch(
-            grid=_grid(packed.rows, len(tiles), x.device), block=THREADS,
+            grid=_grid(packed.rows, len(tiles), x.device),
+            block=THREADS,
             args=(
-                packed.values, packed.scales, packed.bias, source, result, tiles, order, expert_weights, packed.rows,
-                active, len(tiles), limit,
+                packed.values,
+                packed.scales,
+                packed.bias,
+                source,
+                result,
+                tiles,
+                order,
+                expert_weights,
+                packed.rows,
+                active,
+                len(tiles),
+                limit,
             ),
         )
     return y

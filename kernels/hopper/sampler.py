@@ -19,8 +19,14 @@ SHARED_LIMIT = 212 * 1024  # bytes of dynamic shared memory; the kernel's fixed 
 
 
 def sample(
-    logits: Tensor, slots: Tensor, positions: Tensor, state: SimpleNamespace, output_counts: Tensor, in_prompt: Tensor,
-    top: int, peers: Peers,
+    logits: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    state: SimpleNamespace,
+    output_counts: Tensor,
+    in_prompt: Tensor,
+    top: int,
+    peers: Peers,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draw a token for each row: logits [R, N] bf16 or float32, slots [R], positions [R] int32 of the tokens to draw.
 
@@ -33,8 +39,10 @@ def sample(
     rows, columns = logits.shape
     vocab = output_counts.shape[1]
     if logits.dtype not in (torch.bfloat16, torch.float32) or not logits.is_contiguous() or not 1 <= top <= vocab:
-        raise ValueError(f"logits {tuple(logits.shape)} {logits.dtype}, top {top}: contiguous bfloat16 or float32 with "
-                         f"1 <= top <= {vocab} is what can be sampled")
+        raise ValueError(
+            f"logits {tuple(logits.shape)} {logits.dtype}, top {top}: contiguous bfloat16 or float32 with "
+            f"1 <= top <= {vocab} is what can be sampled"
+        )
     if columns * peers.size < vocab:
         raise ValueError(f"logits {tuple(logits.shape)} of {peers.size} ranks are too few for {vocab} tokens")
     first = min(peers.rank * columns, vocab)
@@ -47,12 +55,38 @@ def sample(
     if rows:
         kernel = _kernel(logits.dtype, top, state.bias_ids.shape[1], peers.size, shared_bytes)
         area = peers.sampler.arguments(8 * (2 * 5 * 256 + top + 4) * peers.size * rows)  # sampler.cu's words
-        kernel.launch(grid=(BLOCKS, rows, 1), block=THREADS, args=(
-            logits, slots, positions, state.temperature, state.top_k, state.top_p, state.min_p,
-            state.repetition_penalty, state.frequency_penalty, state.presence_penalty, state.seed, state.bias_ids,
-            state.bias_values, state.bias_until, output_counts, in_prompt, tokens, logprobs, top_ids, top_logprobs,
-            vocab, part, first, min(columns, vocab - first), columns, *area,
-        ))
+        kernel.launch(
+            grid=(BLOCKS, rows, 1),
+            block=THREADS,
+            args=(
+                logits,
+                slots,
+                positions,
+                state.temperature,
+                state.top_k,
+                state.top_p,
+                state.min_p,
+                state.repetition_penalty,
+                state.frequency_penalty,
+                state.presence_penalty,
+                state.seed,
+                state.bias_ids,
+                state.bias_values,
+                state.bias_until,
+                output_counts,
+                in_prompt,
+                tokens,
+                logprobs,
+                top_ids,
+                top_logprobs,
+                vocab,
+                part,
+                first,
+                min(columns, vocab - first),
+                columns,
+                *area,
+            ),
+        )
     return tokens, logprobs, top_ids, top_logprobs
 
 
@@ -64,8 +98,9 @@ def layout(vocab: int, top: int) -> tuple[int, int]:
     part = -(-vocab // (BLOCKS * 32)) * 32
     shared_bytes = 4 * part + 8 * top * -(-part // THREADS)
     if shared_bytes > SHARED_LIMIT:
-        raise ValueError(f"a vocabulary of {vocab} takes {shared_bytes} bytes of shared memory a block, more than "
-                         f"{SHARED_LIMIT}")
+        raise ValueError(
+            f"a vocabulary of {vocab} takes {shared_bytes} bytes of shared memory a block, more than {SHARED_LIMIT}"
+        )
     return part, shared_bytes
 
 

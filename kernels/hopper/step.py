@@ -23,15 +23,32 @@ def advance(
 
 
 def emit(
-    slots: Tensor, tokens: Tensor, logprob: Tensor, top_ids: Tensor, top_logprobs: Tensor, last_token: Tensor,
-    output_counts: Tensor, outputs: Tensor,
+    slots: Tensor,
+    tokens: Tensor,
+    logprob: Tensor,
+    top_ids: Tensor,
+    top_logprobs: Tensor,
+    last_token: Tensor,
+    output_counts: Tensor,
+    outputs: Tensor,
 ) -> None:
     """`kernels.reference.emit`; logprob and top_logprobs float32, the others int32, all contiguous."""
     logprob, top_logprobs = logprob.view(torch.int32), top_logprobs.view(torch.int32)
     _check(slots, tokens, logprob, top_ids, top_logprobs, last_token, output_counts, outputs)
     (rows, top), vocab, width = top_ids.shape, output_counts.shape[1], outputs.shape[1]
     arguments = (
-        slots, tokens, logprob, top_ids, top_logprobs, last_token, output_counts, outputs, rows, top, vocab, width
+        slots,
+        tokens,
+        logprob,
+        top_ids,
+        top_logprobs,
+        last_token,
+        output_counts,
+        outputs,
+        rows,
+        top,
+        vocab,
+        width,
     )
     _kernel("emit").launch(grid=(-(-rows * 32 // THREADS), 1, 1), block=THREADS, args=arguments)
 

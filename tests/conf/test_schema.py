@@ -35,23 +35,27 @@ def test_a_models_buckets_give_way_to_those_asked_for():
     assert config["buckets"]["max_context"] == 131072
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["tpp=2"], ["tpp"]),
-    (["+tpp=2"], ["tpp", "not in 'Config'"]),
-    (["model.weigths=random"], ["model.weigths"]),
-    (["server.port=abc"], ["server.port", "'abc'", "Integer"]),
-    (["server.port=99999"], ["server.port", "99999", "1 to 65535"]),
-    (["model=gpt-oss-21b"], ["gpt-oss-21b", "gpt-oss-20b", "gpt-oss-120b"]),
-    (["model=gpt-oss-20b"], ["model.path", "None", "model.weights=random"]),
-    (["model.weights=bogus"], ["model.weights", "bogus", "checkpoint", "random", "demo"]),
-    (["tp=3"], ["tp", "3", "1, 2, 4 or 8"]),
-    (["buckets.decode_rows=[4,2]"], ["buckets.decode_rows", "[4, 2]", "ascending"]),
-    (["buckets.decode_rows=[]"], ["buckets.decode_rows", "[]"]),
-    (["buckets.decode_rows=[1,512]"], ["buckets.decode_rows", "512", "256 rows"]),
-    (["buckets.prefill_tokens=[32]"], ["buckets.prefill_tokens", "64"]),
-    (["buckets.max_context=1000"], ["buckets.max_context", "1000", "multiple of 64"]),
-    (["server.api_key_file=/nowhere/keys"], ["server.api_key_file", "/nowhere/keys"]),
-], ids=str)
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["tpp=2"], ["tpp"]),
+        (["+tpp=2"], ["tpp", "not in 'Config'"]),
+        (["model.weigths=random"], ["model.weigths"]),
+        (["server.port=abc"], ["server.port", "'abc'", "Integer"]),
+        (["server.port=99999"], ["server.port", "99999", "1 to 65535"]),
+        (["model=gpt-oss-21b"], ["gpt-oss-21b", "gpt-oss-20b", "gpt-oss-120b"]),
+        (["model=gpt-oss-20b"], ["model.path", "None", "model.weights=random"]),
+        (["model.weights=bogus"], ["model.weights", "bogus", "checkpoint", "random", "demo"]),
+        (["tp=3"], ["tp", "3", "1, 2, 4 or 8"]),
+        (["buckets.decode_rows=[4,2]"], ["buckets.decode_rows", "[4, 2]", "ascending"]),
+        (["buckets.decode_rows=[]"], ["buckets.decode_rows", "[]"]),
+        (["buckets.decode_rows=[1,512]"], ["buckets.decode_rows", "512", "256 rows"]),
+        (["buckets.prefill_tokens=[32]"], ["buckets.prefill_tokens", "64"]),
+        (["buckets.max_context=1000"], ["buckets.max_context", "1000", "multiple of 64"]),
+        (["server.api_key_file=/nowhere/keys"], ["server.api_key_file", "/nowhere/keys"]),
+    ],
+    ids=str,
+)
 def test_what_cannot_run_stops_the_start_with_one_line(arguments, words):
     result = serve(*arguments)
     assert result.returncode != 0

@@ -18,8 +18,14 @@ from engine.checkpoint import Architecture, CheckpointError
 from tests.harness import InProcess
 
 ROOT = Path(__file__).parents[2]
-SHAPE = {"num_hidden_layers": 2, "num_local_experts": 4, "hidden_size": 64, "intermediate_size": 32,
-         "num_attention_heads": 2, "num_key_value_heads": 1}
+SHAPE = {
+    "num_hidden_layers": 2,
+    "num_local_experts": 4,
+    "hidden_size": 64,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 SMALL = Architecture.from_random_shape(RandomShape(**SHAPE))
 TOKENS = [*range(300), 200002]
 
@@ -68,8 +74,13 @@ def contents(cache):
 
 
 def start(shipped, cache, *words):
-    return subprocess.Popen([sys.executable, "-c", MAKE, str(shipped), *words], text=True, cwd=ROOT,
-                            stdout=subprocess.PIPE, env={**os.environ, "XDG_CACHE_HOME": str(cache.parent)})
+    return subprocess.Popen(
+        [sys.executable, "-c", MAKE, str(shipped), *words],
+        text=True,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "XDG_CACHE_HOME": str(cache.parent)},
+    )
 
 
 def test_what_ships_is_whole_and_of_the_demo_architecture():
@@ -155,7 +166,10 @@ def test_serving_needs_only_what_serving_installs(shipped, cache):
     assert {"babel", "pytest", "httpx"} <= absent
     missing = f"import sys; sys.modules |= dict.fromkeys({sorted(absent)})"  # as if they were not installed
     made = subprocess.run(
-        [sys.executable, "-c", f"{missing}\nimport serve.app, engine.core\n{MAKE}", str(shipped)], text=True, cwd=ROOT,
-        capture_output=True, env={**os.environ, "XDG_CACHE_HOME": str(cache.parent)},
+        [sys.executable, "-c", f"{missing}\nimport serve.app, engine.core\n{MAKE}", str(shipped)],
+        text=True,
+        cwd=ROOT,
+        capture_output=True,
+        env={**os.environ, "XDG_CACHE_HOME": str(cache.parent)},
     )
     assert made.returncode == 0, made.stderr

@@ -18,7 +18,7 @@ def knowing(examples):
     whole = [prompt + completion for prompt, completion in documents]
 
     def script(prompt, sampling):
-        return next(tokens for tokens in whole if tokens[: len(prompt)] == prompt)[len(prompt):]
+        return next(tokens for tokens in whole if tokens[: len(prompt)] == prompt)[len(prompt) :]
 
     return FakeEngine(script)
 
@@ -36,11 +36,14 @@ def test_a_server_that_answers_as_wanted_is_right_in_everything(serve):
     assert len(live.engine.submitted) == len(examples)
 
 
-@pytest.mark.parametrize(("tokens", "valid"), [
-    ([*tokenizer().encode("No."), RETURN], True),
-    (tokenizer().encode("and so on ") * 200, False),  # never ends
-    ([RETURN], False),
-])
+@pytest.mark.parametrize(
+    ("tokens", "valid"),
+    [
+        ([*tokenizer().encode("No."), RETURN], True),
+        (tokenizer().encode("and so on ") * 200, False),  # never ends
+        ([RETURN], False),
+    ],
+)
 def test_other_answers_are_wrong_and_valid_only_if_they_say_something_and_end(serve, tokens, valid):
     live = serve(FakeEngine(tokens))
     (e,) = evaluation("letters", 1)

@@ -15,9 +15,16 @@ from engine.model import rope_tables
 from kernels.reference import dequantize
 from tests.harness import InProcess
 
-SMALL = Architecture.from_random_shape(RandomShape(
-    num_hidden_layers=4, num_local_experts=6, hidden_size=64, intermediate_size=96, num_attention_heads=4,
-    num_key_value_heads=2))
+SMALL = Architecture.from_random_shape(
+    RandomShape(
+        num_hidden_layers=4,
+        num_local_experts=6,
+        hidden_size=64,
+        intermediate_size=96,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+)
 CPU = torch.device("cpu")
 
 

@@ -43,8 +43,9 @@ class Workplace:
             shutil.copy(ROOT / name, self.root)
         for name in ("docker", "kubectl", "aws"):
             path = self._bin / name
-            path.write_text(RECORDER.format(
-                python=sys.executable, folder=str(self._record), kubectl=shutil.which("kubectl")))
+            path.write_text(
+                RECORDER.format(python=sys.executable, folder=str(self._record), kubectl=shutil.which("kubectl"))
+            )
             path.chmod(0o755)
         example = self.root / "deploy/aws/credentials.sh.example"
         shutil.copy(example, self.root / "deploy/aws/credentials.sh")
@@ -66,8 +67,14 @@ class Workplace:
         (self._record / "answers").write_text(json.dumps(self.answers))
         clean = {"PATH": f"{self._bin}:{os.environ['PATH']}", "HOME": str(self.root.parent), **environment}
         return subprocess.run(
-            ["bash", "-c", line], cwd=self.root, env=clean, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            timeout=60, check=False,
+            ["bash", "-c", line],
+            cwd=self.root,
+            env=clean,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
 
     def sourced(self, line: str, **environment: str) -> subprocess.CompletedProcess:

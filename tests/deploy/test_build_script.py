@@ -13,26 +13,32 @@ from tests.deploy.standins import ROOT
 REGISTRY = "000000000000.dkr.ecr.us-east-1.amazonaws.com"
 IMAGE = f"{REGISTRY}/mini-vllm"
 LOGIN = f"docker login --username AWS --password-stdin {REGISTRY}"
-CREATE = ("docker buildx create --name mini-vllm --driver kubernetes --driver-opt namespace=hyperpod-ns-inference "
-          "--driver-opt requests.cpu=8 --driver-opt requests.memory=32Gi")
+CREATE = (
+    "docker buildx create --name mini-vllm --driver kubernetes --driver-opt namespace=hyperpod-ns-inference "
+    "--driver-opt requests.cpu=8 --driver-opt requests.memory=32Gi"
+)
 BEFORE = ["aws ecr get-login-password --region us-east-1", LOGIN, "docker buildx inspect mini-vllm"]
 
 
 def build_of(stage, *rest, builder="mini-vllm", image=IMAGE):
     stages = ["essentials", "cuda", "server"]
     sources = [f"--cache-from type=registry,ref={image}:cache-{one}" for one in stages[: stages.index(stage) + 1]]
-    return " ".join([
-        f"docker buildx build --builder {builder} --platform linux/amd64 --file deploy/Dockerfile --target {stage}",
-        *sources,
-        f"--cache-to type=registry,ref={image}:cache-{stage},mode=max,image-manifest=true,oci-mediatypes=true",
-        *rest, ".",
-    ])
+    return " ".join(
+        [
+            f"docker buildx build --builder {builder} --platform linux/amd64 --file deploy/Dockerfile --target {stage}",
+            *sources,
+            f"--cache-to type=registry,ref={image}:cache-{stage},mode=max,image-manifest=true,oci-mediatypes=true",
+            *rest,
+            ".",
+        ]
+    )
 
 
 def server_of(tag, **where):
     image = where.get("image", IMAGE)
     return build_of(
-        "server", f"--build-arg REVISION={tag} --build-arg VERSION=0.1.0 --tag {image}:{tag} --push", **where)
+        "server", f"--build-arg REVISION={tag} --build-arg VERSION=0.1.0 --tag {image}:{tag} --push", **where
+    )
 
 
 def test_the_shell_scripts_pass_shellcheck():
@@ -57,7 +63,10 @@ def test_all_builds_the_stages_in_turn(workplace):
     assert workplace.sourced("./deploy/scripts/build.sh all").returncode == 0
     only_cached = "--output type=cacheonly"
     assert workplace.calls == [
-        *BEFORE, build_of("essentials", only_cached), build_of("cuda", only_cached), server_of(workplace.commit),
+        *BEFORE,
+        build_of("essentials", only_cached),
+        build_of("cuda", only_cached),
+        server_of(workplace.commit),
     ]
 
 
@@ -98,20 +107,25 @@ def test_a_dry_run_prints_what_would_run_and_runs_nothing(workplace):
     assert workplace.calls == []
     printed = [" ".join(shlex.split(line)[1:]) for line in done.stdout.splitlines() if line.startswith("+")]
     assert printed == [
-        f"aws ecr get-login-password --region us-east-1 | {LOGIN}", CREATE,
-        build_of("essentials", "--output type=cacheonly"), build_of("cuda", "--output type=cacheonly"),
+        f"aws ecr get-login-password --region us-east-1 | {LOGIN}",
+        CREATE,
+        build_of("essentials", "--output type=cacheonly"),
+        build_of("cuda", "--output type=cacheonly"),
         server_of(workplace.commit),
     ]
 
 
 def test_every_setting_gives_way_to_the_environment(workplace):
     done = workplace.sourced(
-        "./deploy/scripts/build.sh server", REGISTRY="registry.example.org", REPOSITORY="ours/gptoss",
+        "./deploy/scripts/build.sh server",
+        REGISTRY="registry.example.org",
+        REPOSITORY="ours/gptoss",
         REGISTRY_PASSWORD_COMMAND="",
     )
     assert done.returncode == 0
     assert workplace.calls == [
-        "docker buildx inspect mini-vllm", server_of(workplace.commit, image="registry.example.org/ours/gptoss"),
+        "docker buildx inspect mini-vllm",
+        server_of(workplace.commit, image="registry.example.org/ours/gptoss"),
     ]
 
 
@@ -132,11 +146,14 @@ def test_credentials_do_not_make_the_tree_dirty(workplace):
     assert workplace.git("status", "--porcelain") == ""
 
 
-@pytest.mark.parametrize(("words", "said", "calls"), [
-    (("get-login-password",), "no password for", 1),
-    (("docker login",), "cannot log in", 2),
-    (("--target cuda",), "the stage cuda was not built", 5),
-])
+@pytest.mark.parametrize(
+    ("words", "said", "calls"),
+    [
+        (("get-login-password",), "no password for", 1),
+        (("docker login",), "cannot log in", 2),
+        (("--target cuda",), "the stage cuda was not built", 5),
+    ],
+)
 def test_what_fails_ends_the_build_with_its_reason(workplace, words, said, calls):
     workplace.answer(*words, status=7, output="the tool's own words")
     done = workplace.sourced("./deploy/scripts/build.sh all")
@@ -156,12 +173,15 @@ def test_a_builder_that_cannot_be_made_ends_the_build(workplace):
     assert workplace.calls[-1] == CREATE
 
 
-@pytest.mark.parametrize(("line", "said"), [
-    ("./deploy/scripts/build.sh", "which stage?"),
-    ("./deploy/scripts/build.sh --dry-run", "which stage?"),
-    ("./deploy/scripts/build.sh serve", "unknown argument: serve"),
-    ("./deploy/scripts/build.sh server --fast", "unknown argument: --fast"),
-])
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("./deploy/scripts/build.sh", "which stage?"),
+        ("./deploy/scripts/build.sh --dry-run", "which stage?"),
+        ("./deploy/scripts/build.sh serve", "unknown argument: serve"),
+        ("./deploy/scripts/build.sh server --fast", "unknown argument: --fast"),
+    ],
+)
 def test_a_wrong_argument_is_named_beside_the_usage(workplace, line, said):
     done = workplace.sourced(line)
     assert done.returncode == 1

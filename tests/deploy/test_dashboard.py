@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.request import BucketStats, Stats
+from engine.messages import BucketStats, Stats
 from serve.metrics import Metrics
 from tests.fakes import FakeEngine
 
@@ -20,7 +20,13 @@ def served():
     """name -> labels of every sample that the server can give."""
     engine = FakeEngine([1])
     engine.stats = Stats(
-        running=0, waiting=0, pages_used=0, pages_total=1, prefix_query_tokens=0, prefix_hit_tokens=0, preemptions=0,
+        running=0,
+        waiting=0,
+        pages_used=0,
+        pages_total=1,
+        prefix_query_tokens=0,
+        prefix_hit_tokens=0,
+        preemptions=0,
         buckets=[BucketStats("decode", 1, 1, 1, 0)],
     )
     metrics = Metrics(engine, "m")

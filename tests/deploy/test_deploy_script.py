@@ -28,8 +28,11 @@ def applied(workplace):
 
 def without_scratch(calls):
     """Calls with the rendering's folder and the health question left out."""
-    return [call.split(" python -c ")[0] if " exec " in call else call.split(" --filename ")[0] for call in calls
-            if not call.startswith("kubectl kustomize")]
+    return [
+        call.split(" python -c ")[0] if " exec " in call else call.split(" --filename ")[0]
+        for call in calls
+        if not call.startswith("kubectl kustomize")
+    ]
 
 
 @needs_kubectl
@@ -40,8 +43,12 @@ def test_apply_waits_for_the_rollout_and_prints_each_pods_health(workplace, line
     done = workplace.sourced(f"./deploy/scripts/deploy.sh {line}")
     assert done.returncode == 0, done.stderr
     assert without_scratch(workplace.calls) == [
-        f"{K} get secret mini-vllm-api-keys", f"{K} apply", f"{K} rollout status deployment/{NAME} --timeout=900s",
-        workplace.calls[4], f"{K} exec pod-a --", f"{K} exec pod-b --",
+        f"{K} get secret mini-vllm-api-keys",
+        f"{K} apply",
+        f"{K} rollout status deployment/{NAME} --timeout=900s",
+        workplace.calls[4],
+        f"{K} exec pod-a --",
+        f"{K} exec pod-b --",
     ]
     assert workplace.calls[4].startswith(f"{K} get pods --selector app={NAME} --output go-template=")
     assert done.stdout.strip().splitlines()[-2:] == ['pod-a: {"status":"ready"}', 'pod-b: {"status":"ready"}']
@@ -58,7 +65,9 @@ def test_what_is_applied_has_the_environments_values(workplace):
     assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "fsx-claim"
     assert objects["Deployment"]["spec"]["replicas"] == 1
     assert objects["ConfigMap"]["data"] == {
-        "MODEL": "gpt-oss-20b", "MODEL_PATH": "/mnt/fsx/inference/models/gpt-oss-20b", "TP": "2",
+        "MODEL": "gpt-oss-20b",
+        "MODEL_PATH": "/mnt/fsx/inference/models/gpt-oss-20b",
+        "TP": "2",
     }
     assert {one["metadata"]["namespace"] for one in objects.values()} == {"hyperpod-ns-inference"}
 
@@ -67,8 +76,15 @@ def test_what_is_applied_has_the_environments_values(workplace):
 def test_every_value_gives_way_to_the_environment(workplace):
     two_pods(workplace)
     done = workplace.sourced(
-        "./deploy/scripts/deploy.sh tp8", MODEL="gpt-oss-120b", NAMESPACE="ours", MODEL_CLAIM="models", REPLICAS="3",
-        NODE_SELECTOR="gpu=h100,pool=a", IMAGE_TAG="v1", REGISTRY="registry.example.org", ROLLOUT_SECONDS="60",
+        "./deploy/scripts/deploy.sh tp8",
+        MODEL="gpt-oss-120b",
+        NAMESPACE="ours",
+        MODEL_CLAIM="models",
+        REPLICAS="3",
+        NODE_SELECTOR="gpu=h100,pool=a",
+        IMAGE_TAG="v1",
+        REGISTRY="registry.example.org",
+        ROLLOUT_SECONDS="60",
     )
     assert done.returncode == 0, done.stderr
     objects = applied(workplace)
@@ -153,17 +169,23 @@ def test_a_pod_that_is_not_ready_is_named_and_is_a_failure(workplace):
 
 
 @needs_kubectl
-@pytest.mark.parametrize(("pod", "asked"), [
-    ({"name": "pod-a"}, "pod-a"), ({"name": "pod-b", "deletionTimestamp": "2026-01-01T00:00:00Z"}, ""),
-])
+@pytest.mark.parametrize(
+    ("pod", "asked"),
+    [({"name": "pod-a"}, "pod-a"), ({"name": "pod-b", "deletionTimestamp": "2026-01-01T00:00:00Z"}, "")],
+)
 def test_a_pod_that_is_being_replaced_is_not_asked(workplace, tmp_path, pod, asked):
     workplace.sourced("./deploy/scripts/deploy.sh tp2 status")
     template = workplace.records[2]["call"][-1]
     one = template.replace("{{range .items}}", "").replace("{{end}}{{end}}", "{{end}}")  # kubectl has no list offline
     assert one != template
     (tmp_path / "pod.json").write_text(json.dumps({"apiVersion": "v1", "kind": "Pod", "metadata": pod}))
-    done = subprocess.run(["kubectl", "label", "--local", "-f", tmp_path / "pod.json", "a=b", "--output", one],
-                          capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(
+        ["kubectl", "label", "--local", "-f", tmp_path / "pod.json", "a=b", "--output", one],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == asked
 
@@ -185,8 +207,13 @@ def test_the_question_for_a_pods_health_is_answered_by_its_server(workplace, sta
 
     with HTTPServer(("127.0.0.1", 0), Pod) as pod:
         threading.Thread(target=pod.handle_request, daemon=True).start()
-        done = subprocess.run([sys.executable, "-c", question.replace("8000", str(pod.server_port))],
-                              capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", question.replace("8000", str(pod.server_port))],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
     assert done.returncode == (0 if status == 200 else 1)
     assert (done.stdout + done.stderr).strip() == "what it says"
 
@@ -225,15 +252,15 @@ def test_status_shows_deployment_pods_and_health(workplace):
     done = workplace.sourced("./deploy/scripts/deploy.sh tp2 status")
     assert done.returncode == 0
     assert workplace.calls[:2] == [
-        f"{K} get deployment {NAME} --output wide", f"{K} get pods --selector app={NAME} --output wide",
+        f"{K} get deployment {NAME} --output wide",
+        f"{K} get pods --selector app={NAME} --output wide",
     ]
     assert "pod-b: {" in done.stdout
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (("get deployment",), "is not deployed"),
-    (("get pods", "go-template"), "cannot list the pods"),
-])
+@pytest.mark.parametrize(
+    ("words", "said"), [(("get deployment",), "is not deployed"), (("get pods", "go-template"), "cannot list the pods")]
+)
 def test_status_fails_where_there_is_nothing_to_show(workplace, words, said):
     workplace.answer(*words, status=1)
     done = workplace.sourced("./deploy/scripts/deploy.sh tp2 status")
@@ -278,12 +305,15 @@ def test_a_cluster_that_refuses_is_a_failure(workplace, action):
     assert workplace.sourced(f"./deploy/scripts/deploy.sh tp2 {action}").returncode == 1
 
 
-@pytest.mark.parametrize(("line", "said"), [
-    ("./deploy/scripts/deploy.sh", "usage: deploy.sh"),
-    ("./deploy/scripts/deploy.sh tp2 apply now", "usage: deploy.sh"),
-    ("./deploy/scripts/deploy.sh tp3", "no such overlay: tp3"),
-    ("./deploy/scripts/deploy.sh tp2 restart", "no such action: restart"),
-])
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("./deploy/scripts/deploy.sh", "usage: deploy.sh"),
+        ("./deploy/scripts/deploy.sh tp2 apply now", "usage: deploy.sh"),
+        ("./deploy/scripts/deploy.sh tp3", "no such overlay: tp3"),
+        ("./deploy/scripts/deploy.sh tp2 restart", "no such action: restart"),
+    ],
+)
 def test_a_wrong_argument_asks_nothing_of_the_cluster(workplace, line, said):
     done = workplace.sourced(line)
     assert done.returncode != 0
@@ -291,11 +321,14 @@ def test_a_wrong_argument_asks_nothing_of_the_cluster(workplace, line, said):
     assert workplace.calls == []
 
 
-@pytest.mark.parametrize(("environment", "said"), [
-    ({"NODE_SELECTOR": "h100"}, "NODE_SELECTOR: got 'h100'"),
-    ({"REPLICAS": "many"}, "REPLICAS: got 'many'"),
-    ({"REPLICAS": "2", "AUTOSCALE": "1"}, "AUTOSCALE and REPLICAS"),
-])
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"NODE_SELECTOR": "h100"}, "NODE_SELECTOR: got 'h100'"),
+        ({"REPLICAS": "many"}, "REPLICAS: got 'many'"),
+        ({"REPLICAS": "2", "AUTOSCALE": "1"}, "AUTOSCALE and REPLICAS"),
+    ],
+)
 def test_a_wrong_value_is_named_before_anything_is_asked(workplace, environment, said):
     done = workplace.sourced("./deploy/scripts/deploy.sh tp2", **environment)
     assert done.returncode == 1

@@ -120,8 +120,13 @@ def test_every_package_is_in_the_image():
 def test_the_dependencies_that_essentials_installs_are_those_of_the_server():
     (line,) = [rest for name, rest in stages()["essentials"] if name == "RUN"]
     command = line[: line.index("> requirements.txt")]
-    listed = subprocess.run(["bash", "-c", command.replace("python", sys.executable, 1)], cwd=ROOT, capture_output=True,
-                            text=True, check=True).stdout.split("\n")
+    listed = subprocess.run(
+        ["bash", "-c", command.replace("python", sys.executable, 1)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split("\n")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *project["optional-dependencies"]["hopper"], "setuptools"]
     assert [line for line in listed if line] == wanted
@@ -179,9 +184,13 @@ def test_the_server_starts_in_a_read_only_tree_serves_and_drains(container):
     entrypoint = json.loads(value("server", "ENTRYPOINT"))
     process = subprocess.Popen(
         [*BOUND, *entrypoint, f"server.port={port}", "model=demo"],
-        cwd=app, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=app,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         env={
-            "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "TMPDIR": str(container / "tmp"),
+            "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+            "TMPDIR": str(container / "tmp"),
             **{name: setting.replace("/cache", str(container / "cache")) for name, setting in given.items()},
         },
     )

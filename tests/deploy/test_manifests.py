@@ -96,7 +96,9 @@ def test_a_pod_asks_for_as_many_gpus_as_the_server_has_ranks(tp):
     assert int(asked["requests"]["cpu"]) > tp
     assert "cpu" not in asked["limits"]
     assert objects["ConfigMap"]["data"] == {
-        "TP": str(tp), "MODEL": "gpt-oss-20b", "MODEL_PATH": "/mnt/fsx/inference/models/gpt-oss-20b",
+        "TP": str(tp),
+        "MODEL": "gpt-oss-20b",
+        "MODEL_PATH": "/mnt/fsx/inference/models/gpt-oss-20b",
     }
     (source,) = server_of(objects)["envFrom"]
     assert source["configMapRef"]["name"] == objects["ConfigMap"]["metadata"]["name"]
@@ -107,13 +109,19 @@ def test_the_servers_arguments_are_ones_that_it_takes(tp):
     objects = overlay(tp)
     values = objects["ConfigMap"]["data"]
     arguments = [
-        argument.replace("$(MODEL)", values["MODEL"]).replace("$(MODEL_PATH)", values["MODEL_PATH"])
-        .replace("$(TP)", values["TP"]) for argument in server_of(objects)["args"]
+        argument.replace("$(MODEL)", values["MODEL"])
+        .replace("$(MODEL_PATH)", values["MODEL_PATH"])
+        .replace("$(TP)", values["TP"])
+        for argument in server_of(objects)["args"]
     ]
     assert not any("$" in argument for argument in arguments)
     shown = subprocess.run(
         [sys.executable, "serve.py", *arguments, "--cfg", "job"],
-        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert shown.returncode == 0, shown.stderr
     config = yaml.safe_load(shown.stdout)
@@ -131,7 +139,9 @@ def test_the_pod_meets_the_restricted_standard(tp):
     assert pod["securityContext"]["runAsUser"] == 10001
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert server["securityContext"] == {
-        "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]},
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
     }
     assert pod["automountServiceAccountToken"] is False
     assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod)
@@ -194,7 +204,9 @@ def test_only_the_http_port_is_open_and_only_inwards(tp):
 def test_prometheus_is_told_where_to_scrape():
     annotations = overlay(2)["Deployment"]["spec"]["template"]["metadata"]["annotations"]
     assert annotations == {
-        "prometheus.io/scrape": "true", "prometheus.io/port": "8000", "prometheus.io/path": "/metrics",
+        "prometheus.io/scrape": "true",
+        "prometheus.io/port": "8000",
+        "prometheus.io/path": "/metrics",
     }
 
 

@@ -60,8 +60,15 @@ def test_the_list_is_what_a_ranks_steps_ask_for(asked_for, rank, tp):
     model = Model(SHAPE, weights, hopper, Peers(rank, tp, area, area, area), max_context=1024)
     buckets = Buckets.of([1, 2, 8, 16, 64, 128], [64, 256], 4)
     buffers = Buffers(
-        buckets=buckets, layers=SHAPE.layers, kv_heads=SHAPE.kv_heads // tp, head_dim=SHAPE.head_dim,
-        vocab=SHAPE.vocab, max_context=1024, pages=2, device=CPU, dtype=torch.bfloat16,
+        buckets=buckets,
+        layers=SHAPE.layers,
+        kv_heads=SHAPE.kv_heads // tp,
+        head_dim=SHAPE.head_dim,
+        vocab=SHAPE.vocab,
+        max_context=1024,
+        pages=2,
+        device=CPU,
+        dtype=torch.bfloat16,
     )
     for bucket in buckets.all:
         model.step(bucket, buffers)()

@@ -24,13 +24,32 @@ from engine.checkpoint import (
     tensor_specs,
 )
 
-SHAPE = RandomShape(num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2, hidden_size=96,
-                    intermediate_size=160, num_attention_heads=8, num_key_value_heads=4, head_dim=32, vocab_size=515,
-                    sliding_window=16)
+SHAPE = RandomShape(
+    num_hidden_layers=2,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    hidden_size=96,
+    intermediate_size=160,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=32,
+    vocab_size=515,
+    sliding_window=16,
+)
 TINY = Architecture.from_random_shape(SHAPE)
 # Dimension along which the ranks' shares lie; None: the same on every rank.
-SHARDED = {"qkv_weight": 0, "qkv_bias": 0, "sinks": 0, "o_weight": 1, "gate_up_blocks": 1, "gate_up_scales": 1,
-           "gate_up_bias": 1, "down_blocks": 2, "down_scales": 2, "lm_head": 0}
+SHARDED = {
+    "qkv_weight": 0,
+    "qkv_bias": 0,
+    "sinks": 0,
+    "o_weight": 1,
+    "gate_up_blocks": 1,
+    "gate_up_scales": 1,
+    "gate_up_bias": 1,
+    "down_blocks": 2,
+    "down_scales": 2,
+    "lm_head": 0,
+}
 FIRST_RANK_ONLY = {"o_bias", "down_bias"}
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
@@ -162,8 +181,10 @@ def test_float32_holds_the_same_values(written):
 def test_norms_and_sinks_are_float32_and_norms_may_be_stored_so(folder):
     expected = load_one(folder)
     tensors = load_file(folder / "model.safetensors")
-    save_file({name: tensor.float() if "norm" in name else tensor for name, tensor in tensors.items()},
-              folder / "model.safetensors")
+    save_file(
+        {name: tensor.float() if "norm" in name else tensor for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+    )
     assert_same(load_one(folder), expected)
     assert {expected.norm.dtype, expected.layers[0].mlp_norm.dtype, expected.layers[0].sinks.dtype} == {torch.float32}
 
@@ -177,7 +198,8 @@ def test_unknown_tensors_are_ignored_with_one_warning(folder, caplog):
     save_file({f"extra.{n}": torch.zeros(3) for n in range(2)}, folder / "more.safetensors")
     load_one(folder)
     assert [record.getMessage() for record in caplog.records] == [
-        f"{folder}: ignoring 2 tensors GPT-OSS does not have, the first is extra.0"]
+        f"{folder}: ignoring 2 tensors GPT-OSS does not have, the first is extra.0"
+    ]
 
 
 def test_no_progress_bar_without_a_terminal(written, capfd):
@@ -188,13 +210,16 @@ def test_no_progress_bar_without_a_terminal(written, capfd):
 def test_transformers_loads_it_with_the_same_experts(written):
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        written, dtype=torch.bfloat16, quantization_config=transformers.Mxfp4Config(dequantize=True))
+        written, dtype=torch.bfloat16, quantization_config=transformers.Mxfp4Config(dequantize=True)
+    )
     weights = load_one(written)
     for layer, theirs in zip(weights.layers, model.model.layers, strict=True):
         experts, attention = theirs.mlp.experts, theirs.self_attn
         # theirs are [E, columns, rows]
-        for blocks, scales, found in ((layer.gate_up_blocks, layer.gate_up_scales, experts.gate_up_proj),
-                                      (layer.down_blocks, layer.down_scales, experts.down_proj)):
+        for blocks, scales, found in (
+            (layer.gate_up_blocks, layer.gate_up_scales, experts.gate_up_proj),
+            (layer.down_blocks, layer.down_scales, experts.down_proj),
+        ):
             assert torch.equal(dequantize(blocks, scales).bfloat16(), found.transpose(1, 2))
         assert torch.equal(layer.gate_up_bias, experts.gate_up_proj_bias)
         assert torch.equal(layer.router_weight, theirs.mlp.router.weight)
@@ -237,8 +262,16 @@ def test_every_nibble_is_as_likely():
 
 
 def test_expert_weights_deviate_by_the_root_of_their_fan_in():
-    shape = RandomShape(num_hidden_layers=9, num_local_experts=2, num_experts_per_tok=1, hidden_size=320,
-                        intermediate_size=512, num_attention_heads=2, num_key_value_heads=1, vocab_size=64)
+    shape = RandomShape(
+        num_hidden_layers=9,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        hidden_size=320,
+        intermediate_size=512,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=64,
+    )
     layer = random_weights(Architecture.from_random_shape(shape), 0, 1, "cpu", torch.bfloat16).layers[0]
     gate_up = dequantize(layer.gate_up_blocks, layer.gate_up_scales)  # fan-in 320
     down = dequantize(layer.down_blocks, layer.down_scales)  # fan-in 512, and smaller by sqrt(layers) = 3
@@ -264,24 +297,27 @@ def test_published_configs_are_understood():
     assert Architecture.from_config(newer | {"rope_parameters": newer["rope_parameters"] | {"rope_theta": 1e4}}) != a
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"model_type": "llama"}, "model_type: found 'llama', expected 'gpt_oss'"),
-    ({"architectures": ["MixtralForCausalLM"]}, "architectures: found ['MixtralForCausalLM'], expected "),
-    ({"quantization_config": None}, "quantization_config.quant_method: found None, expected 'mxfp4'"),
-    ({"quantization_config": {"quant_method": "awq"}}, "quantization_config.quant_method: found 'awq', expected "),
-    ({"quantization_config": ["mxfp4"]}, "quantization_config.quant_method: found ["),
-    ({"layer_types": [["full_attention"], {}]}, "layer_types: found "),
-    ({"rope_theta": float("inf")}, "rope_theta: found inf, expected a positive number"),
-    ({"hidden_size": 100}, "hidden_size: found 100, expected a multiple of 32"),
-    ({"intermediate_size": 48}, "intermediate_size: found 48, expected a multiple of 32"),
-    ({"num_attention_heads": 6}, "num_attention_heads: found 6, expected a multiple of num_key_value_heads = 4"),
-    ({"num_hidden_layers": "2"}, "num_hidden_layers: found '2', expected a positive integer"),
-    ({"vocab_size": None}, "vocab_size: found None, expected a positive integer"),
-    ({"num_experts_per_tok": 5}, "num_experts_per_tok: found 5, expected at most the 4 experts"),
-    ({"layer_types": ["full_attention"]}, "layer_types: found ['full_attention'], expected 2 of "),
-    ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.rope_type: found 'linear', expected 'yarn'"),
-    ({"tie_word_embeddings": True}, "tie_word_embeddings: found True, expected False"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "model_type: found 'llama', expected 'gpt_oss'"),
+        ({"architectures": ["MixtralForCausalLM"]}, "architectures: found ['MixtralForCausalLM'], expected "),
+        ({"quantization_config": None}, "quantization_config.quant_method: found None, expected 'mxfp4'"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config.quant_method: found 'awq', expected "),
+        ({"quantization_config": ["mxfp4"]}, "quantization_config.quant_method: found ["),
+        ({"layer_types": [["full_attention"], {}]}, "layer_types: found "),
+        ({"rope_theta": float("inf")}, "rope_theta: found inf, expected a positive number"),
+        ({"hidden_size": 100}, "hidden_size: found 100, expected a multiple of 32"),
+        ({"intermediate_size": 48}, "intermediate_size: found 48, expected a multiple of 32"),
+        ({"num_attention_heads": 6}, "num_attention_heads: found 6, expected a multiple of num_key_value_heads = 4"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers: found '2', expected a positive integer"),
+        ({"vocab_size": None}, "vocab_size: found None, expected a positive integer"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok: found 5, expected at most the 4 experts"),
+        ({"layer_types": ["full_attention"]}, "layer_types: found ['full_attention'], expected 2 of "),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.rope_type: found 'linear', expected 'yarn'"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings: found True, expected False"),
+    ],
+)
 def test_another_architecture_is_refused_by_field(folder, change, message):
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
@@ -308,11 +344,14 @@ def change_tensor(folder: Path, name: str, change) -> None:
 SINKS = "model.layers.1.self_attn.sinks"
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda tensor: None, f"{{folder}}: {SINKS}: found no such tensor, expected BF16 [8]"),
-    (lambda tensor: tensor[:4].clone(), f"{{file}}: {SINKS}: found BF16 [4], expected BF16 [8]"),
-    (lambda tensor: tensor.half(), f"{{file}}: {SINKS}: found F16 [8], expected BF16 [8]"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor: None, f"{{folder}}: {SINKS}: found no such tensor, expected BF16 [8]"),
+        (lambda tensor: tensor[:4].clone(), f"{{file}}: {SINKS}: found BF16 [4], expected BF16 [8]"),
+        (lambda tensor: tensor.half(), f"{{file}}: {SINKS}: found F16 [8], expected BF16 [8]"),
+    ],
+)
 def test_a_wrong_tensor_is_named_with_found_and_expected(folder, change, message):
     change_tensor(folder, SINKS, change)
     with pytest.raises(CheckpointError) as error:
@@ -354,8 +393,9 @@ def test_a_truncated_file_names_the_first_tensor_it_lacks(folder):
     resize(file, size - 1)
     with pytest.raises(CheckpointError) as error:
         load_one(folder)
-    assert str(error.value) == (f"{file}: {last}: found {size - 1} bytes in the file (truncated), expected {size} at "
-                                "its end")
+    assert str(error.value) == (
+        f"{file}: {last}: found {size - 1} bytes in the file (truncated), expected {size} at its end"
+    )
 
 
 @pytest.mark.parametrize("size", [0, 5, 100])
@@ -373,8 +413,16 @@ def test_bytes_too_many_are_an_error(folder):
         load_one(folder)
 
 
-@pytest.mark.parametrize("header", [b"not json", b"[]", b'{"a": {"dtype": "BF16"}}', b'{"a": 1}',
-                                    b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0]}}'])
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"not json",
+        b"[]",
+        b'{"a": {"dtype": "BF16"}}',
+        b'{"a": 1}',
+        b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0]}}',
+    ],
+)
 def test_a_broken_header_is_an_error(folder, header):
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     with pytest.raises(CheckpointError, match=r"model.safetensors: found .*, expected a safetensors header"):
@@ -397,8 +445,10 @@ def test_a_config_that_is_not_json_is_an_error(folder, text, message):
 
 def test_a_path_that_is_no_checkpoint_is_an_error(tmp_path):
     file = tmp_path / "file"
-    for path, message in ((tmp_path / "absent", "found nothing, expected a checkpoint folder"),
-                          (tmp_path, r"found an empty folder, expected config.json and \*.safetensors")):
+    for path, message in (
+        (tmp_path / "absent", "found nothing, expected a checkpoint folder"),
+        (tmp_path, r"found an empty folder, expected config.json and \*.safetensors"),
+    ):
         with pytest.raises(CheckpointError, match=message):
             load_one(path)
     file.write_text("")

@@ -22,7 +22,12 @@ def prompts(count, longest=300, seed=0):
 
 
 SAMPLED = {
-    "temperature": 0.9, "top_p": 0.95, "top_k": 100, "seed": 11, "presence_penalty": 0.3, "repetition_penalty": 1.1,
+    "temperature": 0.9,
+    "top_p": 0.95,
+    "top_k": 100,
+    "seed": 11,
+    "presence_penalty": 0.3,
+    "repetition_penalty": 1.1,
 }
 
 
@@ -37,10 +42,16 @@ def alone(folder):
     return [engine.generate(prompt, max_tokens=10, **options(n))[0] for n, prompt in enumerate(prompts(8))]
 
 
-@pytest.mark.parametrize("setting", [
-    {}, {"prefix_cache": False}, {"decode_rows": (8,), "prefill_tokens": (256,)},
-    {"prefill_tokens": (64,), "sequences": 1},
-], ids=str)
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {},
+        {"prefix_cache": False},
+        {"decode_rows": (8,), "prefill_tokens": (256,)},
+        {"prefill_tokens": (64,), "sequences": 1},
+    ],
+    ids=str,
+)
 def test_tokens_are_the_same_bytes_alone_and_among_others(folder, alone, setting):
     engine, ids = InProcess(folder, dtype=torch.bfloat16, **setting), []
     for number, prompt in enumerate(prompts(8)):
@@ -146,8 +157,10 @@ def test_penalties_count_prompt_and_answer_and_survive_preemption(folder):
     """
     engine = InProcess(folder, pages=7)
     all_prompts = prompts(4, longest=100, seed=9)
-    ids = [engine.submit(prompt, max_tokens=60, presence_penalty=2.0, frequency_penalty=2.0, repetition_penalty=2.0)
-           for prompt in all_prompts]
+    ids = [
+        engine.submit(prompt, max_tokens=60, presence_penalty=2.0, frequency_penalty=2.0, repetition_penalty=2.0)
+        for prompt in all_prompts
+    ]
     engine.run()
     assert engine.scheduler.preemptions > 0
     plain = InProcess(folder).generate(*all_prompts, max_tokens=60)

@@ -11,8 +11,9 @@ from tests.harness import TINY, InProcess
 
 SHAPES = {
     "tiny": TINY,
-    "wide head, odd widths": replace(TINY, layers=2, hidden=160, intermediate=96, heads=4, kv_heads=2, head_dim=64,
-                                     windows=(128, None)),
+    "wide head, odd widths": replace(
+        TINY, layers=2, hidden=160, intermediate=96, heads=4, kv_heads=2, head_dim=64, windows=(128, None)
+    ),
     "many experts": replace(TINY, layers=3, experts=24, heads=16, kv_heads=2, windows=(128, None, 128)),
 }
 

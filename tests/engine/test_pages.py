@@ -8,8 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from conf.schema import PAGE_TOKENS
-from engine.pages import SCRATCH_PAGE, PagePool, extend_chain, pages_for
+from conf.limits import PAGE_TOKENS, SCRATCH_PAGE
+from engine.pages import PagePool, extend_chain, pages_for
 
 
 def chain(*pages: int) -> list[bytes]:

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from conf.schema import PAGE_TOKENS
-from engine.pages import SCRATCH_PAGE, PagePool, pages_for
-from engine.request import Delta, SamplingParams, Submit, TokenLogprobs
+from conf.limits import PAGE_TOKENS, SCRATCH_PAGE
+from engine.messages import Delta, SamplingParams, Submit, TokenLogprobs
+from engine.pages import PagePool, pages_for
 from engine.scheduler import NO_SLOT, Scheduled, Scheduler
 from graphs.buckets import Buckets
 from graphs.plan import NO_PAGE, Chunk, DecodeStep, PrefillStep, Step

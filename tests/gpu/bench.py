@@ -23,18 +23,15 @@ import triton
 from conf.schema import BucketsConfig, Config, KernelsConfig, ModelConfig, RandomShape, Weights
 from engine.checkpoint import Architecture
 from engine.core import Core, build
+from engine.messages import SamplingParams, Submit
 from engine.pages import PagePool
 from engine.parallel import Ranks
-from engine.request import SamplingParams, Submit
 from engine.scheduler import Scheduler
 from sweep.bandwidth import read_bandwidth, seconds
 from sweep.steps import decode_bytes, step_ms
 from tests.ranks import together
 
-SHAPES = {
-    "20b": RandomShape(),
-    "120b": RandomShape(num_hidden_layers=36, num_local_experts=128),
-}
+SHAPES = {"20b": RandomShape(), "120b": RandomShape(num_hidden_layers=36, num_local_experts=128)}
 OUT = Path(__file__).parents[2] / "benchmarks" / "h100.json"
 
 
@@ -113,8 +110,10 @@ def measure(ranks: Ranks, device: torch.device, arguments: argparse.Namespace) -
     torch.cuda.empty_cache()
     built = engine(shape, arguments.rows, arguments.prefill, max(32768, *arguments.contexts), ranks, device)
     rows = []
-    print(f"read bandwidth {rate / 1e12:.2f} TB/s, matrix products {products / 1e12:.0f} TFLOP/s; "
-          f"phases {built.ready.phases}")
+    print(
+        f"read bandwidth {rate / 1e12:.2f} TB/s, matrix products {products / 1e12:.0f} TFLOP/s; "
+        f"phases {built.ready.phases}"
+    )
     print(f"{'bucket':>14} {'context':>8} {'ms':>8} {'experts':>8} {'GB':>7} {'GB/s':>6} {'of floor':>9}")
     for context in arguments.contexts:
         for bucket in built.buffers.buckets.decode:
@@ -123,11 +122,23 @@ def measure(ranks: Ranks, device: torch.device, arguments: argparse.Namespace) -
             ms, experts = step_ms(built, bucket, context)
             size = decode_bytes(Architecture.from_random_shape(shape), bucket.tokens, context, experts, tp)
             share = size / rate / (ms / 1e3)
-            rows.append({"kind": "decode", "rows": bucket.tokens, "context": context, "ms": ms, "bytes": size,
-                         "experts_per_layer": experts / shape.num_hidden_layers, "share_of_floor": share})
-            print(f"{'decode':>9} {bucket.tokens:>4} {context:>8} {ms:>8.3f} "
-                  f"{experts / shape.num_hidden_layers:>8.1f} {size / 1e9:>7.2f} "
-                  f"{size / ms / 1e6:>6.0f} {share:>8.1%}", flush=True)
+            rows.append(
+                {
+                    "kind": "decode",
+                    "rows": bucket.tokens,
+                    "context": context,
+                    "ms": ms,
+                    "bytes": size,
+                    "experts_per_layer": experts / shape.num_hidden_layers,
+                    "share_of_floor": share,
+                }
+            )
+            print(
+                f"{'decode':>9} {bucket.tokens:>4} {context:>8} {ms:>8.3f} "
+                f"{experts / shape.num_hidden_layers:>8.1f} {size / 1e9:>7.2f} "
+                f"{size / ms / 1e6:>6.0f} {share:>8.1%}",
+                flush=True,
+            )
             if context == arguments.contexts[0] and bucket.tokens in arguments.kernels:
                 print_kernels(built, bucket)
     loop = loop_ms(built)
@@ -143,9 +154,16 @@ def measure(ranks: Ranks, device: torch.device, arguments: argparse.Namespace) -
             if context == bucket.tokens in arguments.kernels:
                 print_kernels(built, bucket)
     return {
-        "date": datetime.now(UTC).date().isoformat(), "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda,
-        "read_bandwidth": rate, "matmul_rate": products, "phases": built.ready.phases, "loop_ms": loop, "steps": rows,
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "read_bandwidth": rate,
+        "matmul_rate": products,
+        "phases": built.ready.phases,
+        "loop_ms": loop,
+        "steps": rows,
     }
 
 

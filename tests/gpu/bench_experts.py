@@ -30,8 +30,10 @@ def choices(count: int) -> list[torch.Tensor]:
     """Expert ids [count, ACTIVE] for each call: distinct experts within a layer while they last, then random ones."""
     if count * ACTIVE * CALLS <= EXPERTS * LAYERS:
         whole = [torch.randperm(EXPERTS, device="cuda") for _ in range(LAYERS)]
-        return [whole[n % LAYERS].roll(-(n // LAYERS) * count * ACTIVE)[: count * ACTIVE].view(count, ACTIVE)
-                for n in range(CALLS)]
+        return [
+            whole[n % LAYERS].roll(-(n // LAYERS) * count * ACTIVE)[: count * ACTIVE].view(count, ACTIVE)
+            for n in range(CALLS)
+        ]
     return [torch.rand(count, EXPERTS, device="cuda").argsort(-1)[:, :ACTIVE].contiguous() for _ in range(CALLS)]
 
 

@@ -13,8 +13,13 @@ from tests.gpu.timing import BANDWIDTH, microseconds
 
 ROTATING = 400e6
 SHAPES = {
-    "qkv": (5120, 2880), "qkv tp2": (2560, 2880), "qkv tp8": (640, 2880), "o": (2880, 4096), "o tp2": (2880, 2048),
-    "o tp8": (2880, 512), "lm_head": (201088, 2880),
+    "qkv": (5120, 2880),
+    "qkv tp2": (2560, 2880),
+    "qkv tp8": (640, 2880),
+    "o": (2880, 4096),
+    "o tp2": (2880, 2048),
+    "o tp8": (2880, 512),
+    "lm_head": (201088, 2880),
 }
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
 PREFILL = 2048
@@ -32,8 +37,11 @@ def bench() -> None:
             library = microseconds([lambda w=weight, x=x, bias=bias: F.linear(x, w, bias) for weight in weights])
             ours = microseconds([lambda w=weight, x=x, bias=bias: linear(x, w, bias) for weight in packed])
             rate = 2 * (rows * columns + tokens * (rows + columns)) / ours * 1e6
-            print(f"{name:10}{tokens:7}  {kernel_for(tokens):10}{ours:8.2f}{rate / 1e9:7.0f}{rate / BANDWIDTH:9.1%}"
-                  f"{library:11.2f}", flush=True)
+            print(
+                f"{name:10}{tokens:7}  {kernel_for(tokens):10}{ours:8.2f}{rate / 1e9:7.0f}{rate / BANDWIDTH:9.1%}"
+                f"{library:11.2f}",
+                flush=True,
+            )
     bench_rows()
 
 
@@ -53,9 +61,14 @@ def bench_rows(layers: int = 36) -> None:
         for experts in (32, 128):
             routers = torch.randn(layers, experts, 2880, device="cuda").bfloat16()
             bias = torch.randn(experts, device="cuda").bfloat16()
-            cells.append(microseconds([
-                lambda r=r, x=x, bias=bias: add_norm_route(x, x, scales[0], 1e-5, r, bias, 4, ALONE) for r in routers
-            ]))
+            cells.append(
+                microseconds(
+                    [
+                        lambda r=r, x=x, bias=bias: add_norm_route(x, x, scales[0], 1e-5, r, bias, 4, ALONE)
+                        for r in routers
+                    ]
+                )
+            )
         print(f"{tokens:7}" + "".join(f"{cell:10.2f}" for cell in cells), flush=True)
 
 

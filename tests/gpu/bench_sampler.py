@@ -26,10 +26,12 @@ MODES = {
 
 
 def state_of(rows: int, options: dict) -> SimpleNamespace:
-    state = SimpleNamespace(**{
-        name: torch.zeros(rows, *shape, dtype=getattr(torch, kind), device="cuda")
-        for name, (shape, kind) in SAMPLING.items()
-    })
+    state = SimpleNamespace(
+        **{
+            name: torch.zeros(rows, *shape, dtype=getattr(torch, kind), device="cuda")
+            for name, (shape, kind) in SAMPLING.items()
+        }
+    )
     for name, value in {"top_p": 1.0, "repetition_penalty": 1.0, **options}.items():
         getattr(state, name).fill_(value)
     return state

@@ -19,8 +19,15 @@ EACH = 40  # held-out examples of a skill
 def test_answers_to_held_out_questions_are_right():
     examples = [e for skill in SKILLS for e in evaluation(skill, EACH)]
     engine = InProcess(
-        demo_folder(), dtype=torch.bfloat16, device=torch.device("cuda"), ops=hopper, poison=False,
-        decode_rows=(1, 2, 4, 8, 16, 32, 64), prefill_tokens=(64, 256, 1024), sequences=16, pages=700,
+        demo_folder(),
+        dtype=torch.bfloat16,
+        device=torch.device("cuda"),
+        ops=hopper,
+        poison=False,
+        decode_rows=(1, 2, 4, 8, 16, 32, 64),
+        prefill_tokens=(64, 256, 1024),
+        sequences=16,
+        pages=700,
     )
     said = engine.generate(*(document(e).prompt for e in examples), max_tokens=400, stop_token_ids=STOPS)
     answers = [read(e, tokens) for e, tokens in zip(examples, said, strict=True)]

@@ -29,7 +29,8 @@ class Layer:
         self.experts, self.hidden, self.active = experts, hidden, active
         self.gate_up, self.down = self.matrix(2 * inner, hidden), self.matrix(hidden, inner)
         self.packed = (
-            hopper.pack_experts(*self.gate_up, interleaved=True), hopper.pack_experts(*self.down, interleaved=False)
+            hopper.pack_experts(*self.gate_up, interleaved=True),
+            hopper.pack_experts(*self.down, interleaved=False),
         )
 
     def matrix(self, rows, columns):

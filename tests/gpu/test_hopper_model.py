@@ -65,7 +65,10 @@ def test_graphs_replay_the_eager_step(monkeypatch):
 
 def test_tokens_through_graphs_are_the_same_bytes_alone_and_among_63_others():
     options = {
-        "decode_rows": (1, 2, 4, 8, 16, 32, 64), "prefill_tokens": (64, 256, 1024), "sequences": 16, "pages": 700,
+        "decode_rows": (1, 2, 4, 8, 16, 32, 64),
+        "prefill_tokens": (64, 256, 1024),
+        "sequences": 16,
+        "pages": 700,
     }
     prompts = [prompt_of(1 + (n * 37) % 300, SMALL.vocab, n) for n in range(64)]
     sampled = {"temperature": 0.9, "top_p": 0.95, "top_k": 200}

@@ -68,8 +68,9 @@ def test_a_residual_takes_the_sum_of_its_parts_and_is_normed(tokens, hidden, cou
     assert torch.equal(residual, (x.float() + total).bfloat16())
     assert error(out, reference.rms_norm(residual.float(), weight, EPS)) < 1e-2
     poison(tokens, hidden)
-    assert all(torch.equal(*both) for both in zip(
-        prefill_add_norm(x, parts, weight, EPS, ALONE), (residual, out), strict=True))
+    assert all(
+        torch.equal(*both) for both in zip(prefill_add_norm(x, parts, weight, EPS, ALONE), (residual, out), strict=True)
+    )
 
 
 @by_both

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from graphs.buffers import BIAS_ENTRIES, TOP_LOGPROBS
+from conf.limits import BIAS_ENTRIES, MAX_TOP_LOGPROBS
 from kernels import build, hopper
 
 pytestmark = pytest.mark.gpu
@@ -16,7 +16,7 @@ FILES = {
     "linear": {"COLUMNS": 2880, "SHARES": 8, "RANKS": 2},
     "norm": {"HIDDEN": 2880, "RANKS": 2},
     "prefill": {"KIND": 1, "COLUMNS": 2880},
-    "sampler": {"BF16": 1, "TOP": TOP_LOGPROBS, "BIAS_ENTRIES": BIAS_ENTRIES, "RANKS": 2},
+    "sampler": {"BF16": 1, "TOP": MAX_TOP_LOGPROBS, "BIAS_ENTRIES": BIAS_ENTRIES, "RANKS": 2},
     "step": {},
 }
 FOLDER = Path(hopper.__file__).parent

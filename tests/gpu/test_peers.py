@@ -21,11 +21,17 @@ pytestmark = pytest.mark.gpu
 EPS = 1e-5
 HIDDEN = 2880
 MOST_ROWS, MOST_TOKENS = 64, 2048
-on_gpus = pytest.mark.parametrize("gpus", [
-    pytest.param(1, id="one_gpu"),
-    pytest.param(2, id="two_gpus", marks=pytest.mark.skipif(
-        torch.cuda.device_count() < 2, reason="needs two GPUs of one host")),
-])
+on_gpus = pytest.mark.parametrize(
+    "gpus",
+    [
+        pytest.param(1, id="one_gpu"),
+        pytest.param(
+            2,
+            id="two_gpus",
+            marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs of one host"),
+        ),
+    ],
+)
 
 
 def draws(*shape, seed, scale=1.0):
@@ -51,8 +57,17 @@ def check_sums(ranks, device):
         scale, router = draws(hidden, seed=1).float(), draws(experts, hidden, seed=2, scale=0.03)
         bias, identity = draws(experts, seed=3), pack(torch.eye(hidden, device=device).bfloat16())
         for turn in range(3):
-            for tokens, prefill in [(1, False), (2, False), (7, False), (17, True), (64, False), (1, True),
-                                    (300, True), (MOST_ROWS, False), (MOST_TOKENS, True)]:
+            for tokens, prefill in [
+                (1, False),
+                (2, False),
+                (7, False),
+                (17, True),
+                (64, False),
+                (1, True),
+                (300, True),
+                (MOST_ROWS, False),
+                (MOST_TOKENS, True),
+            ]:
                 norm, route = (prefill_add_norm, prefill_add_norm_route) if prefill else (add_norm, add_norm_route)
                 x = draws(tokens, hidden, seed=turn)
                 parts = [draws(tokens, 1, hidden, seed=10 * tokens + rank) for rank in range(ranks.size)]
@@ -157,9 +172,7 @@ def test_a_vocabulary_in_shards_draws_what_a_whole_one_does(gpus):
 
 
 def generate(ranks, device, shape, prompts, options):
-    engine = InProcess(
-        shape, dtype=torch.bfloat16, device=device, ops=hopper, poison=False, ranks=ranks, **options
-    )
+    engine = InProcess(shape, dtype=torch.bfloat16, device=device, ops=hopper, poison=False, ranks=ranks, **options)
     together = [engine.submit(prompt, max_tokens=24, logprobs=5, **extra) for prompt, extra in prompts]
     engine.run()
     alone = []
@@ -185,8 +198,11 @@ def test_two_ranks_answer_as_one_does_with_the_same_bytes_on_both(gpus, shape):
     for one, two, (_, extra) in zip(whole, answers[0][0], prompts, strict=True):
         for (token, left), (other, right) in zip(one, two, strict=True):
             best = dict(zip(left[0].top_ids, left[0].top_logprobs, strict=True))
-            apart += [abs(best[id] - value) for id, value in zip(right[0].top_ids, right[0].top_logprobs, strict=True)
-                      if id in best]
+            apart += [
+                abs(best[id] - value)
+                for id, value in zip(right[0].top_ids, right[0].top_logprobs, strict=True)
+                if id in best
+            ]
             if token != other:  # sums in another order: of greedy tokens a near tie
                 assert extra or left[0].logprob - best[other[0]] < 0.5
                 break

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from graphs.buffers import BIAS_ENTRIES, SAMPLING
+from conf.limits import BIAS_ENTRIES
+from graphs.buffers import SAMPLING
 from kernels import reference
 from kernels.hopper.peers import ALONE
 from kernels.hopper.sampler import sample
@@ -31,8 +32,13 @@ OPTIONS = {
     "penalties": {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "presence_penalty": -0.25},
     "repetition": {"temperature": 1.0, "repetition_penalty": 0.7},
     "everything": {
-        "temperature": 0.9, "top_k": 300, "top_p": 0.95, "min_p": 0.001, "repetition_penalty": 1.1,
-        "frequency_penalty": 0.3, "presence_penalty": 0.2,
+        "temperature": 0.9,
+        "top_k": 300,
+        "top_p": 0.95,
+        "min_p": 0.001,
+        "repetition_penalty": 1.1,
+        "frequency_penalty": 0.3,
+        "presence_penalty": 0.2,
     },
 }
 
@@ -49,9 +55,9 @@ def case(vocab, names, dtype=torch.float32, spread=3.0, bias=True):
     """Arguments of `draw` for one row an option name, in shuffled slots; the last slot is the spare one, zeros."""
     rows = len(names)
     chance = torch.Generator().manual_seed(vocab + rows)
-    state = SimpleNamespace(**{
-        name: torch.zeros(rows + 1, *shape, dtype=getattr(torch, kind)) for name, (shape, kind) in SAMPLING.items()
-    })
+    state = SimpleNamespace(
+        **{name: torch.zeros(rows + 1, *shape, dtype=getattr(torch, kind)) for name, (shape, kind) in SAMPLING.items()}
+    )
     slots = torch.randperm(rows, generator=chance).int()
     for slot, option in zip(slots.tolist(), names, strict=True):
         for name, value in {**NEUTRAL, **OPTIONS[option]}.items():

@@ -13,15 +13,21 @@ from tests.served import Served
 pytestmark = pytest.mark.gpu
 
 ARGUMENTS = (
-    "model=gpt-oss-20b", "model.weights=random", "model.random_shape.num_hidden_layers=4", "buckets.decode_rows=[1,8]",
-    "buckets.prefill_tokens=[256]", "buckets.max_context=8192", "buckets.page_memory=0.3",
+    "model=gpt-oss-20b",
+    "model.weights=random",
+    "model.random_shape.num_hidden_layers=4",
+    "buckets.decode_rows=[1,8]",
+    "buckets.prefill_tokens=[256]",
+    "buckets.max_context=8192",
+    "buckets.page_memory=0.3",
 )
 MODEL = {"model": "gpt-oss-20b", "ignore_eos": True}
 
 
-@pytest.mark.parametrize("tp", [
-    1, pytest.param(2, marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs of one host")),
-])
+@pytest.mark.parametrize(
+    "tp",
+    [1, pytest.param(2, marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs of one host"))],
+)
 def test_ranks_serve_one_model_and_end_together(tp):
     best = []
     for ranks in {1, tp}:
@@ -40,7 +46,7 @@ def test_ranks_serve_one_model_and_end_together(tp):
             thread = threading.Thread(target=answer)
             thread.start()
             deadline = time.monotonic() + 30
-            while "num_requests_running{model_name=\"gpt-oss-20b\"} 1" not in httpx.get(f"{server.url}/metrics").text:
+            while 'num_requests_running{model_name="gpt-oss-20b"} 1' not in httpx.get(f"{server.url}/metrics").text:
                 assert time.monotonic() < deadline
             processes = server.ranks()
             assert len(processes) == tp

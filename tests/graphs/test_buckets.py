@@ -3,26 +3,44 @@
 import pytest
 import torch
 
-from engine.request import SamplingParams
+from engine.messages import SamplingParams
 from graphs.buckets import Bucket, Buckets
 from graphs.buffers import Buffers
 from graphs.plan import NO_PAGE, Chunk, DecodeStep, PrefillStep
 from kernels import reference
 
 BUCKETS = Buckets.of([1, 4, 16], [64, 256], 3)
-SAMPLING = SamplingParams(max_tokens=4, seed=2**63 - 1, temperature=0.5, min_tokens=2, stop_token_ids=(7, 8),
-                          logit_bias={3: 1.5})
+SAMPLING = SamplingParams(
+    max_tokens=4, seed=2**63 - 1, temperature=0.5, min_tokens=2, stop_token_ids=(7, 8), logit_bias={3: 1.5}
+)
 
 
 @pytest.fixture
 def buffers():
-    return Buffers(buckets=BUCKETS, layers=1, kv_heads=1, head_dim=32, vocab=64, max_context=512, pages=10,
-                   device=torch.device("cpu"), dtype=torch.float32)
+    return Buffers(
+        buckets=BUCKETS,
+        layers=1,
+        kv_heads=1,
+        head_dim=32,
+        vocab=64,
+        max_context=512,
+        pages=10,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
 
 
-@pytest.mark.parametrize(("kind", "tokens", "size"), [
-    ("decode", 1, 1), ("decode", 2, 4), ("decode", 4, 4), ("decode", 16, 16), ("prefill", 1, 64), ("prefill", 65, 256),
-])
+@pytest.mark.parametrize(
+    ("kind", "tokens", "size"),
+    [
+        ("decode", 1, 1),
+        ("decode", 2, 4),
+        ("decode", 4, 4),
+        ("decode", 16, 16),
+        ("prefill", 1, 64),
+        ("prefill", 65, 256),
+    ],
+)
 def test_the_smallest_bucket_that_holds_the_step_is_chosen(kind, tokens, size):
     assert BUCKETS.choose(kind, tokens).tokens == size
 
@@ -46,10 +64,12 @@ def test_spare_decode_rows_name_the_spare_slot_and_no_page(buffers):
 def test_prefill_packs_chunks_and_installs_them_in_their_slots(buffers):
     bucket, staging = BUCKETS.prefill[0], buffers.staging()
     staging.words.fill_(12345)
-    step = PrefillStep([
-        Chunk(3, [10, 11, 12], 64, 66, [4, 5], True, SAMPLING),
-        Chunk(1, [20, 21], 0, 100, [6], False, SamplingParams(max_tokens=1, seed=0)),
-    ])
+    step = PrefillStep(
+        [
+            Chunk(3, [10, 11, 12], 64, 66, [4, 5], True, SAMPLING),
+            Chunk(1, [20, 21], 0, 100, [6], False, SamplingParams(max_tokens=1, seed=0)),
+        ]
+    )
     buffers.fill(step, bucket, staging)
     inputs = staging.inputs[bucket]
     assert inputs.tokens[:6].tolist() == [10, 11, 12, 20, 21, 0]
@@ -96,12 +116,16 @@ def test_a_decode_step_notes_new_pages_and_reads_the_last_tokens(buffers):
     assert buffers.page_table[2, 2] == 9
 
 
-@pytest.mark.parametrize(("step", "bucket"), [
-    (DecodeStep([0] * 5, [0] * 5, [0] * 5), BUCKETS.decode[1]),
-    (DecodeStep([0], [0], [0]), BUCKETS.prefill[0]),
-    (PrefillStep([Chunk(0, [1] * 65, 0, 65, [1, 2], True, SAMPLING)]), BUCKETS.prefill[0]),
-    (PrefillStep([Chunk(0, [1], 0, 1, [1], True, SAMPLING)] * 4), BUCKETS.prefill[0]),
-], ids=["rows", "kind", "tokens", "chunks"])
+@pytest.mark.parametrize(
+    ("step", "bucket"),
+    [
+        (DecodeStep([0] * 5, [0] * 5, [0] * 5), BUCKETS.decode[1]),
+        (DecodeStep([0], [0], [0]), BUCKETS.prefill[0]),
+        (PrefillStep([Chunk(0, [1] * 65, 0, 65, [1, 2], True, SAMPLING)]), BUCKETS.prefill[0]),
+        (PrefillStep([Chunk(0, [1], 0, 1, [1], True, SAMPLING)] * 4), BUCKETS.prefill[0]),
+    ],
+    ids=["rows", "kind", "tokens", "chunks"],
+)
 def test_a_step_that_does_not_fit_its_bucket_is_never_cut(buffers, step, bucket):
     with pytest.raises(ValueError, match="do not fit"):
         buffers.fill(step, bucket, buffers.staging())

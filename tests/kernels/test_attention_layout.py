@@ -55,10 +55,15 @@ def arguments(columns=20 * 64, dim=64, page=64, dtype=torch.bfloat16, index=torc
 @pytest.mark.parametrize(
     ("options", "window", "named"),
     [
-        ({"dim": 32}, None, "64"), ({"page": 16}, None, "64"), ({"columns": 19 * 64}, None, "15 query heads over 2"),
-        ({"columns": 38 * 64}, None, "34 query heads over 2"), ({"columns": 4 * 64}, None, "0 query heads"),
-        ({"columns": 20 * 64 + 1}, None, "not a multiple"), ({"dtype": torch.float16}, None, "bfloat16"),
-        ({"index": torch.int64}, None, "int32"), ({}, 0, "window 0"),
+        ({"dim": 32}, None, "64"),
+        ({"page": 16}, None, "64"),
+        ({"columns": 19 * 64}, None, "15 query heads over 2"),
+        ({"columns": 38 * 64}, None, "34 query heads over 2"),
+        ({"columns": 4 * 64}, None, "0 query heads"),
+        ({"columns": 20 * 64 + 1}, None, "not a multiple"),
+        ({"dtype": torch.float16}, None, "bfloat16"),
+        ({"index": torch.int64}, None, "int32"),
+        ({}, 0, "window 0"),
     ],
 )
 def test_attention_refuses_what_its_kernels_cannot_do(attention, options, window, named):

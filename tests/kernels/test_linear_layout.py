@@ -67,7 +67,7 @@ def partial_sums(sums):
     memory = torch.full((8 * PITCH,), torch.nan)
     for i in range(4):
         memory[(PLACE * 2 + i % 2) * PITCH + GROUP + i // 2 * 8] = sums[:, i]
-    return memory.view(8, PITCH)[:, : ROWS]
+    return memory.view(8, PITCH)[:, :ROWS]
 
 
 def token_banks(at):
@@ -205,9 +205,10 @@ def test_a_narrow_block_multiplies_what_was_packed(tokens, rows, columns):
     torch.testing.assert_close(out, x.float() @ weight.float().T, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("tokens", "rows", "columns", "most", "resident", "depth"), [
-    (9, 40, 64, 20, 16, 4), (17, 150, 800, 2, 3, 2), (33, 150, 352, 3, 2, 4), (70, 20, 32, 16, 16, 6),
-])
+@pytest.mark.parametrize(
+    ("tokens", "rows", "columns", "most", "resident", "depth"),
+    [(9, 40, 64, 20, 16, 4), (17, 150, 800, 2, 3, 2), (33, 150, 352, 3, 2, 4), (70, 20, 32, 16, 16, 6)],
+)
 def test_a_wide_cluster_adds_in_the_narrow_order(tokens, rows, columns, most, resident, depth):
     x, weight = random(tokens, columns), random(rows, columns, seed=1)
     packed = pack(weight)
@@ -217,9 +218,9 @@ def test_a_wide_cluster_adds_in_the_narrow_order(tokens, rows, columns, most, re
     assert torch.equal(out[:8], narrow(x[:8], packed))
 
 
-@pytest.mark.parametrize(("rows", "columns"), [
-    (16, 32), (2880, 512), (2880, 2048), (5120, 2880), (2880, 4096), (201088, 2880),
-])
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(16, 32), (2880, 512), (2880, 2048), (5120, 2880), (2880, 4096), (201088, 2880)]
+)
 def test_shares_cover_all_steps_once_and_fit_a_block(rows, columns):
     steps, shares = columns // STEP, shares_of(rows, columns)
     ends = [share_begin(steps, share, shares) for share in range(shares + 1)]
@@ -247,10 +248,17 @@ def test_eight_tokens_are_read_from_different_banks(columns):
         assert torch.equal(token_banks(at), torch.arange(0, 32, 4).expand(4, 8))
 
 
-@pytest.mark.parametrize(("rows", "columns", "resident", "expected"), [
-    (5120, 2880, 16, (20, 16)), (2880, 4096, 16, (12, 15)), (201088, 2880, 32, (16, 32)), (5120, 2880, 14, (12, 14)),
-    (640, 2880, 16, (3, 14)), (1, 32, 16, (1, 1)),
-])
+@pytest.mark.parametrize(
+    ("rows", "columns", "resident", "expected"),
+    [
+        (5120, 2880, 16, (20, 16)),
+        (2880, 4096, 16, (12, 15)),
+        (201088, 2880, 32, (16, 32)),
+        (5120, 2880, 14, (12, 14)),
+        (640, 2880, 16, (3, 14)),
+        (1, 32, 16, (1, 1)),
+    ],
+)
 def test_strips_are_dealt_out_evenly_to_clusters_that_are_all_resident(rows, columns, resident, expected):
     strips, most = -(-rows // ROWS), most_warps(columns, shares_of(rows, columns))
     warps, clusters = wide_grid(strips, most, resident)
@@ -259,10 +267,19 @@ def test_strips_are_dealt_out_evenly_to_clusters_that_are_all_resident(rows, col
     assert clusters <= min(resident, -(-strips // warps))
 
 
-@pytest.mark.parametrize(("tokens", "name"), [
-    (1, "narrow_2"), (2, "narrow_2"), (3, "narrow_8"), (8, "narrow_8"), (9, "wide_16"), (17, "wide_32"),
-    (33, "wide_64"), (64, "wide_64"),
-    (2048, "wide_64"),
-])
+@pytest.mark.parametrize(
+    ("tokens", "name"),
+    [
+        (1, "narrow_2"),
+        (2, "narrow_2"),
+        (3, "narrow_8"),
+        (8, "narrow_8"),
+        (9, "wide_16"),
+        (17, "wide_32"),
+        (33, "wide_64"),
+        (64, "wide_64"),
+        (2048, "wide_64"),
+    ],
+)
 def test_the_kernel_depends_on_the_number_of_tokens_only(tokens, name):
     assert kernel_for(tokens) == name

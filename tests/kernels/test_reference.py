@@ -52,9 +52,9 @@ def test_attention_over_pages_equals_dense_attention_whatever_lies_in_unused_pla
     sinks = torch.randn(heads)
     slots = torch.ones_like(positions)
     out = ops.attention(q, pool_k, pool_v, table, slots, positions, sinks, window)
-    expected = torch.stack([
-        dense_attention(query, k, v, int(at), sinks, window) for query, at in zip(q, positions, strict=True)
-    ])
+    expected = torch.stack(
+        [dense_attention(query, k, v, int(at), sinks, window) for query, at in zip(q, positions, strict=True)]
+    )
     assert relative_error(out, expected.flatten(1)) < 1e-5
 
 
@@ -155,13 +155,16 @@ def test_a_token_has_the_same_bytes_alone_and_in_any_company(dtype):
 
     def everything(rows):
         chosen, shares = ops.route(x[rows], *router, 4)
-        return torch.cat([
-            ops.rms_norm(x[rows], torch.ones(hidden), 1e-5),
-            ops.linear(x[rows], weight, bias),
-            ops.experts(x[rows], chosen, shares, gate_up, down, 7.0).flatten(1),
-            ops.attention(q[rows], keys, values, table, slots[rows], positions[rows], sinks, None),
-            ops.attention(q[rows], keys, values, table, slots[rows], positions[rows], sinks, 128),
-        ], dim=1)
+        return torch.cat(
+            [
+                ops.rms_norm(x[rows], torch.ones(hidden), 1e-5),
+                ops.linear(x[rows], weight, bias),
+                ops.experts(x[rows], chosen, shares, gate_up, down, 7.0).flatten(1),
+                ops.attention(q[rows], keys, values, table, slots[rows], positions[rows], sinks, None),
+                ops.attention(q[rows], keys, values, table, slots[rows], positions[rows], sinks, 128),
+            ],
+            dim=1,
+        )
 
     together = everything(torch.arange(tokens))
     for token in range(tokens):
@@ -182,8 +185,12 @@ def draw_many(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 
     numbers = torch.arange(DRAWS, dtype=torch.int32)
     return ops.draw(
-        logits.expand(DRAWS, -1), rows(temperature, torch.float32), rows(top_k, torch.int32),
-        rows(top_p, torch.float32), rows(min_p, torch.float32), torch.stack((numbers % 50, numbers % 7), dim=1),
+        logits.expand(DRAWS, -1),
+        rows(temperature, torch.float32),
+        rows(top_k, torch.int32),
+        rows(top_p, torch.float32),
+        rows(min_p, torch.float32),
+        torch.stack((numbers % 50, numbers % 7), dim=1),
         numbers // 50,
     )
 
@@ -204,10 +211,21 @@ def plain_filter(probabilities, top_k=0, top_p=1.0, min_p=0.0):
     return kept / kept.sum()
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"temperature": 0.5}, {"temperature": 1.7}, {"top_k": 1}, {"top_k": 4}, {"top_p": 0.3}, {"top_p": 0.8},
-    {"min_p": 0.2}, {"top_k": 6, "top_p": 0.7, "min_p": 0.05, "temperature": 1.3},
-], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.5},
+        {"temperature": 1.7},
+        {"top_k": 1},
+        {"top_k": 4},
+        {"top_p": 0.3},
+        {"top_p": 0.8},
+        {"min_p": 0.2},
+        {"top_k": 6, "top_p": 0.7, "min_p": 0.05, "temperature": 1.3},
+    ],
+    ids=str,
+)
 def test_draws_follow_the_filtered_distribution(options):
     logits = torch.tensor([0.3, 2.0, -1.0, 0.9, 1.4, -0.2, 0.0, 1.1, -3.0, 0.6, 1.8, -0.7])
     filters = {name: value for name, value in options.items() if name != "temperature"}

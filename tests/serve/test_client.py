@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from engine.request import Delta, TokenLogprobs
+from engine.messages import Delta, TokenLogprobs
 from serve.client import EngineFailed, Stream, merged
 
 

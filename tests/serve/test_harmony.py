@@ -48,11 +48,14 @@ def shown(text: str) -> tuple[str, str]:
 # --- messages to tokens ---
 
 
-@given(system=TEXT, turns=st.lists(st.tuples(TEXT, TEXT.filter(bool)), min_size=1, max_size=3), last=TEXT,
-       effort=st.sampled_from(["low", "medium", "high"]))
+@given(
+    system=TEXT,
+    turns=st.lists(st.tuples(TEXT, TEXT.filter(bool)), min_size=1, max_size=3),
+    last=TEXT,
+    effort=st.sampled_from(["low", "medium", "high"]),
+)
 def test_a_conversation_renders_as_the_library_renders_it(system, turns, last, effort):
-    content = SystemContent(reasoning_effort=ReasoningEffort(effort.capitalize()),
-                            conversation_start_date="2025-06-28")
+    content = SystemContent(reasoning_effort=ReasoningEffort(effort.capitalize()), conversation_start_date="2025-06-28")
     expected = [
         Message.from_role_and_content(Role.SYSTEM, content),
         Message.from_role_and_content(Role.DEVELOPER, DeveloperContent(instructions=system)),
@@ -60,8 +63,10 @@ def test_a_conversation_renders_as_the_library_renders_it(system, turns, last, e
     ours = [Turn("system", system)]
     for asked, answered in turns:
         ours += [Turn("user", asked), Turn("assistant", answered)]
-        expected += [Message.from_role_and_content(Role.USER, asked),
-                     Message.from_role_and_content(Role.ASSISTANT, answered).with_channel("final")]
+        expected += [
+            Message.from_role_and_content(Role.USER, asked),
+            Message.from_role_and_content(Role.ASSISTANT, answered).with_channel("final"),
+        ]
     expected.append(Message.from_role_and_content(Role.USER, last))
     library = TOKENIZER.encoding.render_conversation_for_completion(
         Conversation.from_messages(expected), Role.ASSISTANT, RenderConversationConfig(auto_drop_analysis=False)
@@ -86,8 +91,14 @@ def test_control_tokens_typed_by_a_client_are_text(role):
 
 
 def test_reasoning_is_kept_in_the_turn_in_progress_and_dropped_from_finished_ones():
-    turns = [Turn("user", "1"), Turn("assistant", "one", "old thought"), Turn("user", "2"),
-             Turn("assistant", "two", "older thought"), Turn("user", "3"), Turn("assistant", "", "fresh thought")]
+    turns = [
+        Turn("user", "1"),
+        Turn("assistant", "one", "old thought"),
+        Turn("user", "2"),
+        Turn("assistant", "two", "older thought"),
+        Turn("user", "3"),
+        Turn("assistant", "", "fresh thought"),
+    ]
     text = TOKENIZER.decode(rendered(turns), skip_special=False)
     assert "old thought" not in text
     assert "older thought" not in text
@@ -96,30 +107,42 @@ def test_reasoning_is_kept_in_the_turn_in_progress_and_dropped_from_finished_one
 
 def test_later_system_messages_become_developer_messages_in_their_place():
     text = TOKENIZER.decode(rendered([Turn("user", "a"), Turn("system", "b"), Turn("user", "c")]), skip_special=False)
-    assert ("user<|message|>a<|end|><|start|>developer<|message|># Instructions\n\nb<|end|><|start|>user" in text)
+    assert "user<|message|>a<|end|><|start|>developer<|message|># Instructions\n\nb<|end|><|start|>user" in text
 
 
-WEATHER = Function("get_weather", "The weather at a place.", {
-    "type": "object", "required": ["place"], "properties": {
-        "place": {"type": "string", "description": "A city"}, "unit": {"type": "string", "enum": ["C", "F"]},
-        "days": {"type": "array", "items": {"type": "integer"}}, "note": {"type": ["string", "null"]},
+WEATHER = Function(
+    "get_weather",
+    "The weather at a place.",
+    {
+        "type": "object",
+        "required": ["place"],
+        "properties": {
+            "place": {"type": "string", "description": "A city"},
+            "unit": {"type": "string", "enum": ["C", "F"]},
+            "days": {"type": "array", "items": {"type": "integer"}},
+            "note": {"type": ["string", "null"]},
+        },
     },
-})
+)
 CLOCK = Function("now", "The time.", None)
 
 
-@given(answers=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3), preamble=TEXT, reasoning=TEXT,
-       instructed=st.booleans())
-def test_functions_calls_and_their_answers_render_as_the_library_renders_them(
-    answers, preamble, reasoning, instructed
-):
+@given(
+    answers=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3),
+    preamble=TEXT,
+    reasoning=TEXT,
+    instructed=st.booleans(),
+)
+def test_functions_calls_and_their_answers_render_as_the_library_renders_them(answers, preamble, reasoning, instructed):
     described = [ToolDescription.new(f.name, f.description, parameters=f.parameters) for f in (WEATHER, CLOCK)]
     developer = DeveloperContent.new().with_function_tools(described)
     developer = developer.with_instructions("Be brief.") if instructed else developer
     system = SystemContent(reasoning_effort=ReasoningEffort.MEDIUM, conversation_start_date="2025-06-28")
-    expected = [Message.from_role_and_content(Role.SYSTEM, system),
-                Message.from_role_and_content(Role.DEVELOPER, developer),
-                Message.from_role_and_content(Role.USER, "Well?")]
+    expected = [
+        Message.from_role_and_content(Role.SYSTEM, system),
+        Message.from_role_and_content(Role.DEVELOPER, developer),
+        Message.from_role_and_content(Role.USER, "Well?"),
+    ]
     ours = [Turn("system", "Be brief.")] if instructed else []
     ours.append(Turn("user", "Well?"))
     for arguments, answer in answers:
@@ -132,8 +155,10 @@ def test_functions_calls_and_their_answers_render_as_the_library_renders_them(
             call.with_recipient("functions.get_weather").with_content_type("<|constrain|>json"),
             Message.from_author_and_content(tool, answer).with_channel("commentary").with_recipient("assistant"),
         ]
-        ours += [Turn("assistant", preamble, reasoning, (Call("get_weather", arguments),)),
-                 Turn("tool", answer, name="get_weather")]
+        ours += [
+            Turn("assistant", preamble, reasoning, (Call("get_weather", arguments),)),
+            Turn("tool", answer, name="get_weather"),
+        ]
     library = TOKENIZER.encoding.render_conversation_for_completion(
         Conversation.from_messages(expected), Role.ASSISTANT, RenderConversationConfig(auto_drop_analysis=False)
     )
@@ -155,9 +180,9 @@ def test_control_tokens_in_what_a_client_says_of_functions_are_text():
     assert controls(wild, attack) == controls(calm, "a")
 
 
-@pytest.mark.parametrize("parameters", [
-    {"type": 5}, {"properties": []}, {"type": "object", "properties": {"x": None}}, {"$ref": "#/a"}, {},
-])
+@pytest.mark.parametrize(
+    "parameters", [{"type": 5}, {"properties": []}, {"type": "object", "properties": {"x": None}}, {"$ref": "#/a"}, {}]
+)
 def test_a_strange_schema_leaves_one_prompt_of_one_shape(parameters):
     ids = rendered([Turn("user", "hi")], functions=[Function("f", "", parameters)])
     assert "type f = (" in TOKENIZER.decode(ids, skip_special=False)
@@ -186,7 +211,8 @@ WELL_FORMED = st.lists(
         st.tuples(st.sampled_from(["analysis", "commentary", "final"]), st.none(), st.none()),
         st.tuples(st.sampled_from(["analysis", "commentary"]), NAME, st.sampled_from([None, "json"])),
     ),
-    min_size=1, max_size=4,
+    min_size=1,
+    max_size=4,
 )
 
 
@@ -205,8 +231,13 @@ def test_well_formed_output_parses_as_the_library_parses_it(headers, text, early
     for token in output:
         library.process(token)
     expected = [
-        (m.author.role.value, m.channel, m.recipient, (m.content_type or "").removeprefix("<|constrain|>") or None,
-         m.content[0].text)
+        (
+            m.author.role.value,
+            m.channel,
+            m.recipient,
+            (m.content_type or "").removeprefix("<|constrain|>") or None,
+            m.content[0].text,
+        )
         for m in library.messages
     ]
     ours = [(s.role, s.channel, s.recipient, s.content_type, said) for s, said in parse(output, TOKENIZER)]
@@ -234,35 +265,42 @@ def test_text_behind_a_message_token_is_kept_byte_for_byte(tokens):
     assert said == TOKENIZER.decode(tokens, skip_special=True)
 
 
-@pytest.mark.parametrize(("output", "content", "reasoning"), [
-    ("<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>yes<|return|>", "yes", "hm"),
-    ("<|channel|>analysis<|message|>hm<|end|>more", "more", "hm"),
-    ("<|channel|>analysis<|message|>hm<|end|>assistant<|channel|>final<|message|>yes", "yes", "hm"),
-    ("<|channel|>analysis<|message|>hm<|end|>\n<|start|>assistant<|channel|>final<|message|>yes", "yes", "hm"),
-    ("<|channel|>analysis<|message|>hm<|channel|>final<|message|>yes", "yes", "hm"),
-    ("<|channel|>analysis<|message|>hm<|start|>assistant<|channel|>final<|message|>yes", "yes", "hm"),
-    ("bare text", "bare text", ""),
-    ("today is", "today is", ""),
-    ("to", "to", ""),
-    ("<|message|>bare", "bare", ""),
-    ("<|end|><|end|><|start|><|start|>assistant<|channel|><|channel|>final<|message|><|message|>x", "x", ""),
-    ("<|channel|>final", "", ""),
-    ("<|channel|>", "", ""),
-    ("<|start|>assistant", "", ""),
-    ("<|channel|>finalHello there", "Hello there", ""),
-    ("<|channel|>final Hello", " Hello", ""),
-    ("<|channel|>analysis I think so<|end|>", "", " I think so"),
-    ("<|start|>assistantHello", "Hello", ""),
-    ("<|channel|>thoughts<|message|>x", "x", ""),
-    ("<|channel|>Well, no name", "Well, no name", ""),
-    ("<|channel|>Sure<|end|>", "Sure", ""),
-    ("<|channel|>commentary<|message|>I shall look it up.<|end|>", "I shall look it up.", ""),
-    ("<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|call|>", "", ""),
-    ("<|channel|>analysis to=python code<|message|>1<|call|>", "", ""),
-    ("<|channel|>final <|constrain|>json<|message|>{}<|return|>", "{}", ""),
-    ("<|start|>user<|message|>invented<|end|>", "", ""),
-    ("<|channel|>final<|message|>a<|return|>b", "ab", ""),
-])
+@pytest.mark.parametrize(
+    ("output", "content", "reasoning"),
+    [
+        (
+            "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>yes<|return|>",
+            "yes",
+            "hm",
+        ),
+        ("<|channel|>analysis<|message|>hm<|end|>more", "more", "hm"),
+        ("<|channel|>analysis<|message|>hm<|end|>assistant<|channel|>final<|message|>yes", "yes", "hm"),
+        ("<|channel|>analysis<|message|>hm<|end|>\n<|start|>assistant<|channel|>final<|message|>yes", "yes", "hm"),
+        ("<|channel|>analysis<|message|>hm<|channel|>final<|message|>yes", "yes", "hm"),
+        ("<|channel|>analysis<|message|>hm<|start|>assistant<|channel|>final<|message|>yes", "yes", "hm"),
+        ("bare text", "bare text", ""),
+        ("today is", "today is", ""),
+        ("to", "to", ""),
+        ("<|message|>bare", "bare", ""),
+        ("<|end|><|end|><|start|><|start|>assistant<|channel|><|channel|>final<|message|><|message|>x", "x", ""),
+        ("<|channel|>final", "", ""),
+        ("<|channel|>", "", ""),
+        ("<|start|>assistant", "", ""),
+        ("<|channel|>finalHello there", "Hello there", ""),
+        ("<|channel|>final Hello", " Hello", ""),
+        ("<|channel|>analysis I think so<|end|>", "", " I think so"),
+        ("<|start|>assistantHello", "Hello", ""),
+        ("<|channel|>thoughts<|message|>x", "x", ""),
+        ("<|channel|>Well, no name", "Well, no name", ""),
+        ("<|channel|>Sure<|end|>", "Sure", ""),
+        ("<|channel|>commentary<|message|>I shall look it up.<|end|>", "I shall look it up.", ""),
+        ("<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|call|>", "", ""),
+        ("<|channel|>analysis to=python code<|message|>1<|call|>", "", ""),
+        ("<|channel|>final <|constrain|>json<|message|>{}<|return|>", "{}", ""),
+        ("<|start|>user<|message|>invented<|end|>", "", ""),
+        ("<|channel|>final<|message|>a<|return|>b", "ab", ""),
+    ],
+)
 def test_text_goes_where_it_belongs(output, content, reasoning):
     assert shown(output) == (content, reasoning)
 
@@ -279,7 +317,8 @@ def test_a_tool_call_is_read_with_channel_recipient_and_type():
 def test_half_a_character_at_the_end_of_a_message_is_replaced():
     half = TOKENIZER.encode("\U0001f9d1")[:1]
     assert parse([*ids("<|channel|>final<|message|>"), *half, 200007, *ids("x")], TOKENIZER) == [
-        (FINAL, "\ufffd"), (Segment(), "x")
+        (FINAL, "\ufffd"),
+        (Segment(), "x"),
     ]
 
 
@@ -293,9 +332,10 @@ def test_half_a_character_in_a_header_spoils_nothing(header):
 @example(start=[200005], words=["\u4e2d\u6587"] * 200)
 @example(start=[200003], words=["\u4e2d\u6587"] * 200)
 @example(start=[], words=[" to=", *["\u4e2d\u6587"] * 200])
-@given(start=st.lists(CONTROL), words=st.lists(
-    st.sampled_from(["so", " we", " to=", " it", "\n", "\u4e2d\u6587"]), min_size=1, max_size=200
-))
+@given(
+    start=st.lists(CONTROL),
+    words=st.lists(st.sampled_from(["so", " we", " to=", " it", "\n", "\u4e2d\u6587"]), min_size=1, max_size=200),
+)
 def test_a_header_is_never_waited_for_endlessly(start, words):
     """However long text without a header gets, little of it is held back, and nothing lost but a short header."""
     parser, told, tokens = Parser(TOKENIZER), "", TOKENIZER.encode("".join(words))

@@ -5,7 +5,7 @@ import time
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.request import BucketStats, Delta, Stats
+from engine.messages import BucketStats, Delta, Stats
 from serve.metrics import Meter, Metrics
 from tests.fakes import FakeEngine
 from tests.serve.conftest import MODEL, Live
@@ -29,16 +29,29 @@ def samples(live: Live) -> dict[tuple[str, str], float]:
 def test_the_engines_counts_are_read_when_scraped(serve):
     live = serve(FakeEngine([1]))
     live.engine.stats = Stats(
-        running=3, waiting=2, pages_used=4, pages_total=16, prefix_query_tokens=100, prefix_hit_tokens=64,
-        preemptions=1, buckets=[BucketStats("decode", 8, 10, 70, 10), BucketStats("prefill", 512, 2, 1000, 24)],
+        running=3,
+        waiting=2,
+        pages_used=4,
+        pages_total=16,
+        prefix_query_tokens=100,
+        prefix_hit_tokens=64,
+        preemptions=1,
+        buckets=[BucketStats("decode", 8, 10, 70, 10), BucketStats("prefill", 512, 2, 1000, 24)],
     )
     said = samples(live)
     expected = {
-        ("num_requests_running", ""): 3, ("num_requests_waiting", ""): 2, ("kv_cache_usage_perc", ""): 0.25,
-        ("prefix_cache_queries_total", ""): 100, ("prefix_cache_hits_total", ""): 64, ("num_preemptions_total", ""): 1,
-        ("bucket_steps_total", "decode,8"): 10, ("bucket_rows_used_total", "decode,8"): 70,
-        ("bucket_rows_padded_total", "decode,8"): 10, ("bucket_steps_total", "prefill,512"): 2,
-        ("bucket_rows_used_total", "prefill,512"): 1000, ("bucket_rows_padded_total", "prefill,512"): 24,
+        ("num_requests_running", ""): 3,
+        ("num_requests_waiting", ""): 2,
+        ("kv_cache_usage_perc", ""): 0.25,
+        ("prefix_cache_queries_total", ""): 100,
+        ("prefix_cache_hits_total", ""): 64,
+        ("num_preemptions_total", ""): 1,
+        ("bucket_steps_total", "decode,8"): 10,
+        ("bucket_rows_used_total", "decode,8"): 70,
+        ("bucket_rows_padded_total", "decode,8"): 10,
+        ("bucket_steps_total", "prefill,512"): 2,
+        ("bucket_rows_used_total", "prefill,512"): 1000,
+        ("bucket_rows_padded_total", "prefill,512"): 24,
     }
     assert {name: said[name] for name in expected} == expected
 
@@ -64,8 +77,12 @@ def test_requests_are_counted_and_timed(serve):
     assert said["request_success_total", "length"] == 1
     assert said["prompt_tokens_total", ""] == 5
     assert said["generation_tokens_total", ""] == 9
-    for name, count in (("time_to_first_token_seconds", 3), ("e2e_request_latency_seconds", 3),
-                        ("inter_token_latency_seconds", 6), ("request_queue_time_seconds", 3)):
+    for name, count in (
+        ("time_to_first_token_seconds", 3),
+        ("e2e_request_latency_seconds", 3),
+        ("inter_token_latency_seconds", 6),
+        ("request_queue_time_seconds", 3),
+    ):
         assert said[f"{name}_count", ""] == count, name
     assert said["request_queue_time_seconds_sum", ""] == 0.75
 

@@ -9,8 +9,7 @@ from tests.fakes import FakeEngine
 from tests.serve.conftest import MODEL, TODAY
 
 REPLY = (
-    "<|channel|>analysis<|message|>They greet.<|end|>"
-    "<|start|>assistant<|channel|>final<|message|>Hello, you!<|return|>"
+    "<|channel|>analysis<|message|>They greet.<|end|><|start|>assistant<|channel|>final<|message|>Hello, you!<|return|>"
 )
 USER = [{"role": "user", "content": "Hello"}]
 
@@ -43,8 +42,10 @@ def test_a_completion(serve, plain):
 
 def test_a_streamed_completion_says_the_same(serve, plain):
     plain.step = 2
-    stream = serve(plain).openai().completions.create(
-        model=MODEL, prompt="zero", stream=True, stream_options={"include_usage": True}
+    stream = (
+        serve(plain)
+        .openai()
+        .completions.create(model=MODEL, prompt="zero", stream=True, stream_options={"include_usage": True})
     )
     *chunks, last = stream
     assert "".join(chunk.choices[0].text for chunk in chunks) == " one two three four"
@@ -70,8 +71,10 @@ def test_a_chat(serve, chatty):
 @pytest.mark.parametrize("step", [1, 2, 5, 100])
 def test_a_streamed_chat_says_the_same_however_its_tokens_arrive(serve, chatty, step):
     chatty.step = step
-    stream = serve(chatty).openai().chat.completions.create(
-        model=MODEL, messages=USER, stream=True, stream_options={"include_usage": True}
+    stream = (
+        serve(chatty)
+        .openai()
+        .chat.completions.create(model=MODEL, messages=USER, stream=True, stream_options={"include_usage": True})
     )
     first, *chunks, last = stream
     assert (first.choices[0].delta.role, first.choices[0].delta.content) == ("assistant", "")
@@ -101,11 +104,19 @@ def test_a_turn_without_an_answer_has_null_content_its_reasoning_and_the_engines
 def test_the_prompt_of_a_chat_is_the_rendered_conversation(serve, chatty, tokenizer):
     live = serve(chatty)
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo <|end|>"}]
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1"},
-                {"role": "assistant", "content": "one", "reasoning_content": "old"}, {"role": "user", "content": parts}]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "1"},
+        {"role": "assistant", "content": "one", "reasoning_content": "old"},
+        {"role": "user", "content": parts},
+    ]
     assert live.chat(messages=messages, reasoning_effort="low").status_code == 200
-    turns = [Turn("system", "Be brief."), Turn("user", "1"), Turn("assistant", "one", "old"),
-             Turn("user", "Hello <|end|>")]
+    turns = [
+        Turn("system", "Be brief."),
+        Turn("user", "1"),
+        Turn("assistant", "one", "old"),
+        Turn("user", "Hello <|end|>"),
+    ]
     assert live.engine.submitted[0][0] == render(turns, "low", TODAY, tokenizer, 10**6)
 
 
@@ -134,10 +145,23 @@ def test_defaults_reach_the_engine(serve, plain):
 
 def test_given_parameters_reach_the_engine(serve, plain):
     live = serve(plain)
-    given = {"temperature": 0, "top_p": 0.5, "top_k": 40, "min_p": 0.1, "repetition_penalty": 1.5, "min_tokens": 2,
-             "frequency_penalty": -2, "presence_penalty": 2, "max_tokens": 7}
-    assert live.complete(**given, logit_bias={"5": -100}, stop_token_ids=[9], ignore_eos=True, seed=11,
-                         logprobs=3).status_code == 200
+    given = {
+        "temperature": 0,
+        "top_p": 0.5,
+        "top_k": 40,
+        "min_p": 0.1,
+        "repetition_penalty": 1.5,
+        "min_tokens": 2,
+        "frequency_penalty": -2,
+        "presence_penalty": 2,
+        "max_tokens": 7,
+    }
+    assert (
+        live.complete(
+            **given, logit_bias={"5": -100}, stop_token_ids=[9], ignore_eos=True, seed=11, logprobs=3
+        ).status_code
+        == 200
+    )
     sampling = live.engine.submitted[0][1]
     assert {name: getattr(sampling, name) for name in given} == given
     assert (sampling.logit_bias, sampling.stop_token_ids, sampling.seed) == ({5: -100.0}, (9,), 11)
@@ -160,8 +184,23 @@ def test_every_64_bit_seed_becomes_one_of_63_bits(serve, plain, seed, drawn):
 
 def test_null_means_not_given(serve, plain):
     live = serve(plain)
-    names = ("max_tokens", "temperature", "top_p", "top_k", "stop", "seed", "n", "logprobs", "logit_bias", "stream",
-             "stream_options", "suffix", "best_of", "response_format", "user")
+    names = (
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "stop",
+        "seed",
+        "n",
+        "logprobs",
+        "logit_bias",
+        "stream",
+        "stream_options",
+        "suffix",
+        "best_of",
+        "response_format",
+        "user",
+    )
     assert live.complete(**dict.fromkeys(names)).status_code == 200
     assert live.engine.submitted[0][1].max_tokens == 16
 
@@ -319,8 +358,9 @@ def test_token_ids_stand_where_vllm_puts_them(serve, chatty, harmony):
     completion = live.complete(prompt=[7, 8], return_token_ids=True, max_tokens=20).json()
     assert completion["choices"][0]["prompt_token_ids"] == [7, 8]
     assert completion["choices"][0]["token_ids"] == ids
-    streamed = [e["choices"][0] for e in events(live.complete(prompt=[7, 8], return_token_ids=True, max_tokens=20,
-                                                                stream=True))]
+    streamed = [
+        e["choices"][0] for e in events(live.complete(prompt=[7, 8], return_token_ids=True, max_tokens=20, stream=True))
+    ]
     assert [c.get("prompt_token_ids") for c in streamed] == [[7, 8], *[None] * (len(streamed) - 1)]
     assert [t for c in streamed for t in c["token_ids"]] == ids
     chat = live.chat(return_token_ids=True).json()

@@ -27,16 +27,49 @@ def error(response, status: int) -> dict:
     return told
 
 
-@pytest.mark.parametrize(("field", "value"), [
-    ("max_tokens", 0), ("max_tokens", "5"), ("max_tokens", 1.5), ("max_tokens", True), ("max_completion_tokens", 0),
-    ("temperature", -0.1), ("temperature", 2.1), ("top_p", 0), ("top_p", 1.1), ("top_k", -2), ("min_p", 1.1),
-    ("repetition_penalty", 0), ("repetition_penalty", 2.1), ("frequency_penalty", 2.1), ("presence_penalty", -2.1),
-    ("n", 0), ("n", 17), ("seed", 2**63), ("seed", -(2**63) - 1), ("seed", 1.0), ("stop", ""), ("stop", ["a", ""]),
-    ("stop", ["a"] * 17), ("stop", "a" * 257), ("stop_token_ids", [1] * 17), ("stop_token_ids", [-1]),
-    ("stop_token_ids", [201088]), ("logit_bias", {"201088": 1}), ("logit_bias", {"1": 101}), ("logit_bias", {"a": 1}),
-    ("logit_bias", {str(i): 1 for i in range(301)}), ("min_tokens", 17), ("min_tokens", -1), ("stream", "yes"),
-    ("stream_options", {"include_usage": True}), ("logprobs", 21), ("logprobs", -1), ("model", 5),
-])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", 0),
+        ("max_tokens", "5"),
+        ("max_tokens", 1.5),
+        ("max_tokens", True),
+        ("max_completion_tokens", 0),
+        ("temperature", -0.1),
+        ("temperature", 2.1),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("top_k", -2),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", 2.1),
+        ("frequency_penalty", 2.1),
+        ("presence_penalty", -2.1),
+        ("n", 0),
+        ("n", 17),
+        ("seed", 2**63),
+        ("seed", -(2**63) - 1),
+        ("seed", 1.0),
+        ("stop", ""),
+        ("stop", ["a", ""]),
+        ("stop", ["a"] * 17),
+        ("stop", "a" * 257),
+        ("stop_token_ids", [1] * 17),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", [201088]),
+        ("logit_bias", {"201088": 1}),
+        ("logit_bias", {"1": 101}),
+        ("logit_bias", {"a": 1}),
+        ("logit_bias", {str(i): 1 for i in range(301)}),
+        ("min_tokens", 17),
+        ("min_tokens", -1),
+        ("stream", "yes"),
+        ("stream_options", {"include_usage": True}),
+        ("logprobs", 21),
+        ("logprobs", -1),
+        ("model", 5),
+    ],
+)
 def test_a_value_out_of_range_or_of_the_wrong_type_is_named(live, field, value):
     told = error(live.complete(**{field: value}), 400)
     assert told["type"] == "invalid_request_error"
@@ -44,12 +77,25 @@ def test_a_value_out_of_range_or_of_the_wrong_type_is_named(live, field, value):
     assert live.engine.submitted == []
 
 
-@pytest.mark.parametrize(("field", "value"), [
-    ("messages", []), ("messages", "Hello"), ("messages", [{"role": "robot", "content": "x"}]),
-    ("messages", [{"content": "x"}]), ("messages", [{"role": "user"}]), ("messages", [{"role": "user", "content": 5}]),
-    ("messages", [{"role": "assistant", "content": None}]), ("reasoning_effort", "extreme"), ("top_logprobs", 21),
-    ("top_logprobs", 3), ("logprobs", 3), ("include_reasoning", "no"), ("stop", ""), ("n", 17),
-])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("messages", []),
+        ("messages", "Hello"),
+        ("messages", [{"role": "robot", "content": "x"}]),
+        ("messages", [{"content": "x"}]),
+        ("messages", [{"role": "user"}]),
+        ("messages", [{"role": "user", "content": 5}]),
+        ("messages", [{"role": "assistant", "content": None}]),
+        ("reasoning_effort", "extreme"),
+        ("top_logprobs", 21),
+        ("top_logprobs", 3),
+        ("logprobs", 3),
+        ("include_reasoning", "no"),
+        ("stop", ""),
+        ("n", 17),
+    ],
+)
 def test_a_chat_value_that_is_wrong_is_named(live, field, value):
     assert field in error(live.chat(**{field: value}), 400)["param"]
 
@@ -86,22 +132,48 @@ def test_n_times_prompts_is_capped(live):
     assert live.complete(prompt=["a"] * 4, n=16).status_code == 200
 
 
-@pytest.mark.parametrize("body", [
-    b"", b"{", b"[]", b"5", b'"text"', b"{'prompt': 1}", b'{"prompt": "\xff"}', b'{"prompt": "\\ud800"}',
-    b'{"prompt": NaN}', b"[" * 100_000, b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}",
-    b'{"metadata": ' + b'{"a":' * 50_000 + b"1" + b"}" * 50_001,
-])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"5",
+        b'"text"',
+        b"{'prompt': 1}",
+        b'{"prompt": "\xff"}',
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": NaN}',
+        b"[" * 100_000,
+        b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+        b'{"metadata": ' + b'{"a":' * 50_000 + b"1" + b"}" * 50_001,
+    ],
+)
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
 def test_a_body_that_is_no_json_object_is_refused(live, path, body):
     assert error(live.http.post(path, content=body), 400)["type"] == "invalid_request_error"
 
 
-@pytest.mark.parametrize(("field", "value"), [
-    ("suffix", "x"), ("best_of", 2), ("response_format", {"type": "json_object"}),
-    ("response_format", {"type": "json_schema", "json_schema": {}}), ("modalities", ["audio"]), ("audio", {}),
-    ("functions", [{}]), ("prompt_logprobs", 1), ("store", True), ("guided_json", {}), ("chat_template", "x"),
-    ("use_beam_search", True), ("truncate_prompt_tokens", 5), ("prediction", {}), ("bad_words", ["a"]),
-])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("suffix", "x"),
+        ("best_of", 2),
+        ("response_format", {"type": "json_object"}),
+        ("response_format", {"type": "json_schema", "json_schema": {}}),
+        ("modalities", ["audio"]),
+        ("audio", {}),
+        ("functions", [{}]),
+        ("prompt_logprobs", 1),
+        ("store", True),
+        ("guided_json", {}),
+        ("chat_template", "x"),
+        ("use_beam_search", True),
+        ("truncate_prompt_tokens", 5),
+        ("prediction", {}),
+        ("bad_words", ["a"]),
+    ],
+)
 def test_what_this_server_cannot_do_is_refused_not_ignored(live, field, value):
     for response in (live.complete(**{field: value}), live.chat(**{field: value})):
         told = error(response, 400)
@@ -121,8 +193,18 @@ def test_images_are_refused(live):
 
 
 def test_values_that_change_nothing_are_accepted(live):
-    neutral = {"suffix": None, "best_of": 1, "response_format": {"type": "text"}, "user": "me", "metadata": {"a": "b"},
-               "store": False, "service_tier": "auto", "functions": [], "length_penalty": 1.0, "modalities": ["text"]}
+    neutral = {
+        "suffix": None,
+        "best_of": 1,
+        "response_format": {"type": "text"},
+        "user": "me",
+        "metadata": {"a": "b"},
+        "store": False,
+        "service_tier": "auto",
+        "functions": [],
+        "length_penalty": 1.0,
+        "modalities": ["text"],
+    }
     for response in (live.complete(**neutral), live.chat(**neutral, tools=[], tool_choice="auto")):
         assert response.status_code == 200
         assert "x-ignored-parameters" not in response.headers
@@ -132,25 +214,39 @@ FUNCTION = {"type": "function", "function": {"name": "f"}}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
-@pytest.mark.parametrize(("given", "param"), [
-    ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
-    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
-    ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
-    ({"tools": [FUNCTION] * 129}, "tools"),
-    ({"tools": [FUNCTION, FUNCTION]}, "tools"),
-    ({"tool_choice": "required"}, "tool_choice"),
-    ({"tool_choice": "perhaps"}, "tool_choice"),
-    ({"tool_choice": FUNCTION}, "tool_choice"),
-    ({"messages": [*USER, {"role": "tool", "tool_call_id": "1", "content": "x"}]}, "messages[1].tool_call_id"),
-    ({"messages": [*USER, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "x"}]},
-     "messages[2].tool_call_id"),
-    ({"messages": [*USER, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
-     "messages[1].tool_calls[0].function"),
-    ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
-    ({"messages": [*USER, {"role": "assistant", "content": "", "function_call": {"name": "f", "arguments": ""}}]},
-     "messages[1].function_call"),
-    ({"messages": [*USER, {"role": "function", "name": "f", "content": "x"}]}, "messages[1].role"),
-])
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
+        ({"tools": [FUNCTION] * 129}, "tools"),
+        ({"tools": [FUNCTION, FUNCTION]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "perhaps"}, "tool_choice"),
+        ({"tool_choice": FUNCTION}, "tool_choice"),
+        ({"messages": [*USER, {"role": "tool", "tool_call_id": "1", "content": "x"}]}, "messages[1].tool_call_id"),
+        (
+            {"messages": [*USER, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "x"}]},
+            "messages[2].tool_call_id",
+        ),
+        (
+            {"messages": [*USER, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
+            "messages[1].tool_calls[0].function",
+        ),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
+        (
+            {
+                "messages": [
+                    *USER,
+                    {"role": "assistant", "content": "", "function_call": {"name": "f", "arguments": ""}},
+                ]
+            },
+            "messages[1].function_call",
+        ),
+        ({"messages": [*USER, {"role": "function", "name": "f", "content": "x"}]}, "messages[1].role"),
+    ],
+)
 def test_tools_that_do_not_fit_together_are_refused_by_name(live, given, param):
     assert error(live.chat(**given), 400)["param"] == param
 
@@ -171,8 +267,10 @@ def test_unknown_fields_are_ignored_and_named(live):
 
 
 def test_unknown_fields_inside_messages_and_options_are_named_too(live):
-    messages = [{"role": "assistant", "content": "x", "refusal": None, "annotations": []},
-                {"role": "user", "content": "x", "name": "me"}]
+    messages = [
+        {"role": "assistant", "content": "x", "refusal": None, "annotations": []},
+        {"role": "user", "content": "x", "name": "me"},
+    ]
     response = live.chat(messages=messages, stream=True, stream_options={"include_usage": True, "every": 1})
     assert response.headers["x-ignored-parameters"] == "messages.name, stream_options.every"
 
@@ -194,10 +292,15 @@ def test_detokenize_refuses_ids_outside_the_vocabulary(live):
     assert error(live.http.post("/detokenize", json={"tokens": [201088]}), 400)["param"] == "tokens"
 
 
-@pytest.mark.parametrize("body", [
-    {}, {"prompt": "a", "messages": USER}, {"prompt": "a " * 2000},
-    {"messages": [{"role": "user", "content": "a " * 2000}]},
-])
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"prompt": "a", "messages": USER},
+        {"prompt": "a " * 2000},
+        {"messages": [{"role": "user", "content": "a " * 2000}]},
+    ],
+)
 def test_tokenize_takes_a_prompt_or_messages_of_at_most_the_context(live, body):
     error(live.http.post("/tokenize", json=body), 400)
 

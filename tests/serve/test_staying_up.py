@@ -101,9 +101,10 @@ def test_a_request_that_takes_too_long_ends_with_an_error(serve, n):
     assert engine.running == set()
 
 
-@pytest.mark.parametrize(("broken", "status", "says"), [
-    ("out of pages", 500, "out of pages"), (EngineFailed("rank 1 died"), 503, "rank 1 died"),
-])
+@pytest.mark.parametrize(
+    ("broken", "status", "says"),
+    [("out of pages", 500, "out of pages"), (EngineFailed("rank 1 died"), 503, "rank 1 died")],
+)
 @pytest.mark.parametrize("n", [1, 2])
 def test_an_engine_error_midway_is_told_to_the_client(serve, broken, status, says, n):
     engine = FakeEngine(MANY)

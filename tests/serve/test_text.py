@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.request import Delta
+from engine.messages import Delta
 from serve.chat import ChatChoice
 from serve.completions import TextChoice
 from serve.harmony import parse
@@ -75,8 +75,12 @@ def test_only_what_may_become_a_stop_string_is_held_back(text, cuts, stops):
 
 
 CHATTY = st.lists(
-    st.one_of(st.sampled_from([200005, 200006, 200007, 200008, 35644, 17196, 173781, 12606, 815]), st.integers(0, 300),
-              st.integers(0, 201_087)), max_size=40,
+    st.one_of(
+        st.sampled_from([200005, 200006, 200007, 200008, 35644, 17196, 173781, 12606, 815]),
+        st.integers(0, 300),
+        st.integers(0, 201_087),
+    ),
+    max_size=40,
 )
 
 
@@ -130,9 +134,34 @@ def test_control_tokens_in_text_encode_as_text():
 
 
 WORDS = st.lists(
-    st.sampled_from(["word", "Word", "don't", "x1", "1234", " ", "  ", "\n", "\r\n", ", ", ".", "\u3002",
-                     "\u4e2d\u6587", "e\u0301", "\u0e01\u0e33", "/", "\u00b2", "_", "!\n", "\t", "'s", "'"]),
-    min_size=1, max_size=12,
+    st.sampled_from(
+        [
+            "word",
+            "Word",
+            "don't",
+            "x1",
+            "1234",
+            " ",
+            "  ",
+            "\n",
+            "\r\n",
+            ", ",
+            ".",
+            "\u3002",
+            "\u4e2d\u6587",
+            "e\u0301",
+            "\u0e01\u0e33",
+            "/",
+            "\u00b2",
+            "_",
+            "!\n",
+            "\t",
+            "'s",
+            "'",
+        ]
+    ),
+    min_size=1,
+    max_size=12,
 ).map("".join)
 
 

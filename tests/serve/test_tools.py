@@ -53,7 +53,8 @@ def test_what_the_model_is_told_of_functions_calls_and_answers(serve, tokenizer,
     live = serve(FakeEngine(harmony("<|channel|>final<|message|>Cold.<|return|>")))
     call = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": '{"place": "Oslo"}'}}
     messages = [
-        {"role": "system", "content": "Be brief."}, *USER,
+        {"role": "system", "content": "Be brief."},
+        *USER,
         {"role": "assistant", "content": "I shall look.", "reasoning_content": "Look it up.", "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "c1", "content": "-5"},
     ]
@@ -61,7 +62,8 @@ def test_what_the_model_is_told_of_functions_calls_and_answers(serve, tokenizer,
     assert answer.choices[0].message.content == "Cold."
     assert answer.choices[0].message.tool_calls is None
     turns = [
-        Turn("system", "Be brief."), Turn("user", "Weather in Oslo?"),
+        Turn("system", "Be brief."),
+        Turn("user", "Weather in Oslo?"),
         Turn("assistant", "I shall look.", "Look it up.", (Call("get_weather", '{"place": "Oslo"}'),)),
         Turn("tool", "-5", name="get_weather"),
     ]
@@ -80,11 +82,14 @@ def test_without_a_choice_of_tools_none_is_offered_and_none_is_called(serve, cal
         assert live.engine.submitted[-1][0] == plain
 
 
-@pytest.mark.parametrize(("tool_choice", "tools", "header", "answer"), [
-    ({"type": "function", "function": {"name": "get_weather"}}, TOOLS, "get_weather", '{"place": "Oslo"}<|call|>'),
-    ("required", TOOLS[:1], "get_weather", '{"place": "Oslo"}<|call|>'),
-    ("required", TOOLS, None, '.get_weather <|constrain|>json<|message|>{"place": "Oslo"}<|call|>'),
-])
+@pytest.mark.parametrize(
+    ("tool_choice", "tools", "header", "answer"),
+    [
+        ({"type": "function", "function": {"name": "get_weather"}}, TOOLS, "get_weather", '{"place": "Oslo"}<|call|>'),
+        ("required", TOOLS[:1], "get_weather", '{"place": "Oslo"}<|call|>'),
+        ("required", TOOLS, None, '.get_weather <|constrain|>json<|message|>{"place": "Oslo"}<|call|>'),
+    ],
+)
 @pytest.mark.parametrize("step", [1, 100])
 def test_a_demanded_call_is_begun_for_the_model(serve, harmony, tokenizer, tool_choice, tools, header, answer, step):
     engine = FakeEngine(harmony(answer))
@@ -119,11 +124,31 @@ def test_several_calls_of_one_turn(serve, harmony, parallel, names):
     assert len({call["id"] for call in choice["message"]["tool_calls"]}) == len(names)
 
 
-PIECES = st.lists(st.sampled_from([
-    "<|channel|>", "<|message|>", "<|end|>", "<|start|>", "<|constrain|>", "assistant", "commentary", "analysis",
-    "final", " to=functions.now", " to=functions.get_weather", " to=python", "json", "{}", '{"a": 1}', "text",
-    "\U0001f9d1", " ",
-]), max_size=25)
+PIECES = st.lists(
+    st.sampled_from(
+        [
+            "<|channel|>",
+            "<|message|>",
+            "<|end|>",
+            "<|start|>",
+            "<|constrain|>",
+            "assistant",
+            "commentary",
+            "analysis",
+            "final",
+            " to=functions.now",
+            " to=functions.get_weather",
+            " to=python",
+            "json",
+            "{}",
+            '{"a": 1}',
+            "text",
+            "\U0001f9d1",
+            " ",
+        ]
+    ),
+    max_size=25,
+)
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -149,7 +174,9 @@ def test_whatever_the_model_says_deltas_add_up_to_the_message(serve, harmony, pi
             calls[call["index"]]["arguments"] += call["function"]["arguments"]
     message = whole["message"]
     assert (content or None, reasoning or None, finish) == (
-        message["content"], message["reasoning"], whole["finish_reason"]
+        message["content"],
+        message["reasoning"],
+        whole["finish_reason"],
     )
     assert calls == [call["function"] for call in message.get("tool_calls", [])]
     assert (finish == "tool_calls") == bool(calls)

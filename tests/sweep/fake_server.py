@@ -8,7 +8,7 @@ import msgspec
 import uvicorn
 
 from conf.schema import ServerConfig
-from engine.request import BucketStats, Stats
+from engine.messages import BucketStats, Stats
 from serve.app import create_app
 from tests.fakes import FakeEngine, FakeStream
 
@@ -26,8 +26,11 @@ class Engine(FakeEngine):
     def submit(self, prompt, sampling):
         stream = super().submit(prompt, sampling)
         asked = len(self.submitted) - GATE_PROMPTS
-        self.stats = Stats(prefix_query_tokens=100 * asked, prefix_hit_tokens=25 * asked,
-                           buckets=[BucketStats("decode", 4, 10 * asked, 30 * asked, 10 * asked)])
+        self.stats = Stats(
+            prefix_query_tokens=100 * asked,
+            prefix_hit_tokens=25 * asked,
+            buckets=[BucketStats("decode", 4, 10 * asked, 30 * asked, 10 * asked)],
+        )
         if self.kind == CRASHES and asked > 0:
             print("CRITICAL rank 0 ended with signal SIGKILL: the server stops", flush=True)
             os._exit(1)

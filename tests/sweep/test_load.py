@@ -125,7 +125,11 @@ def test_a_request_that_stalls_fails_or_ends_early_is_an_error_of_its_own():
     four = [Request([1], 2, seed) for seed in range(4)]
     done = run(load.closed(send, four, 1, 1e9, 30, lambda record: None))
     assert [record.error for record in done.records] == [
-        "nothing came for 30 s", "HTTP 500: broken", "1 tokens came, 2 were asked for", None]
+        "nothing came for 30 s",
+        "HTTP 500: broken",
+        "1 tokens came, 2 were asked for",
+        None,
+    ]
     found = measure.figures(done, Limits(), 1)
     assert (found["requests"], found["errors"]) == (4, 3)
 
@@ -138,8 +142,14 @@ def test_intervals_are_students():
 
 
 def test_a_broken_limit_makes_the_objective_infinite():
-    means = {"ttft_p99_ms": 100.0, "tpot_p99_ms": 20.0, "e2e_p99_ms": 700.0, "tokens_per_s": 5.0, "requests": 100,
-             "errors": 1}
+    means = {
+        "ttft_p99_ms": 100.0,
+        "tpot_p99_ms": 20.0,
+        "e2e_p99_ms": 700.0,
+        "tokens_per_s": 5.0,
+        "requests": 100,
+        "errors": 1,
+    }
     lenient = {"error_share": 0.01}
     assert measure.objective(means, "tpot_p99_ms", Limits(**lenient)) == 20
     assert measure.objective(means, "-tokens_per_s", Limits(**lenient)) == -5

@@ -11,31 +11,58 @@ from engine.checkpoint import Architecture
 from sweep.steps import decode_bytes
 from tests.served import ROOT
 
-TINY = ["model.name=tiny", "model.weights=random", "model.random_shape.num_hidden_layers=2",
-        "model.random_shape.num_local_experts=4", "model.random_shape.hidden_size=64",
-        "model.random_shape.intermediate_size=64", "model.random_shape.num_attention_heads=4",
-        "model.random_shape.num_key_value_heads=2", "model.random_shape.head_dim=16",
-        "model.random_shape.vocab_size=512", "kernels.device=cpu"]
+TINY = [
+    "model.name=tiny",
+    "model.weights=random",
+    "model.random_shape.num_hidden_layers=2",
+    "model.random_shape.num_local_experts=4",
+    "model.random_shape.hidden_size=64",
+    "model.random_shape.intermediate_size=64",
+    "model.random_shape.num_attention_heads=4",
+    "model.random_shape.num_key_value_heads=2",
+    "model.random_shape.head_dim=16",
+    "model.random_shape.vocab_size=512",
+    "kernels.device=cpu",
+]
 
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_every_bucket_is_timed_at_a_context_that_its_shape_holds(tp):
-    buckets = ["buckets.decode_rows=[1,4]", "buckets.prefill_tokens=[64,256]", "buckets.prefill_sequences=2",
-               "buckets.max_context=128", "buckets.pages=6"]
-    done = subprocess.run([sys.executable, "-m", "sweep.steps", "100", *TINY, *buckets, f"tp={tp}"], cwd=ROOT,
-                          capture_output=True, text=True, timeout=300)
+    buckets = [
+        "buckets.decode_rows=[1,4]",
+        "buckets.prefill_tokens=[64,256]",
+        "buckets.prefill_sequences=2",
+        "buckets.max_context=128",
+        "buckets.pages=6",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "sweep.steps", "100", *TINY, *buckets, f"tp={tp}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["read_bandwidth"] is None
     assert [(step["kind"], step["size"], step["context"]) for step in found["steps"]] == [
-        ("decode", 1, 100), ("decode", 4, 64), ("prefill", 64, 64), ("prefill", 256, 128)]
+        ("decode", 1, 100),
+        ("decode", 4, 64),
+        ("prefill", 64, 64),
+        ("prefill", 256, 128),
+    ]
     assert all(step["ms"] > 0 for step in found["steps"])
     assert found["steps"][1]["experts_per_layer"] <= 4
 
 
 def test_what_cannot_start_says_why():
-    done = subprocess.run([sys.executable, "-m", "sweep.steps", "64", "model=gpt-oss-20b", "model.path=/nowhere"],
-                          cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-m", "sweep.steps", "64", "model=gpt-oss-20b", "model.path=/nowhere"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode != 0
     assert "/nowhere" in done.stderr
 

@@ -130,5 +130,6 @@ def test_the_gate_lets_ties_pass_and_nothing_else():
     assert said([1, 2, 3], [-0.1, -0.7, -0.2]) is None
     assert said([1, 9, 8], [-0.1, -0.75, -5.0]) is None
     assert said([1, 9, 3], [-0.1, -1.5, -0.2]) == (
-        "prompt 0, token 1: 9, the baseline has 2 (log probabilities 0.800 apart)")
+        "prompt 0, token 1: 9, the baseline has 2 (log probabilities 0.800 apart)"
+    )
     assert said([1, 2], [-0.1, -0.7]) == "prompt 0: 2 tokens, 3 in the baseline"

@@ -16,8 +16,16 @@ from sweep.store import read_rows
 from tests.served import ROOT
 from tests.sweep.fake_server import ANSWERS_WRONGLY, CRASHES, DOES_NOT_START, HANGS, IS_SLOW, WELL
 
-SMALL = ("sweep.steps=false", "sweep.prompt_tokens=8", "sweep.output_tokens=5", "sweep.requests=2", "sweep.repeats=2",
-         "sweep.gate_tokens=4", "sweep.stall_seconds=10", "hydra.sweep.dir=${sweep.folder}")
+SMALL = (
+    "sweep.steps=false",
+    "sweep.prompt_tokens=8",
+    "sweep.output_tokens=5",
+    "sweep.requests=2",
+    "sweep.repeats=2",
+    "sweep.gate_tokens=4",
+    "sweep.stall_seconds=10",
+    "hydra.sweep.dir=${sweep.folder}",
+)
 
 
 class Swept:
@@ -28,8 +36,14 @@ class Swept:
 
     def start(self, *arguments):
         command = [sys.executable, "-m", "tests.sweep.faked", "-m", *SMALL, *arguments, f"sweep.folder={self.folder}"]
-        return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"FAKE_SERVERS": str(self.servers)},
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"FAKE_SERVERS": str(self.servers)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
     def run(self, *arguments):
         process = self.start(*arguments)
@@ -73,7 +87,8 @@ def test_a_failing_configuration_costs_its_own_rows_only_and_a_server_serves_all
     assert well["figures"]["prefix_hit_share"] == 0.25
     sent = 3 * (1 + 2 * 2)  # warm-up and two repeats
     assert well["buckets"] == [
-        {"kind": "decode", "size": 4, "steps": 10 * sent, "rows_used": 30 * sent, "rows_padded": 10 * sent}]
+        {"kind": "decode", "size": 4, "steps": 10 * sent, "rows_used": 30 * sent, "rows_padded": 10 * sent}
+    ]
     assert well["start"]["capture"] == 0.25
     assert well["memory"] == {"pages": 2**20}
     assert "`python serve.py` with" in (swept.folder / "report.md").read_text()
@@ -83,12 +98,18 @@ def test_a_failing_configuration_costs_its_own_rows_only_and_a_server_serves_all
     assert float(table[1]["requests"]) == 12
     page = (swept.folder / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2
-    assert "src=\"http" not in page
+    assert 'src="http' not in page
 
 
 def test_a_server_that_hangs_costs_its_row_and_open_loops_are_measured_too(swept):
-    status, output = swept.run(f"server.max_queue={HANGS},{WELL}", "sweep.concurrency=[]", "sweep.rate=[50]",
-                               "sweep.seconds=1", "sweep.stall_seconds=3", "sweep.gate=false")
+    status, output = swept.run(
+        f"server.max_queue={HANGS},{WELL}",
+        "sweep.concurrency=[]",
+        "sweep.rate=[50]",
+        "sweep.seconds=1",
+        "sweep.stall_seconds=3",
+        "sweep.gate=false",
+    )
     assert status == 0, output
     hung, well = swept.rows()
     assert hung["status"] == "failed"
@@ -115,8 +136,9 @@ def test_other_code_is_never_taken_for_the_same(tmp_path):
     assert commit(tmp_path) is None
 
     def git(*words):
-        subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *words], cwd=tmp_path, check=True,
-                       capture_output=True)
+        subprocess.run(
+            ["git", "-c", "user.name=t", "-c", "user.email=t@t", *words], cwd=tmp_path, check=True, capture_output=True
+        )
 
     git("init", "-q")
     (tmp_path / "a.py").write_text("1")
@@ -155,9 +177,15 @@ def test_a_dry_run_prints_the_matrix_and_starts_nothing(swept):
 
 
 def test_the_objective_reaches_the_sweeper(swept):
-    status, output = swept.run("hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1",
-                               f"server.max_queue=choice({WELL},{CRASHES})", "sweep.concurrency=1",
-                               "hydra/sweeper/sampler=grid", "sweep.objective=-tokens_per_s")
+    status, output = swept.run(
+        "hydra/sweeper=optuna",
+        "hydra.sweeper.n_trials=2",
+        "hydra.sweeper.n_jobs=1",
+        f"server.max_queue=choice({WELL},{CRASHES})",
+        "sweep.concurrency=1",
+        "hydra/sweeper/sampler=grid",
+        "sweep.objective=-tokens_per_s",
+    )
     assert status == 0, output
     found = (swept.folder / "optimization_results.yaml").read_text()
     best = {row["overrides"][0] if row["overrides"] else "defaults": row for row in swept.rows()}
@@ -165,9 +193,11 @@ def test_the_objective_reaches_the_sweeper(swept):
 
 
 def test_nonsense_is_refused_in_one_line(swept):
-    for wrong, said in (("sweep.concurrency=0", "sweep.concurrency: got 0, allowed: positive numbers"),
-                        ("sweep.objective=speed", "sweep.objective: got 'speed', allowed: requests"),
-                        ("sweep.seconds=0", "sweep.seconds: got 0.0, allowed: more than 0")):
+    for wrong, said in (
+        ("sweep.concurrency=0", "sweep.concurrency: got 0, allowed: positive numbers"),
+        ("sweep.objective=speed", "sweep.objective: got 'speed', allowed: requests"),
+        ("sweep.seconds=0", "sweep.seconds: got 0.0, allowed: more than 0"),
+    ):
         status, output = swept.run(wrong, "sweep.gate=false")
         assert status == 1
         assert said in output, output

@@ -17,24 +17,57 @@ from sweep.settings import SweepConfig
 
 
 def row(name, level=1, tpot=10.0, throughput=100.0, status="ok", spread=0.1, **more):
-    figures = {"tpot_p99_ms": tpot, "tpot_mean_ms": tpot, "tpot_p50_ms": tpot, "ttft_p50_ms": 5.0, "ttft_p90_ms": 6.0,
-               "ttft_p99_ms": 7.0, "e2e_mean_ms": 100 * tpot, "tokens_per_s": throughput,
-               "tokens_per_s_per_gpu": throughput, "tokens_per_s_per_user": 1e3 / tpot, "errors": 0}
-    return {"key": f"{name}{level}", "identity": name, "configuration": name, "overrides": name.split(),
-            "mode": "closed", "level": level, "load": f"{level} users", "status": status, "reason": None,
-            "figures": figures, "intervals": dict.fromkeys(figures, spread), "device": "H100", "on_gpu": True,
-            "gpus": 2, "start": {}, "memory": {}, "buckets_config": {"decode_rows": [1, 2], "pages": None}, **more}
+    figures = {
+        "tpot_p99_ms": tpot,
+        "tpot_mean_ms": tpot,
+        "tpot_p50_ms": tpot,
+        "ttft_p50_ms": 5.0,
+        "ttft_p90_ms": 6.0,
+        "ttft_p99_ms": 7.0,
+        "e2e_mean_ms": 100 * tpot,
+        "tokens_per_s": throughput,
+        "tokens_per_s_per_gpu": throughput,
+        "tokens_per_s_per_user": 1e3 / tpot,
+        "errors": 0,
+    }
+    return {
+        "key": f"{name}{level}",
+        "identity": name,
+        "configuration": name,
+        "overrides": name.split(),
+        "mode": "closed",
+        "level": level,
+        "load": f"{level} users",
+        "status": status,
+        "reason": None,
+        "figures": figures,
+        "intervals": dict.fromkeys(figures, spread),
+        "device": "H100",
+        "on_gpu": True,
+        "gpus": 2,
+        "start": {},
+        "memory": {},
+        "buckets_config": {"decode_rows": [1, 2], "pages": None},
+        **more,
+    }
 
 
 ROWS = [
-    row("buckets=latency", 1, 2.0, 500), row("buckets=latency", 8, 4.001, 900), row("buckets=balanced", 8, 4.1, 850),
-    row("buckets=balanced", 64, 9.0, 4000), row("tp=2", 64, 1.0, 9000, "wrong"), row("tp=2", 8, 1.0, 900, "limits"),
+    row("buckets=latency", 1, 2.0, 500),
+    row("buckets=latency", 8, 4.001, 900),
+    row("buckets=balanced", 8, 4.1, 850),
+    row("buckets=balanced", 64, 9.0, 4000),
+    row("tp=2", 64, 1.0, 9000, "wrong"),
+    row("tp=2", 8, 1.0, 900, "limits"),
 ]
 
 
 def test_the_front_is_what_nothing_without_fault_beats():
     assert [found["key"] for found in verdict.front(ROWS)] == [
-        "buckets=latency1", "buckets=latency8", "buckets=balanced64"]
+        "buckets=latency1",
+        "buckets=latency8",
+        "buckets=balanced64",
+    ]
 
 
 def test_choices_differ_by_enough_to_choose_between_them():
@@ -51,8 +84,9 @@ def test_the_verdict_names_a_target_and_a_command():
     assert none == ["No configuration can be recommended: tp=2: it did not start"]
 
 
-@pytest.mark.parametrize(("number", "said"), [(4.001, "4.01"), (4.0, "4"), (12.34, "12.4"), (1234.5, "1240"),
-                                              (0.01234, "0.0124")])
+@pytest.mark.parametrize(
+    ("number", "said"), [(4.001, "4.01"), (4.0, "4"), (12.34, "12.4"), (1234.5, "1240"), (0.01234, "0.0124")]
+)
 def test_a_target_is_never_below_what_was_measured(number, said):
     assert verdict.round_up(number) == said
 
@@ -77,7 +111,9 @@ def test_files_to_use_as_they_are():
     best = verdict.choices(ROWS)[-1]
     assert OmegaConf.create(verdict.buckets_yaml(best)) == {"decode_rows": [1, 2]}
     assert OmegaConf.create(verdict.kubernetes_values(best)) == {
-        "args": ["server.host=0.0.0.0", "buckets=balanced"], "resources": {"limits": {"nvidia.com/gpu": 2}}}
+        "args": ["server.host=0.0.0.0", "buckets=balanced"],
+        "resources": {"limits": {"nvidia.com/gpu": 2}},
+    }
     assert "resources" not in OmegaConf.create(verdict.kubernetes_values(best | {"on_gpu": False}))
 
 
@@ -85,8 +121,9 @@ def test_a_comparison_tells_what_lies_beyond_noise():
     old = [row("a", 1, 10.0), row("b", 1, 10.0), row("c"), row("d")]
     new = [row("a", 1, 9.0), row("b", 1, 10.13), row("c", status="failed", figures={}), row("e")]
     said = compare.changes(old, new)
-    assert said[0] == ("a · 1 users: tpot_p50_ms 10 → 9 (-10.0%, noise ±1.4%), "
-                       "tpot_p99_ms 10 → 9 (-10.0%, noise ±1.4%)")
+    assert said[0] == (
+        "a · 1 users: tpot_p50_ms 10 → 9 (-10.0%, noise ±1.4%), tpot_p99_ms 10 → 9 (-10.0%, noise ±1.4%)"
+    )
     assert said[1] == "b · 1 users: nothing beyond noise"
     assert said[2] == "c · 1 users: ok → failed"
     assert said[-2:] == ["e · 1 users: new", "d · 1 users: no longer there"]
@@ -99,9 +136,15 @@ def test_the_report_tells_every_row_and_its_page_needs_no_other_file(tmp_path):
     failed = row("tp=4", status="failed", reason="no GPU") | {"figures": {}}
     broke = row("tp=2", status="limits", reason="errors 1.0% > 0.0%", error="HTTP 500")
     environment = {"device": "H100", "gpus": [], "cores": 2, "commit": "abc", "python": "3.11", "packages": {}}
-    steps = {"buckets=latency": {"read_bandwidth": 2e12, "steps": [
-        {"kind": "decode", "size": 1, "ms": 1.0, "bytes": 1e9, "tokens_per_s": 1000, "share_of_floor": 0.5},
-        {"kind": "decode", "size": 4, "ms": 3.0, "bytes": 1e9, "tokens_per_s": 1333, "share_of_floor": 0.17}]}}
+    steps = {
+        "buckets=latency": {
+            "read_bandwidth": 2e12,
+            "steps": [
+                {"kind": "decode", "size": 1, "ms": 1.0, "bytes": 1e9, "tokens_per_s": 1000, "share_of_floor": 0.5},
+                {"kind": "decode", "size": 4, "ms": 3.0, "bytes": 1e9, "tokens_per_s": 1333, "share_of_floor": 0.17},
+            ],
+        }
+    }
     used = [{"kind": "decode", "size": 1, "steps": 500, "rows_used": 500, "rows_padded": 0}]
     rows = [ROWS[0] | {"buckets": used}, failed, broke]
     page = markdown(rows, SweepConfig(), environment, steps, ["pareto.png"], None)
@@ -121,12 +164,18 @@ def hydra():
         yield
 
 
-@pytest.mark.parametrize("given", [
-    [], ["buckets=latency", "tp=2"], ["model=gpt-oss-20b", "model.weights=random"],
-    ["model=gpt-oss-20b", "model.path='/models/it is, here'"], ["buckets.decode_rows=[1,2]", "kernels.dtype=float32"],
-    ["model=gpt-oss-120b", "model.weights=random", "buckets=small", "buckets.pages=7"],
-    ["server.api_key_file=/keys", "server.drain_seconds=1.5", "server.port=9000"],
-])
+@pytest.mark.parametrize(
+    "given",
+    [
+        [],
+        ["buckets=latency", "tp=2"],
+        ["model=gpt-oss-20b", "model.weights=random"],
+        ["model=gpt-oss-20b", "model.path='/models/it is, here'"],
+        ["buckets.decode_rows=[1,2]", "kernels.dtype=float32"],
+        ["model=gpt-oss-120b", "model.weights=random", "buckets=small", "buckets.pages=7"],
+        ["server.api_key_file=/keys", "server.drain_seconds=1.5", "server.port=9000"],
+    ],
+)
 def test_overrides_give_the_configuration_again(hydra, given):
     def made(arguments):
         composed = compose("config", overrides=arguments, return_hydra_config=True)
@@ -154,8 +203,12 @@ def test_what_cannot_fit_is_known_before_it_starts():
     gpu = {"name": "H100", "memory": 80 * 2**30}
 
     def fits(tp=1, gpus=1, experts=32, context=32768):
-        config = Config(model=ModelConfig("x", Weights.random), kernels=KernelsConfig(), tp=tp,
-                        buckets=BucketsConfig([1, 64], [2048], 16, context))
+        config = Config(
+            model=ModelConfig("x", Weights.random),
+            kernels=KernelsConfig(),
+            tp=tp,
+            buckets=BucketsConfig([1, 64], [2048], 16, context),
+        )
         config.model.random_shape.num_local_experts = experts
         return misfit(config, [gpu] * gpus)
 

@@ -7,10 +7,6 @@ from typing import Literal
 
 import msgspec
 
-MAX_TOP_LOGPROBS = 20
-MAX_LOGIT_BIAS = 300
-MAX_STOP_TOKENS = 20  # the model's own three included
-
 FinishReason = Literal["stop", "length", "error"]
 
 
