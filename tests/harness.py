@@ -20,6 +20,7 @@ from graphs.buffers import Buffers
 from graphs.capture import steps_for
 from graphs.plan import Chunk, PrefillStep
 from kernels import reference
+from kernels.ops import TokenPlaces
 
 GREEDY = {"max_tokens": 16, "seed": 0, "temperature": 0.0}
 CPU = torch.device("cpu")
@@ -133,7 +134,8 @@ class InProcess:
             self.buffers.words[:words] = staging.words[:words]
             inputs = self.buffers.inputs[bucket]
             self.buffers.install(inputs)
-            hidden = self.model.forward("prefill", self.buffers, inputs.tokens, inputs.positions, inputs.slots)
+            places = TokenPlaces(inputs.positions, inputs.slots)
+            hidden = self.model.forward("prefill", self.buffers, inputs.tokens, places)
             out.append(self.model.logits(hidden)[: len(tokens)].float())
         return torch.cat(out)
 
