@@ -13,7 +13,7 @@ from kernels import hopper
 from tests.harness import InProcess
 
 pytestmark = pytest.mark.gpu
-EACH = 40  # held-out examples of a skill
+EACH = 40  # held-out examples of a skill, at most
 
 
 def test_answers_to_held_out_questions_are_right():
@@ -32,8 +32,8 @@ def test_answers_to_held_out_questions_are_right():
     generated = engine.generate(*(document(e).prompt for e in examples), max_tokens=400, stop_token_ids=STOPS)
     answers = [read(e, tokens) for e, tokens in zip(examples, generated, strict=True)]
     assert all(answer.valid for answer in answers)
-    correct = Counter()
+    total, correct = Counter(e.skill for e in examples), Counter()
     for e, answer in zip(examples, answers, strict=True):
         correct[e.skill] += right(e, answer)
     assert correct.total() >= 0.97 * len(examples), correct
-    assert all(correct[skill] >= 0.8 * EACH for skill in SKILLS), correct
+    assert all(correct[skill] >= 0.8 * total[skill] for skill in total), correct
