@@ -152,7 +152,7 @@ def build(config: Config, ranks: Ranks, device: torch.device) -> Engine:
         phases[name], began = time.perf_counter() - began, time.perf_counter()
 
     dtype = getattr(torch, config.kernels.dtype.name)
-    ops = kernels.choose(config.kernels.name, device, dtype)
+    ops = kernels.choose(config.kernels.name.value, device, dtype)
     shape, weights = _weights(config, ranks, device, dtype)
     buckets = Buckets.of(config.buckets.decode_rows, config.buckets.prefill_tokens, config.buckets.prefill_sequences)
     context = config.buckets.max_context
@@ -196,7 +196,7 @@ def build(config: Config, ranks: Ranks, device: torch.device) -> Engine:
         context,
         pages,
         torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        ops.__name__.removeprefix("kernels."),
+        ops.name,
         ranks.size,
         phases,
         memory,

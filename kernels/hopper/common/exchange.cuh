@@ -27,32 +27,33 @@ __device__ __forceinline__ void make_empty(unsigned long long& word) { word = ~0
 __device__ __forceinline__ void make_empty(uint4& word) { word = make_uint4(~0u, ~0u, ~0u, ~0u); }
 
 // The rank that is number `other` of all ranks but `rank`.
-__device__ __forceinline__ int other_rank(int other, int rank) { return other < rank ? other : other + 1; }
+__device__ __forceinline__ int other_rank(int other, int rank) { return other + (other >= rank); }
 
 // The other ranks' areas, in their order, for sending.
-template <typename Word>
 struct OtherAreas {
-    Word* at[RANKS];  // RANKS - 1 of them
+    char* at[RANKS];  // RANKS - 1 of them
 
     // `memories` holds addresses that never change: this may run before griddep_wait. offset: bytes.
     __device__ __forceinline__ void find(int other, const unsigned long long* memories, int offset, int rank) {
-        at[other] = reinterpret_cast<Word*>(memories[other_rank(other, rank)] + offset);
+        at[other] = reinterpret_cast<char*>(memories[other_rank(other, rank)]) + offset;
     }
-    __device__ __forceinline__ void send(int other, size_t place, Word word) const {
-        st_relaxed_sys(at[other] + place, word);
+    template <typename Word>
+    __device__ __forceinline__ void send(int other, size_t bytes, Word word) const {
+        st_relaxed_sys(reinterpret_cast<Word*>(at[other] + bytes), word);
     }
-    __device__ __forceinline__ void send_all(size_t place, Word word) const {
+    template <typename Word>
+    __device__ __forceinline__ void send_all(size_t bytes, Word word) const {
 #pragma unroll
-        for (int other = 0; other < RANKS - 1; ++other) send(other, place, word);
+        for (int other = 0; other < RANKS - 1; ++other) send(other, bytes, word);
     }
 };
 
-// An area of every rank's memory as this rank sees it.
+// An area of every rank's memory as this rank sees it. Places count in words.
 template <typename Word>
 struct Area {
     int rank;
     Word* own;
-    OtherAreas<Word> others;
+    OtherAreas others;
 
     Area() = default;
     // own_place, others_place: words from the area's beginning that places count from.
@@ -64,10 +65,16 @@ struct Area {
 #pragma unroll
         for (int other = 0; other < RANKS - 1; ++other) {
             others.find(other, memories, offset, rank);
-            others.at[other] += others_place;
+            others.at[other] += others_place * sizeof(Word);
         }
     }
     __device__ __forceinline__ int rank_of(int other) const { return other_rank(other, rank); }
+    __device__ __forceinline__ void send(int other, size_t place, Word word) const {
+        others.send(other, place * sizeof(Word), word);
+    }
+    __device__ __forceinline__ void send_all(size_t place, Word word) const {
+        others.send_all(place * sizeof(Word), word);
+    }
     __device__ __forceinline__ Word look(size_t place) const { return ld_relaxed_sys(own + place); }
     __device__ __forceinline__ Word wait(size_t place) const {
         Word word = look(place);
