@@ -27,7 +27,7 @@ __device__ __forceinline__ void make_empty(unsigned long long& word) { word = ~0
 __device__ __forceinline__ void make_empty(uint4& word) { word = make_uint4(~0u, ~0u, ~0u, ~0u); }
 
 // The rank that is number `other` of all ranks but `rank`.
-__device__ __forceinline__ int other_rank(int other, int rank) { return other + (other >= rank); }
+__device__ __forceinline__ int other_rank(int other, int rank) { return other < rank ? other : other + 1; }
 
 // The other ranks' areas, in their order, for sending.
 struct OtherAreas {
@@ -35,7 +35,7 @@ struct OtherAreas {
 
     // `memories` holds addresses that never change: this may run before griddep_wait. offset: bytes.
     __device__ __forceinline__ void find(int other, const unsigned long long* memories, int offset, int rank) {
-        at[other] = reinterpret_cast<char*>(memories[other_rank(other, rank)]) + offset;
+        at[other] = reinterpret_cast<char*>(memories[other_rank(other, rank)] + offset);
     }
     template <typename Word>
     __device__ __forceinline__ void send(int other, size_t bytes, Word word) const {

@@ -175,10 +175,10 @@ __device__ __forceinline__ uint4 ldmatrix_trans(unsigned at) {
 
 // Barriers ------------------------------------------------------------------------------------------------------------
 
-// Of `THREADS` threads of a block; __syncthreads is barrier 0.
-template <int THREADS>
+// Of so many threads of a block; __syncthreads is barrier 0.
+template <int BAR_THREADS>
 __device__ __forceinline__ void bar_sync(int barrier) {
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(BAR_THREADS) : "memory");
 }
 
 // An mbarrier in shared memory, by its address. A phase ends when `arrivals` threads have arrived and the bytes that
@@ -231,14 +231,21 @@ __device__ __forceinline__ void cluster_sync() {
 // Where this address in shared memory lies in the memory of block `block` of the cluster.
 __device__ __forceinline__ unsigned mapa(unsigned at, int block) {
     unsigned there;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(block));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(block));
+    return there;
+}
+
+template <int BLOCK>
+__device__ __forceinline__ unsigned mapa(unsigned at) {
+    unsigned there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "n"(BLOCK));
     return there;
 }
 
 template <typename T>
 __device__ __forceinline__ T* mapa(T* at, int block) {
     T* there;
-    asm volatile("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(at), "r"(block));
+    asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(at), "r"(block));
     return there;
 }
 

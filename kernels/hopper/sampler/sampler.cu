@@ -6,11 +6,11 @@
 // at 3.08 TB/s, 0.13 us for one row and 8.4 for 64, are far away: what counts is instructions, about 30 a logit for the
 // log probabilities, 60 more for noise, 10 and an atomic for each level of a filter's search.
 //
-// A row is a cluster of 8 blocks: its instructions are spread over 8 multiprocessors, and 16 rows run at once. A block
-// keeps its part of the adjusted logits (100 KB) in shared memory, so filters search there and no scratch memory is
-// written; blocks meet through distributed shared memory. What a row needs is decided from its parameters, alike in
-// every block of the cluster. Thread t owns logits t, t + 1024, ... of its block's part, and every reduction has one
-// order, so the same row gives the same bytes in any batch.
+// A row is a cluster of ROW_BLOCKS blocks: its instructions are spread over 8 multiprocessors, and 16 rows run at once.
+// A block takes a range of the vocabulary and keeps its adjusted logits (100 KB) in shared memory, so filters search
+// there and no scratch memory is written; blocks meet through distributed shared memory. What a row needs is decided
+// from its parameters, alike in every block of the cluster. Thread t owns logits t, t + THREADS, ... of its block's
+// range, and every reduction has one order, so the same row gives the same bytes in any batch.
 //
 // The likeliest tokens: each thread remembers its own best. The TOP best of these name the only threads that can own
 // one of the block's TOP best tokens, so just their logits are read again; places in the order are found by counting
@@ -20,16 +20,19 @@
 // least the target: a search over histograms of integers. Its first digit is the distance from the best in eighths,
 // which spreads logits over many bins and so over many banks; the other four are those of the logit's order.
 //
-// With RANKS > 1 each rank has a range of the vocabulary, and its cluster handles that: no logits are gathered. What
-// the blocks of a cluster tell each other, the ranks do as well, as norm.cu's kernels do, without flags, through an
-// area of each rank's memory: the best scaled logit where a row has filters, the histograms' sums at each level of a
-// search (2 KB), and at the end the best tokens, the sum of exp and the token a rank would draw, TOP + 3 words. A word
-// has its own place for the whole kernel; block 0 makes those that were used EMPTY when all blocks have read. The
-// exchanges through norm.cu's areas lie between this kernel's and its next one's.
+// With RANKS > 1 each rank has a shard of the vocabulary, and its cluster handles that: no logits are gathered. What
+// the blocks of a cluster send each other, the ranks do as well, through the exchange area of common/exchange.cuh: the
+// best scaled logit where a row has filters, the histograms' sums at each level of a search (2 KB), and at the end the
+// best tokens, the sum of exp and the token a rank would draw, TOP + 3 words. A word has its own place for the whole
+// kernel; block 0 makes those that were used empty when all blocks have read them. The exchanges of the forward lie
+// between this kernel's and its next one's.
+//
+// Macros, from kernels/hopper/sampler/__init__.py: BF16, TOP, RANKS; BIAS_ENTRIES of a row; ROW_BLOCKS and THREADS;
+// LEVELS and BINS of a search; WORDS of a row from a rank in the exchange area, where histograms come first, and from
+// WORD_PEAK, WORD_BEST, WORD_SUM, WORD_DRAWN and WORD_LOGIT on what follows them.
 
-#if !defined(RANKS)
-#error "RANKS: that share the vocabulary"
-#endif
+#include "common/exchange.cuh"
+#include "common/ptx.cuh"
 
 namespace {
 
@@ -37,31 +40,52 @@ using uint8_t = unsigned char;  // NVRTC has no headers to offer
 using uint32_t = unsigned;
 using uint64_t = unsigned long long;
 
-constexpr int BLOCKS = 8;  // of a row
-constexpr int THREADS = 1024;
 constexpr int WARPS = THREADS / 32;
-constexpr int UNROLL = 4;   // logits a thread loads at once
-constexpr int BINS = 256;   // of a histogram: a digit of 8 bits
-constexpr int LEVELS = 5;   // digits of a search: the distance from the best, then 32 bits of order
+constexpr int UNROLL = 4;         // logits a thread loads at once
 constexpr float PER_UNIT = 8.0f;  // bins of the first digit to a difference of 1
 constexpr uint32_t ALL = 0xFFFFFFFF;
 constexpr float MOST = 0x1.fffffep127f;  // the largest finite float
-#define INFINITE __uint_as_float(0x7F800000u)
-constexpr uint64_t EMPTY = ~0ull;  // no count, sum or key that is sent
 
-// Words of a row from a rank: histograms of top_k's and of top_p's search, and what follows them.
-enum Word { HISTOGRAMS = 0, PEAK = 2 * LEVELS * BINS, BEST, SUM = BEST + TOP, DRAWN, LOGIT, WORDS };
-
-static_assert(BINS / 32 == BLOCKS, "a warp's bins of a block's histogram are one block's to send");
+static_assert(BINS / 32 == ROW_BLOCKS, "a warp's bins of a block's histogram are one block's to send");
 static_assert(RANKS * TOP <= THREADS, "a thread takes one of the best tokens of all ranks");
 static_assert(TOP <= WARPS, "the bound on a block's best tokens comes from the best of its warps");
 static_assert(BIAS_ENTRIES <= THREADS, "a thread takes one bias entry");
 
 #if BF16
-using Logit = unsigned short;  // its bits
+using Logit = bf16;
 #else
 using Logit = float;
 #endif
+
+// The sampling parameters of all slots, and the tokens so far.
+struct State {
+    const float *temperature, *top_p, *min_p, *repetition, *frequency, *presence;
+    const int* top_k;
+    const uint32_t* seed;
+    const int* bias_ids;
+    const float* bias_values;
+    const int *bias_until, *output_counts;
+    const uint8_t* in_prompt;
+};
+
+// Those of one row.
+struct Row {
+    int slot, position;
+    float temperature, top_p, min_p, repetition, frequency, presence;
+    int top_k;
+    bool drawn, by_count, by_mass, filtered, penalized;
+
+    __device__ __forceinline__ Row(const State& state, int slot, int position, int vocab)
+        : slot(slot), position(position), temperature(state.temperature[slot]), top_p(state.top_p[slot]),
+          min_p(state.min_p[slot]), repetition(state.repetition[slot]), frequency(state.frequency[slot]),
+          presence(state.presence[slot]), top_k(state.top_k[slot]) {
+        drawn = temperature > 0.0f;
+        by_count = drawn && top_k > 0 && top_k < vocab, by_mass = drawn && top_p < 1.0f;
+        filtered = by_count || by_mass || (drawn && min_p > 0.0f);
+        // The padding slot's repetition is 0.
+        penalized = (repetition > 0.0f && repetition != 1.0f) || frequency != 0.0f || presence != 0.0f;
+    }
+};
 
 struct Search {
     int digit;
@@ -69,11 +93,11 @@ struct Search {
 };
 
 struct Shared {
-    uint64_t top[BLOCKS][TOP];  // in block 0: the best tokens of every block
-    uint64_t drawn[BLOCKS];     // in block 0: the token every block would draw
-    float2 sums[BLOCKS];        // in block 0: every block's largest logit and sum of exp(logit - largest)
-    float peaks[BLOCKS];        // in every block: every block's largest scaled logit
-    uint2 histogram[2][BINS];   // low and high words; a level's is read by others while the next one is filled
+    uint64_t top[ROW_BLOCKS][TOP];  // in block 0: the best tokens of every block
+    uint64_t drawn[ROW_BLOCKS];     // in block 0: the token every block would draw
+    float2 sums[ROW_BLOCKS];        // in block 0: every block's largest logit and sum of exp(logit - largest)
+    float peaks[ROW_BLOCKS];        // in every block: every block's largest scaled logit
+    uint2 histogram[2][BINS];       // low and high words; a level's is read by others while the next one is filled
     uint64_t warp_keys[WARPS];
     float2 warp_sums[WARPS];
     uint64_t groups[TOP * 32];  // best tokens of threads that may own one of the block's best
@@ -86,74 +110,41 @@ struct Shared {
     uint64_t ranks_top[RANKS][TOP];  // in block 0: the best tokens of every rank
 };
 
-// A block's part of a row.
-struct Part {
+// A block's range of a row.
+struct Range {
     const Logit* logits;
     int begin, count;  // first token, of the whole vocabulary, and number of tokens
     int block;
 };
 
-// Where the ranks write for a row, [RANKS][rows][WORDS] words, as this one sees it. `other` counts the others in their
-// order.
-struct Area {
-    int rank;
-    size_t of_rank, of_row;  // words from one rank's to the next one's, and up to the row
-    uint64_t* own;
-    uint64_t* others[RANKS];
+// Where the ranks write for a row, [RANKS][rows][WORDS] words, as this one sees it.
+struct Exchange {
+    size_t of_rank;  // words from one rank's to the next one's
+    Area<uint64_t> area;
 
-    __device__ __forceinline__ Area(const uint64_t* memories, int offset, int own_rank, int row, int rows)
-        : rank(own_rank), of_rank(size_t(rows) * WORDS), of_row(size_t(row) * WORDS) {
-        if (RANKS == 1) return;
-        own = reinterpret_cast<uint64_t*>(memories[rank] + offset) + of_row;
-#pragma unroll
-        for (int i = 0; i < RANKS - 1; i++)
-            others[i] = reinterpret_cast<uint64_t*>(memories[rank_of(i)] + offset) + rank * of_rank + of_row;
-    }
-    __device__ __forceinline__ int rank_of(int other) const { return other < rank ? other : other + 1; }
+    __device__ __forceinline__ Exchange(const uint64_t* memories, int offset, int rank, int row, int rows)
+        : of_rank(size_t(rows) * WORDS),
+          area(memories, offset, rank, size_t(row) * WORDS, rank * of_rank + size_t(row) * WORDS) {}
     __device__ __forceinline__ void send(int word, uint64_t value) const {
-        value = min(value, EMPTY - 1);  // the key of a NaN, if anything
-#pragma unroll
-        for (int i = 0; i < RANKS - 1; i++)
-            asm volatile("st.relaxed.sys.global.u64 [%0], %1;" :: "l"(others[i] + word), "l"(value) : "memory");
+        area.send_all(word, min(value, ~0ull - 1));  // never the empty word, which is the key of a NaN if of anything
     }
+    // From the `other`-th of the other ranks.
     __device__ __forceinline__ uint64_t wait(int other, int word) const {
         uint64_t value;
         do
-            asm volatile("ld.relaxed.sys.global.u64 %0, [%1];"
-                         : "=l"(value) : "l"(own + rank_of(other) * of_rank + word) : "memory");
-        while (value == EMPTY);
+            value = area.look(area.rank_of(other) * of_rank + word);
+        while (!has_come(value));
         return value;
     }
     __device__ __forceinline__ void empty(int word) const {
 #pragma unroll
-        for (int i = 0; i < RANKS - 1; i++) own[rank_of(i) * of_rank + word] = EMPTY;
+        for (int i = 0; i < RANKS - 1; i++) area.empty(area.rank_of(i) * of_rank + word);
     }
 };
 
-__device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
-__device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
-
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
-
-__device__ __forceinline__ void cluster_sync() {
-    cluster_arrive();
-    cluster_wait();
-}
-
-// Where `here`, in this block's shared memory, lies in that of another block of the cluster.
-template <typename T>
-__device__ __forceinline__ T* in_block(T* here, int block) {
-    T* there;
-    asm volatile("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(here), "r"(block));
-    return there;
-}
-
 __device__ __forceinline__ float load(const Logit* at) {
 #if BF16
-    return __uint_as_float(uint32_t(*at) << 16);
+    return widen(*at);
 #else
     return *at;
 #endif
@@ -208,9 +199,9 @@ __device__ int greater_than(uint64_t key, const uint64_t* keys, int count) {
     return greater;
 }
 
-// Put the part's TOP best tokens, in order, into block 0. `best` is the thread's best token, 0 where it has none;
+// Put the range's TOP best tokens, in order, into block 0. `best` is the thread's best token, 0 where it has none;
 // `candidates` has room for all tokens of TOP threads.
-__device__ void find_top(Shared& shared, uint64_t* candidates, const Part& part, uint64_t best) {
+__device__ void find_top(Shared& shared, uint64_t* candidates, const Range& range, uint64_t best) {
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     const uint64_t of_warp = warp_max(best);
     if (lane == 0) shared.warp_keys[warp] = of_warp;
@@ -236,15 +227,15 @@ __device__ void find_top(Shared& shared, uint64_t* candidates, const Part& part,
     }
     __syncthreads();
     if (warp < TOP && shared.owners[warp] != 0) {
-        const int owner = (token_of(shared.owners[warp]) - part.begin) % THREADS;
-        for (int at = owner + lane * THREADS; at < part.count; at += 32 * THREADS) {
-            const uint64_t key = key_of(load(part.logits + at), part.begin + at);
+        const int owner = (token_of(shared.owners[warp]) - range.begin) % THREADS;
+        for (int at = owner + lane * THREADS; at < range.count; at += 32 * THREADS) {
+            const uint64_t key = key_of(load(range.logits + at), range.begin + at);
             if (key >= shared.bound) candidates[atomicAdd(&shared.best_count, 1)] = key;
         }
     }
     __syncthreads();
     const int count = shared.best_count;
-    uint64_t* out = in_block(shared.top[part.block], 0);
+    uint64_t* out = mapa(shared.top[range.block], 0);
     if (thread < TOP && thread >= count) out[thread] = 0;
     for (int i = thread; i < count; i += THREADS) {
         const int place = greater_than(candidates[i], candidates, count);
@@ -252,7 +243,7 @@ __device__ void find_top(Shared& shared, uint64_t* candidates, const Part& part,
     }
 }
 
-// Add to the part's logits the bias entries collected in `shared`; `mine`: this thread's entry is one of them. Entries
+// Add to the range's logits the bias entries collected in `shared`; `mine`: this thread's entry is one of them. Entries
 // of one token are added in order, by the thread of the first.
 __device__ void add_bias(const Shared& shared, float* values, bool mine) {
     if (!mine) return;
@@ -271,13 +262,12 @@ __device__ __forceinline__ int distance_digit(float x, float peak) {
     return BINS - 1 - int(fminf((peak - x) * PER_UNIT, float(BINS - 1)));
 }
 
-// The largest t such that the row's logits of order >= t have a count of at least top_k, or (MASS) a mass of at least
-// the share top_p of the mass of all of order >= least. `turn` is the histogram to fill first.
+// The largest t such that the row's logits of order >= t have a count of at least top_k, or (MASS) top_p of the mass of all
+// logits of order >= least. `turn` is the histogram to fill first.
 template <bool MASS>
 __device__ uint32_t threshold(
-    Shared& shared, const float* values, const Part& part, float peak, uint32_t least, int top_k, float top_p,
-    int& turn, const Area& area
-) {
+    Shared& shared, const float* values, const Range& range, float peak, uint32_t least, int top_k, float top_p,
+    int& turn, const Exchange& exchange) {
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     uint64_t target = MASS ? 0 : top_k;
     uint32_t prefix = 0;  // digits of the order found so far
@@ -287,7 +277,7 @@ __device__ uint32_t threshold(
         const int shift = 32 - 8 * level;  // of the level's digit in the order
         if (thread < BINS) histogram[thread] = make_uint2(0, 0);
         __syncthreads();
-        for (int at = thread; at < part.count; at += THREADS) {
+        for (int at = thread; at < range.count; at += THREADS) {
             const float x = values[at];
             const uint32_t order = order_of(x);
             int digit = distance_digit(x, peak);
@@ -309,14 +299,14 @@ __device__ uint32_t threshold(
         cluster_sync();
         uint64_t here = 0, reached = 0;  // the row's mass in this thread's bin, and from the top down to it
         if (thread < BINS) {
-            for (int block = 0; block < BLOCKS; block++) {
-                const uint2 bin = *in_block(&histogram[BINS - 1 - thread], block);
+            for (int block = 0; block < ROW_BLOCKS; block++) {
+                const uint2 bin = *mapa(&histogram[BINS - 1 - thread], block);
                 here += uint64_t(bin.y) << 32 | bin.x;
             }
-            const int word = HISTOGRAMS + (int(MASS) * LEVELS + level) * BINS + thread;
-            if (warp == part.block) area.send(word, here);
+            const int word = (int(MASS) * LEVELS + level) * BINS + thread;
+            if (warp == range.block) exchange.send(word, here);
 #pragma unroll
-            for (int i = 0; i < RANKS - 1; i++) here += area.wait(i, word);
+            for (int i = 0; i < RANKS - 1; i++) here += exchange.wait(i, word);
             reached = here;
             for (int apart = 1; apart < 32; apart *= 2) {
                 const uint64_t above = __shfl_up_sync(ALL, reached, apart);
@@ -350,65 +340,35 @@ __device__ __forceinline__ uint32_t mix(uint32_t x) {
     return x ^ x >> 15;
 }
 
-}  // namespace
 
-// A cluster a row: grid (BLOCKS, R). Row r's parameters are those of slot slots[r]. `values` in shared memory takes the
-// block's part, and behind it the candidates for the best tokens.
-extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THREADS, 1) sample(
-    const Logit* logits, const int* slots, const int* positions,
-    const float* temperatures, const int* top_ks, const float* top_ps,
-    const float* min_ps, const float* repetitions, const float* frequencies,
-    const float* presences, const uint32_t* seeds, const int* bias_ids,
-    const float* bias_values, const int* bias_until, const int* output_counts,
-    const uint8_t* in_prompt, int* tokens, float* logprobs,
-    int* top_ids, float* top_logprobs, int vocab, int part_size, int first_token, int shard, int stride,
-    const uint64_t* memories, int offset, int rank
-) {
-    extern __shared__ __align__(16) float values[];  // [part_size]
-    __shared__ Shared shared;
-    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-    Part part;
-    part.block = blockIdx.x;
-    const int begin = min(part.block * part_size, shard);
-    part.begin = first_token + begin;
-    part.count = min(part_size, shard - begin);
-    part.logits = logits + size_t(blockIdx.y) * stride + begin;
-    const Area area(memories, offset, rank, blockIdx.y, gridDim.y);
-    uint64_t* const candidates = reinterpret_cast<uint64_t*>(values + part_size);
-    cluster_arrive();  // waited for before the first write to another block: by then all have started
-    wait_for_previous();
-    let_next_start();
-
-    const int slot = slots[blockIdx.y], position = positions[blockIdx.y];
-    const float temperature = temperatures[slot], top_p = top_ps[slot], min_p = min_ps[slot];
-    const float repetition = repetitions[slot], frequency = frequencies[slot], presence = presences[slot];
-    const int top_k = top_ks[slot];
-    const bool drawn = temperature > 0.0f;
-    const bool by_count = drawn && top_k > 0 && top_k < vocab, by_share = drawn && top_p < 1.0f;
-    const bool filtered = by_count || by_share || (drawn && min_p > 0.0f);
-    // The spare slot's repetition is 0.
-    const bool penalized = (repetition > 0.0f && repetition != 1.0f) || frequency != 0.0f || presence != 0.0f;
-    const size_t state = size_t(slot) * vocab + part.begin;
-
+// Collect the row's bias entries that count for this range in `shared` -> whether this thread's is one of them.
+__device__ __forceinline__ bool collect_bias(Shared& shared, const State& state, const Row& row, const Range& range) {
     bool biased = false;
-    if (thread < BIAS_ENTRIES) {
-        const int entry = slot * BIAS_ENTRIES + thread, at = bias_ids[entry] - part.begin;
-        biased = position < bias_until[entry] && at >= 0 && at < part.count;
-        shared.bias_ids[thread] = biased ? at : -1;
-        shared.bias_values[thread] = bias_values[entry];
+    if (threadIdx.x < BIAS_ENTRIES) {
+        const int entry = row.slot * BIAS_ENTRIES + threadIdx.x, at = state.bias_ids[entry] - range.begin;
+        biased = row.position < state.bias_until[entry] && at >= 0 && at < range.count;
+        shared.bias_ids[threadIdx.x] = biased ? at : -1;
+        shared.bias_values[threadIdx.x] = state.bias_values[entry];
     }
+    return biased;
+}
 
-    // Read the part once: the sum of exp, the thread's best token, the penalties.
+// Read the range once: to `values` with penalties. -> the thread's largest logit and sum of exp; and its best token, 0
+// where it has none.
+__device__ __forceinline__ float2 read_logits(const State& state, const Row& row, const Range& range, int vocab,
+                                              float* values, uint64_t& best_key) {
+    const int thread = threadIdx.x;
+    const size_t counts = size_t(row.slot) * vocab + range.begin;
     float2 sum = make_float2(-MOST, 0.0f);  // finite: exp of a difference of infinities is not a number
-    float best = -INFINITE;
+    float best = minus_infinity();
     int best_at = thread;
-    for (int first = thread; first < part.count; first += UNROLL * THREADS) {
+    for (int first = thread; first < range.count; first += UNROLL * THREADS) {
         float x[UNROLL];
         float largest = sum.x;
 #pragma unroll
         for (int i = 0; i < UNROLL; i++) {
             const int at = first + i * THREADS;
-            x[i] = at < part.count ? load(part.logits + at) : -INFINITE;
+            x[i] = at < range.count ? load(range.logits + at) : minus_infinity();
         }
 #pragma unroll
         for (int i = 0; i < UNROLL; i++) largest = fmaxf(largest, x[i]);
@@ -421,141 +381,204 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THRE
                 best = x[i];
                 best_at = at;
             }
-            if (at >= part.count) continue;
+            if (at >= range.count) continue;
             float value = x[i];
-            if (penalized) {
-                const int written = output_counts[state + at];
-                if (written > 0 || in_prompt[state + at] > 0)
-                    value = value > 0.0f ? value / repetition : value * repetition;
+            if (row.penalized) {
+                const int written = state.output_counts[counts + at];
+                if (written > 0 || state.in_prompt[counts + at] > 0)
+                    value = value > 0.0f ? value / row.repetition : value * row.repetition;
                 // No fused multiply-add: equal logits of the reference stay equal.
-                value = __fsub_rn(value, __fmul_rn(frequency, float(written)));
-                value = __fsub_rn(value, written > 0 ? presence : 0.0f);
+                value = __fsub_rn(value, __fmul_rn(row.frequency, float(written)));
+                value = __fsub_rn(value, written > 0 ? row.presence : 0.0f);
             }
             values[at] = value;
         }
     }
+    best_key = thread < range.count ? key_of(best, range.begin + best_at) : 0;
+    return sum;
+}
+
+// Temperature and filters for a row that is drawn -> the order that a logit must reach to be left; `peak` becomes the
+// row's largest scaled logit where it has filters.
+__device__ __forceinline__ uint32_t filter(Shared& shared, const Row& row, const Range& range, const Exchange& exchange,
+                                           float* values, float& peak) {
+    const int thread = threadIdx.x;
+    uint32_t least = 0;
+    float largest = minus_infinity();
+    for (int at = thread; at < range.count; at += THREADS) {
+        const float scaled = values[at] / row.temperature;
+        values[at] = scaled;
+        largest = fmaxf(largest, scaled);
+    }
+    if (row.filtered) {
+        largest = of_order(uint32_t(block_max(shared, uint64_t(order_of(largest)) << 32) >> 32));
+        if (thread < ROW_BLOCKS) *mapa(&shared.peaks[range.block], thread) = largest;
+        cluster_sync();
+        peak = shared.peaks[0];
+        for (int block = 1; block < ROW_BLOCKS; block++) peak = fmaxf(peak, shared.peaks[block]);
+        if (range.block == 0 && thread == 0) exchange.send(WORD_PEAK, order_of(peak));
+#pragma unroll
+        for (int i = 0; i < RANKS - 1; i++) peak = fmaxf(peak, of_order(uint32_t(exchange.wait(i, WORD_PEAK))));
+    }
+    int turn = 0;
+    if (row.by_count) least = threshold<false>(shared, values, range, peak, 0, row.top_k, 1.0f, turn, exchange);
+    // Nothing below top_k's threshold can be the threshold of top_p, which is a share of the mass that top_k left.
+    if (row.by_mass) least = threshold<true>(shared, values, range, peak, least, 0, row.top_p, turn, exchange);
+    return least;
+}
+
+// The range's token of the largest logit, with noise where the row is drawn -> the thread's best, 0 where it has none.
+// Most logits cannot win whatever the last bits of their noise: noise = -log(-log1p(-u)) <= -log(u), which costs little
+// when approximate.
+__device__ __forceinline__ uint64_t draw(const State& state, const Row& row, const Range& range, const float* values,
+                                         uint32_t least, float peak) {
+    const int thread = threadIdx.x;
+    const uint32_t low = state.seed[2 * row.slot], high = state.seed[2 * row.slot + 1];
+    const uint32_t key = mix(mix(low + uint32_t(row.position) * 0x1E3779B1u) ^ high);
+    const uint32_t second = mix(key ^ 0x5BD1E995u);
+    float to_beat = minus_infinity();  // the warp's best
+    float best = minus_infinity();
+    int best_at = thread;
+    for (int first = 0; first < range.count; first += THREADS) {
+        const int at = first + thread;
+        float value = at < range.count ? values[at] : minus_infinity();
+        if (row.drawn) {
+            const uint32_t bits = mix(mix(uint32_t(range.begin + at) ^ key) + second);
+            const float uniform = (float(bits) + 0.5f) * 0x1p-32f;
+            const bool kept = order_of(value) >= least && (row.min_p <= 0.0f || expf(value - peak) >= row.min_p);
+            if (kept && value + (1e-3f - __logf(uniform)) >= to_beat)
+                value += -logf(-log1pf(-uniform));
+            else
+                value = minus_infinity();
+        }
+        if (value > best) {
+            best = value;
+            best_at = at;
+        }
+        if (row.drawn) to_beat = of_order(__reduce_max_sync(ALL, order_of(best)));
+    }
+    return thread < range.count ? key_of(best, range.begin + best_at) : 0;
+}
+
+// Of all ranks, in block 0: the sum of exp, the best tokens (to `ranks_top`), and the drawn token with its logit.
+__device__ __forceinline__ float2 meet_ranks(Shared& shared, const Row& row, const Exchange& exchange, float2 sum,
+                                             uint64_t& token, float& logit) {
+    const int thread = threadIdx.x, rank = exchange.area.rank;
+    const uint64_t* tops = &shared.top[0][0];
+    uint64_t* const own_top = shared.ranks_top[rank];
+    if (thread < TOP) own_top[thread] = 0;
+    __syncthreads();
+    if (thread < ROW_BLOCKS * TOP) {
+        const int place = greater_than(tops[thread], tops, ROW_BLOCKS * TOP);
+        if (tops[thread] != 0 && place < TOP) own_top[place] = tops[thread];
+    }
+    __syncthreads();
+    if (thread < TOP) exchange.send(WORD_BEST + thread, own_top[thread]);
+    if (thread == 0) {
+        exchange.send(WORD_SUM, uint64_t(__float_as_uint(sum.y)) << 32 | __float_as_uint(sum.x));
+        exchange.send(WORD_DRAWN, token);
+        exchange.send(WORD_LOGIT, __float_as_uint(logit));
+    }
+    if (thread < RANKS * TOP && thread / TOP != rank) {
+        const int of = thread / TOP;
+        shared.ranks_top[of][thread % TOP] = exchange.wait(of - (of > rank), WORD_BEST + thread % TOP);
+    }
+    if (thread == 0) {
+        float2 all;
+        for (int of = 0; of < RANKS; of++) {  // the same order on every rank
+            float2 more = sum;
+            if (of != rank) {
+                const int other = of - (of > rank);
+                const uint64_t bits = exchange.wait(other, WORD_SUM), drawn_there = exchange.wait(other, WORD_DRAWN);
+                const float its_logit = __uint_as_float(uint32_t(exchange.wait(other, WORD_LOGIT)));
+                more = make_float2(__uint_as_float(uint32_t(bits)), __uint_as_float(uint32_t(bits >> 32)));
+                if (drawn_there > token) token = drawn_there, logit = its_logit;
+            }
+            all = of == 0 ? more : merge(all, more);
+        }
+        shared.sums[0] = all;
+    }
+    __syncthreads();
+    return shared.sums[0];
+}
+
+}  // namespace
+
+// A cluster a row: grid (ROW_BLOCKS, R). Row r's parameters are those of slot slots[r]. The rank's shard of the
+// vocabulary is `shard` tokens from first_token on, of which a block takes range_size; rows of logits are `stride`
+// apart. `values` in shared memory takes the block's range, and behind it the candidates for the best tokens.
+extern "C" __global__ void __cluster_dims__(ROW_BLOCKS, 1, 1) __launch_bounds__(THREADS, 1) sample(
+    const Logit* logits, const int* slots, const int* positions, const float* temperatures, const int* top_ks,
+    const float* top_ps, const float* min_ps, const float* repetitions, const float* frequencies,
+    const float* presences, const uint32_t* seeds, const int* bias_ids, const float* bias_values,
+    const int* bias_until, const int* output_counts, const uint8_t* in_prompt, int* tokens, float* logprobs,
+    int* top_ids, float* top_logprobs, int vocab, int range_size, int first_token, int shard, int stride,
+    const uint64_t* memories, int offset, int rank) {
+    extern __shared__ __align__(16) float values[];  // [range_size]
+    __shared__ Shared shared;
+    griddep_wait_first();
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+    const State state{temperatures, top_ps,      min_ps,     repetitions,   frequencies, presences, top_ks,
+                      seeds,        bias_ids,    bias_values, bias_until,   output_counts, in_prompt};
+    Range range;
+    range.block = blockIdx.x;
+    const int begin = min(range.block * range_size, shard);
+    range.begin = first_token + begin;
+    range.count = min(range_size, shard - begin);
+    range.logits = logits + size_t(blockIdx.y) * stride + begin;
+    const Exchange exchange(memories, offset, rank, blockIdx.y, gridDim.y);
+    uint64_t* const candidates = reinterpret_cast<uint64_t*>(values + range_size);
+    cluster_arrive();  // waited for before the first write to another block: by then all have started
+    griddep_wait();
+    griddep_launch_dependents();
+
+    const Row row(state, slots[blockIdx.y], positions[blockIdx.y], vocab);
+    const bool biased = collect_bias(shared, state, row, range);
+    uint64_t best;
+    float2 sum = read_logits(state, row, range, vocab, values, best);
     cluster_wait();
 
     sum = warp_merge(sum);
     if (lane == 0) shared.warp_sums[warp] = sum;
-    find_top(shared, candidates, part, thread < part.count ? key_of(best, part.begin + best_at) : 0);
+    find_top(shared, candidates, range, best);
     if (warp == 0) {  // the barriers of find_top lie between
         sum = warp_merge(shared.warp_sums[lane]);
-        if (lane == 0) *in_block(&shared.sums[part.block], 0) = sum;
+        if (lane == 0) *mapa(&shared.sums[range.block], 0) = sum;
     }
     if (__syncthreads_or(biased)) {
         add_bias(shared, values, biased);
         __syncthreads();
     }
 
-    // Temperature and filters: what is left are logits of an order of at least `least`.
     uint32_t least = 0;
     float peak = 0.0f;
-    if (drawn) {
-        float largest = -INFINITE;
-        for (int at = thread; at < part.count; at += THREADS) {
-            const float scaled = values[at] / temperature;
-            values[at] = scaled;
-            largest = fmaxf(largest, scaled);
-        }
-        if (filtered) {
-            largest = of_order(uint32_t(block_max(shared, uint64_t(order_of(largest)) << 32) >> 32));
-            if (thread < BLOCKS) *in_block(&shared.peaks[part.block], thread) = largest;
-            cluster_sync();
-            peak = shared.peaks[0];
-            for (int block = 1; block < BLOCKS; block++) peak = fmaxf(peak, shared.peaks[block]);
-            if (part.block == 0 && thread == 0) area.send(PEAK, order_of(peak));
-#pragma unroll
-            for (int i = 0; i < RANKS - 1; i++) peak = fmaxf(peak, of_order(uint32_t(area.wait(i, PEAK))));
-        }
-        int turn = 0;
-        if (by_count) least = threshold<false>(shared, values, part, peak, 0, top_k, 1.0f, turn, area);
-        // Nothing below the threshold of top_k can be the threshold of a share of what top_k left.
-        if (by_share) least = threshold<true>(shared, values, part, peak, least, 0, top_p, turn, area);
-    }
-
-    // The largest logit, with noise where one is drawn. Most logits cannot win whatever the fine print of their noise:
-    // noise = -log(-log1p(-u)) <= -log(u), which costs little when approximate.
-    const uint32_t key = mix(mix(seeds[2 * slot] + uint32_t(position) * 0x1E3779B1u) ^ seeds[2 * slot + 1]);
-    const uint32_t second = mix(key ^ 0x5BD1E995u);
-    float to_beat = -INFINITE;  // the warp's best
-    best = -INFINITE;
-    best_at = thread;
-    for (int first = 0; first < part.count; first += THREADS) {
-        const int at = first + thread;
-        float value = at < part.count ? values[at] : -INFINITE;
-        if (drawn) {
-            const uint32_t bits = mix(mix(uint32_t(part.begin + at) ^ key) + second);
-            const float uniform = (float(bits) + 0.5f) * 0x1p-32f;
-            const bool kept = order_of(value) >= least && (min_p <= 0.0f || expf(value - peak) >= min_p);
-            if (kept && value + (1e-3f - __logf(uniform)) >= to_beat)
-                value += -logf(-log1pf(-uniform));
-            else
-                value = -INFINITE;
-        }
-        if (value > best) {
-            best = value;
-            best_at = at;
-        }
-        if (drawn) to_beat = of_order(__reduce_max_sync(ALL, order_of(best)));
-    }
-    const uint64_t winner = block_max(shared, thread < part.count ? key_of(best, part.begin + best_at) : 0);
-    if (thread == 0) *in_block(&shared.drawn[part.block], 0) = winner;
+    if (row.drawn) least = filter(shared, row, range, exchange, values, peak);
+    const uint64_t winner = block_max(shared, draw(state, row, range, values, least, peak));
+    if (thread == 0) *mapa(&shared.drawn[range.block], 0) = winner;
     cluster_sync();
-    if (part.block != 0) return;
+    if (range.block != 0) return;
 
     sum = shared.sums[0];
     uint64_t token = shared.drawn[0];
-    for (int block = 1; block < BLOCKS; block++) {
+    for (int block = 1; block < ROW_BLOCKS; block++) {
         sum = merge(sum, shared.sums[block]);
         token = max(token, shared.drawn[block]);
     }
-    float logit = -INFINITE;
+    float logit = minus_infinity();
     if (thread == 0 && token != 0)
         logit = load(logits + size_t(blockIdx.y) * stride + token_of(token) - first_token);
     const uint64_t* tops = &shared.top[0][0];
-    int top_count = BLOCKS * TOP;
+    int top_count = ROW_BLOCKS * TOP;
     if (RANKS > 1) {
-        uint64_t* const own_top = shared.ranks_top[rank];
-        if (thread < TOP) own_top[thread] = 0;
-        __syncthreads();
-        if (thread < top_count) {
-            const int place = greater_than(tops[thread], tops, top_count);
-            if (tops[thread] != 0 && place < TOP) own_top[place] = tops[thread];
-        }
-        __syncthreads();
-        if (thread < TOP) area.send(BEST + thread, own_top[thread]);
-        if (thread == 0) {
-            area.send(SUM, uint64_t(__float_as_uint(sum.y)) << 32 | __float_as_uint(sum.x));
-            area.send(DRAWN, token);
-            area.send(LOGIT, __float_as_uint(logit));
-        }
-        if (thread < RANKS * TOP && thread / TOP != rank) {
-            const int of = thread / TOP;
-            shared.ranks_top[of][thread % TOP] = area.wait(of - (of > rank), BEST + thread % TOP);
-        }
-        if (thread == 0) {
-            float2 all;
-            for (int of = 0; of < RANKS; of++) {  // the same order on every rank
-                float2 more = sum;
-                if (of != rank) {
-                    const int other = of - (of > rank);
-                    const uint64_t bits = area.wait(other, SUM), drawn_there = area.wait(other, DRAWN);
-                    const float its_logit = __uint_as_float(uint32_t(area.wait(other, LOGIT)));
-                    more = make_float2(__uint_as_float(uint32_t(bits)), __uint_as_float(uint32_t(bits >> 32)));
-                    if (drawn_there > token) token = drawn_there, logit = its_logit;
-                }
-                all = of == 0 ? more : merge(all, more);
-            }
-            shared.sums[0] = all;
-        }
-        __syncthreads();
-        sum = shared.sums[0];
+        sum = meet_ranks(shared, row, exchange, sum, token, logit);
         tops = &shared.ranks_top[0][0];
         top_count = RANKS * TOP;
-        for (int word = thread; word < WORDS; word += THREADS)
-            if (word < LEVELS * BINS ? by_count : word < PEAK ? by_share : word == PEAK ? filtered : true)
-                area.empty(word);
+        for (int word = thread; word < WORDS; word += THREADS)  // those that this row used
+            if (word < LEVELS * BINS ? row.by_count
+                : word < WORD_PEAK   ? row.by_mass
+                : word == WORD_PEAK  ? row.filtered
+                                     : true)
+                exchange.empty(word);
     }
     const float log_sum = sum.x + logf(sum.y);
     if (thread == 0) {

@@ -1,62 +1,73 @@
-"""The start and the end of a step on Hopper: `kernels.reference.advance` and `emit`, one kernel each (step.cu)."""
+"""The start and the end of a step on Hopper: `kernels.reference.advance` and `emit`, one kernel each."""
 
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from kernels.build import Kernel, compile_module
+from kernels.build import load_kernel
+from kernels.ops import KvPages, Sampled, TokenCounts, TokenPlaces
 
-THREADS = 128
+FOLDER = Path(__file__).parent
+THREADS = 128  # of a block
 
 
-def advance(
-    slots: Tensor, positions: Tensor, new_pages: Tensor, page_table: Tensor, last_token: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`kernels.reference.advance`; every tensor int32 and contiguous."""
-    _check(slots, positions, new_pages, page_table, last_token)
-    rows, width = slots.shape[0], page_table.shape[1]
-    tokens, following = torch.empty_like(slots), torch.empty_like(slots)
-    arguments = (slots, positions, new_pages, page_table, last_token, tokens, following, rows, width)
-    _kernel("advance").launch(grid=(-(-rows // THREADS), 1, 1), block=THREADS, args=arguments)
-    return tokens, following
+def advance(tokens: TokenPlaces, new_pages: Tensor, pages: KvPages, last_token: Tensor) -> tuple[Tensor, Tensor]:
+    """As `KernelSet.advance` says; tensors contiguous. Raises ValueError otherwise."""
+    _check(tokens.slots, tokens.positions, new_pages, pages.table, last_token)
+    rows, table_width, page = tokens.slots.shape[0], pages.table.shape[1], pages.keys.shape[2]
+    computed, next_positions = torch.empty_like(tokens.slots), torch.empty_like(tokens.slots)
+    arguments = (
+        tokens.slots,
+        tokens.positions,
+        new_pages,
+        pages.table,
+        last_token,
+        computed,
+        next_positions,
+        rows,
+        table_width,
+    )
+    kernel = load_kernel(FOLDER / "advance.cu", "advance", advance_defines(page))
+    kernel.launch(grid=(-(-rows // THREADS), 1, 1), block=THREADS, args=arguments)
+    return computed, next_positions
 
 
 def emit(
-    slots: Tensor,
-    tokens: Tensor,
-    logprob: Tensor,
-    top_ids: Tensor,
-    top_logprobs: Tensor,
-    last_token: Tensor,
-    output_counts: Tensor,
-    outputs: Tensor,
+    sampled: Sampled, slots: Tensor, last_token: Tensor, counts: TokenCounts, outputs: Tensor
 ) -> None:
-    """`kernels.reference.emit`; logprob and top_logprobs float32, the others int32, all contiguous."""
-    logprob, top_logprobs = logprob.view(torch.int32), top_logprobs.view(torch.int32)
-    _check(slots, tokens, logprob, top_ids, top_logprobs, last_token, output_counts, outputs)
-    (rows, top), vocab, width = top_ids.shape, output_counts.shape[1], outputs.shape[1]
+    """As `KernelSet.emit` says; tensors contiguous. Raises ValueError otherwise."""
+    logprobs, top_logprobs = sampled.logprobs.view(torch.int32), sampled.top_logprobs.view(torch.int32)
+    _check(slots, sampled.tokens, logprobs, sampled.top_ids, top_logprobs, last_token, counts.output, outputs)
+    (rows, top), vocab, width = sampled.top_ids.shape, counts.output.shape[1], outputs.shape[1]
     arguments = (
         slots,
-        tokens,
-        logprob,
-        top_ids,
+        sampled.tokens,
+        logprobs,
+        sampled.top_ids,
         top_logprobs,
         last_token,
-        output_counts,
+        counts.output,
         outputs,
         rows,
         top,
         vocab,
         width,
     )
-    _kernel("emit").launch(grid=(-(-rows * 32 // THREADS), 1, 1), block=THREADS, args=arguments)
+    kernel = load_kernel(FOLDER / "emit.cu", "emit", emit_defines())
+    kernel.launch(grid=(-(-rows * 32 // THREADS), 1, 1), block=THREADS, args=arguments)
+
+
+def advance_defines(page: int) -> dict[str, int]:
+    """The macros of advance.cu, for pages of `page` tokens."""
+    return {"PAGE": page, "THREADS": THREADS}
+
+
+def emit_defines() -> dict[str, int]:
+    """The macros of emit.cu."""
+    return {"THREADS": THREADS}
 
 
 def _check(*tensors: Tensor) -> None:
     if any(tensor.dtype != torch.int32 or not tensor.is_contiguous() for tensor in tensors):
         raise ValueError(f"a step's state is contiguous int32, not {[(t.dtype, t.stride()) for t in tensors]}")
-
-
-def _kernel(name: str) -> Kernel:
-    return compile_module(Path(__file__).with_name("step.cu")).kernel(name)
