@@ -71,7 +71,9 @@ def fragments(host, packed):
     epilogue makes good."""
     tiles = packed.values[..., 0, 0].numel()
     a = torch.empty(tiles, 32, 4, 4, dtype=torch.int32)
-    host.fragments(*(ctypes.c_void_p(tensor.data_ptr()) for tensor in (packed.values, packed.scales)), tiles, pointer(a))
+    host.fragments(
+        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (packed.values, packed.scales)), tiles, pointer(a)
+    )
     halves = torch.stack((a << 16, a & -65536), -1).view(torch.float32).double()
     return halves.view(*packed.values.shape[:3], 32, 4, 4, 2) * host.deferred_scale()
 
