@@ -1,4 +1,4 @@
-"""The packed layout of the experts' weights, read by the kernels' own index functions and bit operations, on the CPU."""
+"""The packed layout of the experts' weights, read on the CPU by the kernels' own index functions and bit operations."""
 
 import ctypes
 

@@ -40,7 +40,6 @@ def test_an_operand_made_after_the_wait_is_right():
         ("MOV R39, R0", (39,)),  # a sum
         ("FADD R40, R24, R25", (24, 25)),
         ("STS [R1], R30", (30,)),
-        ("HGMMA.64x32x16.F32.BF16 R4, R48, gdesc[UR8], R4", (4, 5, 6, 7)),  # sums over another's operand
     ],
 )
 def test_an_instruction_that_touches_a_product_under_way_is_reported(instruction, registers):
@@ -65,6 +64,11 @@ def test_reading_an_operand_is_allowed(instruction):
 
 def test_products_may_follow_each_other_on_the_same_sums():
     assert hazards(PRODUCT, LAST, PRODUCT, LAST, WAIT) == []
+
+
+def test_a_products_sums_may_not_be_anothers_operand():
+    over_operand = "HGMMA.64x32x16.F32.BF16 R4, R48, gdesc[UR8], R4, gsb0"
+    assert hazards(LAST, over_operand, WAIT) == [(over_operand, (4, 5, 6, 7))]
 
 
 def test_a_wait_leaves_the_newest_groups_under_way():
