@@ -76,7 +76,7 @@ class Kernel:
         config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
         config.sharedMemBytes = self._shared_bytes
-        clusters = _check(driver.cuOccupancyMaxActiveClusters(self._function, config))
+        clusters = int(_check(driver.cuOccupancyMaxActiveClusters(self._function, config)))
         if clusters < 1:
             raise RuntimeError(f"no cluster of {blocks} blocks of {threads} threads fits this device")
         return clusters

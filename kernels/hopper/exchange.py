@@ -1,4 +1,4 @@
-"""How many rows an exchange area needs, and what a kernel takes to use one; common/exchange.cuh says how it does."""
+"""How many rows an exchange area needs, and a kernel's arguments for it; common/exchange.cuh says how it is used."""
 
 from torch import Tensor
 

@@ -25,7 +25,7 @@ def join(
     decode_rows, prefill_tokens, sequences: the most that a step has; a kernel refuses more. Raises UnsupportedError
     where the GPUs cannot reach each other's memory, or where the areas would be too large.
     """
-    rank, size = ranks.rank, ranks.size
+    size = ranks.size
     if size == 1:
         return Peers(ranks)
     rows = max(one_shot_rows(decode_rows, size), two_shot_rows(prefill_tokens, size))
@@ -40,12 +40,14 @@ def join(
             raise UnsupportedError("ranks", size, f"1, as GPU {device.index} cannot access GPU {other}'s memory")
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # nothing here multicasts
     own = symmetric_memory.empty(sum(sizes), dtype=torch.uint8, device=device)
-    shared = symmetric_memory.rendezvous(own, dist.group.WORLD)
+    group = dist.group.WORLD
+    assert group is not None  # `ranks` joined it
+    shared = symmetric_memory.rendezvous(own, group)
     own.fill_(EMPTY)
     torch.cuda.synchronize()
     ranks.smallest(0)  # nobody writes before all areas are empty
     addresses = [shared.get_buffer(peer, own.shape, own.dtype).data_ptr() for peer in range(size)]
     memories = torch.tensor(addresses, device=device)
-    offsets = accumulate(sizes, initial=0)
-    areas = [ExchangeArea(memories, offset, count) for offset, count in zip(offsets, sizes, strict=False)]
-    return Peers(ranks, *areas, mapped=(own, shared))
+    offsets = accumulate(sizes[:-1], initial=0)
+    attention, mlp, sampler = (ExchangeArea(memories, *area) for area in zip(offsets, sizes, strict=True))
+    return Peers(ranks, attention, mlp, sampler, mapped=(own, shared))

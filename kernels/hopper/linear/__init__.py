@@ -96,7 +96,7 @@ def pack(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
     tiles = torch.empty(*shape, dtype=weight.dtype, device=weight.device)
     as_given = tiles.view(*tiles.shape[:3], 8, 4, 2, 2, 2).permute(0, 6, 3, 1, 2, 5, 4, 7)  # strip h g step s p t e
     columns_apart = weight.view(rows, -1, 2, 2, 4, 2)  # step s p t e
-    as_given[:whole] = columns_apart[: whole * STRIP_ROWS].unflatten(0, (-1, 2, 8))
+    as_given[:whole] = columns_apart[: whole * STRIP_ROWS].view(whole, 2, 8, *columns_apart.shape[1:])
     for row in range(rows % STRIP_ROWS):
         as_given[whole, row // 8, row % 8] = columns_apart[whole * STRIP_ROWS + row]
     for row in range(rows % STRIP_ROWS or STRIP_ROWS, STRIP_ROWS):

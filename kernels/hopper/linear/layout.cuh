@@ -4,11 +4,7 @@
 // a packed tile; SPLITS the K splits; NARROW_PITCH bytes from one token of x to the next in a narrow block.
 #pragma once
 
-#ifdef __CUDACC__
-#define LAYOUT __host__ __device__ __forceinline__
-#else
-#define LAYOUT inline
-#endif
+#include "common/layout.cuh"
 
 constexpr int STEPS = COLUMNS / STEP_COLUMNS;              // of a strip
 constexpr int MOST_STEPS = (STEPS + SPLITS - 1) / SPLITS;  // of the longest split

@@ -21,7 +21,7 @@ def prefill_defines(columns: int) -> dict[str, int]:
 
 
 def prefill_linear(x: Tensor, weight: PackedLinear) -> Tensor:
-    """x [T, K] bf16 -> [T, N] bf16. Raises ValueError for an x that does not fit, or an N that 8 does not divide."""
+    """x [T, K] bf16 -> [T, N] bf16. Raises ValueError for an x that does not fit, and for N not a multiple of 8."""
     tokens = x.shape[0]
     check_input(x, weight)
     if weight.rows % 8:

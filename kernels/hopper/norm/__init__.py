@@ -97,7 +97,7 @@ def decode_add_norm_route(
 def prefill_add_norm_route(
     x: Tensor, delta: Tensor, norm: Norm, router: Router, peers: Peers
 ) -> tuple[Tensor, Tensor, Routing]:
-    """`decode_add_norm_route` for many tokens: sums as `prefill_add_norm`, routing by tensor cores. The bytes differ."""
+    """`decode_add_norm_route` for many tokens: sums as `prefill_add_norm`, routing by tensor cores. Bytes differ."""
     residual, out = _prefill_add_norm(x, delta.unsqueeze(1), norm, peers, peers.attention)
     tokens, hidden = out.shape
     experts, routing = _check_router(router, hidden), _empty_routing(x, router)

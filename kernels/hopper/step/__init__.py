@@ -33,9 +33,7 @@ def advance(tokens: TokenPlaces, new_pages: Tensor, pages: KvPages, last_token: 
     return computed, next_positions
 
 
-def emit(
-    sampled: Sampled, slots: Tensor, last_token: Tensor, counts: TokenCounts, outputs: Tensor
-) -> None:
+def emit(sampled: Sampled, slots: Tensor, last_token: Tensor, counts: TokenCounts, outputs: Tensor) -> None:
     """As `KernelSet.emit` says; tensors contiguous. Raises ValueError otherwise."""
     logprobs, top_logprobs = sampled.logprobs.view(torch.int32), sampled.top_logprobs.view(torch.int32)
     _check(slots, sampled.tokens, logprobs, sampled.top_ids, top_logprobs, last_token, counts.output, outputs)
