@@ -103,7 +103,9 @@ def write_table() -> None:
         paths = compile_units(all_units(), Path(folder))
         resources = {name: resources_of(path, disassemble(path)) for name, path in paths.items()}
     table = {"compiler": nvcc_version(), "resources": resources}
-    RESOURCES.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    text = json.dumps(table, indent=1, sort_keys=True)
+    text = re.sub(r"\{[^{}]*\}", lambda kernel: " ".join(kernel[0].split()), text)  # a kernel a line
+    RESOURCES.write_text(text + "\n")
 
 
 def _run(tool: str, *arguments: str) -> str:
