@@ -20,7 +20,7 @@ from torch import Tensor
 
 from demo import mxfp4
 from demo.checkpoint import DEMO, config_json
-from engine.checkpoint import CheckpointError
+from engine.architecture import CheckpointError
 from kernels.reference import dequantize
 
 SHIPPED = Path(__file__).with_name("model.safetensors")

@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 
 from conf.limits import ENDOFTEXT, RETURN
 from conf.schema import RandomShape
-from engine.checkpoint import Architecture, random_tensor, stored_names, tensor_specs
+from engine.architecture import Architecture
+from engine.checkpoint import stored_names
+from engine.weights import random_tensor, tensor_specs
 
 DEMO = Architecture.from_random_shape(
     RandomShape(

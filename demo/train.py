@@ -28,7 +28,7 @@ from demo.data import ROW, STOPS, document, index_of, rows, training, vocabulary
 from demo.evaluate import Answer, Ask, mistakes, read, report
 from demo.model import computed, generate, initial, loss
 from demo.skills import Example
-from engine.checkpoint import Architecture
+from engine.architecture import Architecture
 from engine.model import rope_tables
 
 WARM_UP = 0.03  # of the time

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from conf.limits import MAX_TOP_LOGPROBS
-from engine.checkpoint import Architecture, LayerWeights, ModelWeights
+from engine.architecture import Architecture
+from engine.weights import LayerWeights, ModelWeights
 from graphs.buckets import Bucket
 from graphs.buffers import Buffers, Inputs
 from kernels.ops import (

@@ -15,13 +15,13 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from conf.schema import ServerConfig
+from engine.tokenizer import Tokenizer
 from serve import chat, completions
 from serve.client import Engine
 from serve.generation import Service
 from serve.guard import Guard, read_keys
 from serve.metrics import Metrics
 from serve.protocol import ApiError, DetokenizeRequest, TokenizeRequest, check_tokens, parse
-from serve.text import Tokenizer
 
 CLIENT_GONE = 499  # nobody reads it; access logs know the number
 

@@ -16,11 +16,12 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 from engine.messages import Delta, FinishReason, TokenLogprobs
+from engine.tokenizer import Tokenizer
 from serve.generation import Service
 from serve.harmony import Call, Event, Function, Parser, Segment, Turn, any_call_header, call_header, render
 from serve.protocol import ApiError, ChatMessage, ChatRequest, NamedTool, Tool, check_tokens, parse, sampling_params
 from serve.stream import EventFormat, EventStream, collected
-from serve.text import StopStrings, StopWatch, Tokenizer
+from serve.text import StopStrings, StopWatch
 
 DEFAULT_EFFORT = "medium"
 MOST_CALLS = 128  # in a message; a model that goes on calling is not listened to

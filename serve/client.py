@@ -13,7 +13,8 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from engine.messages import Abort, Delta, FromEngine, Ready, SamplingParams, Stats, Submit
+from engine.messages import Abort, Delta, FromEngine, Ready, Stats, Submit
+from graphs.plan import SamplingParams
 
 
 class Deltas(Protocol):

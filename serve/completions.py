@@ -13,10 +13,11 @@ from starlette.types import Receive
 
 from conf.limits import FIRST_SPECIAL
 from engine.messages import Delta, FinishReason, Ready, TokenLogprobs
+from engine.tokenizer import Tokenizer
 from serve.generation import Service
 from serve.protocol import MAX_CHOICES, ApiError, CompletionRequest, check_tokens, parse, sampling_params
 from serve.stream import EventFormat, EventStream, collected
-from serve.text import StopStrings, StopWatch, Tokenizer, utf8_decoder
+from serve.text import StopStrings, StopWatch, utf8_decoder
 
 DEFAULT_MAX_TOKENS = 16
 

@@ -13,11 +13,12 @@ from typing import Any, Generic, Protocol, TypeVar
 import msgspec
 
 from conf.schema import ServerConfig
-from engine.messages import Delta, FinishReason, Ready, SamplingParams
+from engine.messages import Delta, FinishReason, Ready
+from engine.tokenizer import Tokenizer
+from graphs.plan import SamplingParams
 from serve.client import Deltas, Engine, EngineFailed
 from serve.metrics import Meter, Metrics
 from serve.protocol import SEEDS, ApiError
-from serve.text import Tokenizer
 
 INLINE_BYTES = 32768  # bodies up to this encode in well under 10 ms; larger ones leave the event loop to the others
 RETRY = {"Retry-After": "1"}

@@ -23,7 +23,8 @@ from openai_harmony import (
 )
 
 from conf.limits import CALL, CHANNEL, CONSTRAIN, END, ENDOFTEXT, FIRST_SPECIAL, MESSAGE, RETURN, START
-from serve.text import Tokenizer, utf8_decoder
+from engine.tokenizer import Tokenizer
+from serve.text import utf8_decoder
 
 FUNCTIONS = "functions."  # before a function's name where it is a recipient or an author
 

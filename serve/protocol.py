@@ -12,7 +12,8 @@ import msgspec
 from msgspec import Meta
 
 from conf.limits import END_OF_TURN, MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS
-from engine.messages import Ready, SamplingParams
+from engine.messages import Ready
+from graphs.plan import SamplingParams
 
 MAX_CHOICES = 64  # n x prompts
 SEEDS = 2**63

@@ -9,8 +9,10 @@ import torch
 from conf.limits import PAGE_TOKENS
 from conf.schema import Config, Device, Weights
 from demo.checkpoint import DEMO
-from engine.checkpoint import Architecture, CheckpointError, find_folder, tensor_specs
-from engine.core import GRAPH_RESERVE
+from engine.architecture import Architecture, CheckpointError
+from engine.checkpoint import find_folder
+from engine.start import GRAPH_RESERVE
+from engine.weights import tensor_specs
 from graphs.buffers import Buffers
 
 GIB = 2**30

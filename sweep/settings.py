@@ -10,7 +10,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.schema import Config, ConfigError
+from conf.schema import Composed, ConfigError
 
 
 @dataclass
@@ -55,7 +55,7 @@ class SweepConfig:
 
 
 @dataclass
-class SweepRun(Config):
+class SweepRun(Composed):
     """serve.py's configuration and the sweep's."""
 
     sweep: SweepConfig = field(default_factory=SweepConfig)

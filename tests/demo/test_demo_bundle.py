@@ -14,7 +14,7 @@ from conf.schema import RandomShape
 from demo import bundle, model
 from demo.checkpoint import DEMO
 from demo.data import STOPS
-from engine.checkpoint import Architecture, CheckpointError
+from engine.architecture import Architecture, CheckpointError
 from tests.harness import InProcess
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +35,7 @@ import os, sys, time
 from pathlib import Path
 from conf.schema import RandomShape
 from demo import bundle
-from engine.checkpoint import Architecture
+from engine.architecture import Architecture
 bundle.DEMO = Architecture.from_random_shape(RandomShape(**{SHAPE}))
 save = bundle.save_file
 def reporting(*args, **options):

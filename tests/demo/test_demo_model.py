@@ -10,7 +10,7 @@ from demo import bundle, model, mxfp4
 from demo.checkpoint import config_json
 from demo.data import STOPS, index_of, rows, training
 from demo.train import Muon, is_matrix
-from engine.checkpoint import Architecture
+from engine.architecture import Architecture
 from engine.model import rope_tables
 from kernels.reference import dequantize
 from tests.harness import InProcess

@@ -16,8 +16,8 @@ from fastapi import FastAPI
 from hypothesis import settings
 
 from conf.schema import ServerConfig
+from engine.tokenizer import Tokenizer
 from serve.app import create_app
-from serve.text import Tokenizer
 from tests.fakes import FakeEngine
 
 # A busy machine makes no example wrong.

@@ -18,8 +18,8 @@ from openai_harmony import (
     ToolDescription,
 )
 
+from engine.tokenizer import Tokenizer
 from serve.harmony import Call, Function, Parser, Segment, Turn, any_call_header, call_header, parse, render
-from serve.text import Tokenizer
 
 TOKENIZER = Tokenizer()
 TODAY = datetime.date(2025, 6, 28)

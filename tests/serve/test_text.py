@@ -7,11 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.messages import Delta
+from engine.tokenizer import RUN, SLICE, Tokenizer, slices
 from serve.chat import ChatChoice
 from serve.completions import TextChoice
 from serve.harmony import parse
 from serve.protocol import ChatRequest, CompletionRequest
-from serve.text import RUN, SLICE, StopStrings, StopWatch, Tokenizer, slices
+from serve.text import StopStrings, StopWatch
 
 TOKENIZER = Tokenizer()
 # Few letters, so that stop strings occur and overlap; characters of one to four bytes.
