@@ -20,18 +20,11 @@ from serve.text import StopMatcher, StopStrings, Tokenizer
 MAX_TOOL_CALLS = 128  # of a message; further ones are dropped
 
 
-class FunctionDelta(msgspec.Struct, omit_defaults=True, kw_only=True):
-    """The name stands in a call's first delta only; the arguments of all deltas are to be joined."""
-
-    name: str | None = None
-    arguments: str
-
-
 class ToolCallDelta(msgspec.Struct, omit_defaults=True):
     """What an event adds to a call: id, type and name at first, then arguments."""
 
     index: int  # of the call in the message
-    function: FunctionDelta
+    function: dict[str, str]  # name and arguments; after the first delta only what is to be appended to the arguments
     id: str | None = None
     type: str | None = None
 
@@ -46,24 +39,15 @@ class MessageDelta(msgspec.Struct, omit_defaults=True):
     tool_calls: list[ToolCallDelta] | None = None
 
 
-class TopLogprob(msgspec.Struct):
-    """A token's text, natural-log probability and bytes."""
+class Logprob(msgspec.Struct):
+    """A token's text, its natural-log probability and its bytes."""
 
     token: str
     logprob: float
     bytes: list[int]
-
-
-class ContentLogprob(TopLogprob):
-    """The same of a generated token, and of the likeliest tokens in its place."""
-
-    top_logprobs: list[TopLogprob]
-
-
-class MessageLogprobs(msgspec.Struct):
-    """Of a message's content."""
-
-    content: list[ContentLogprob]
+    top_logprobs: "list[Logprob] | msgspec.UnsetType" = (
+        msgspec.UNSET
+    )  # of a generated token: the likeliest in its place
 
 
 class ChatDelta(msgspec.Struct):
@@ -71,7 +55,7 @@ class ChatDelta(msgspec.Struct):
 
     index: int
     delta: MessageDelta
-    logprobs: MessageLogprobs | None
+    logprobs: dict[Literal["content"], list[Logprob]] | None
     finish_reason: FinishReason | Literal["tool_calls"] | None
     token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
@@ -126,7 +110,7 @@ class ChatChoice:
             tool_calls=self._calls.take_deltas() or None,
         )
         chat_delta = ChatDelta(
-            self._index, message, MessageLogprobs(logprobs) if logprobs else None, self._finish_reason(delta)
+            self._index, message, {"content": logprobs} if logprobs else None, self._finish_reason(delta)
         )
         if self._return_token_ids:
             chat_delta.token_ids = delta.tokens[: self.completion_tokens - previous_tokens]
@@ -184,9 +168,9 @@ class ToolCalls:
             self._begin(event.segment)
         index = len(self._segments) - 1
         if self._deltas and self._deltas[-1].index == index:
-            self._deltas[-1].function.arguments += event.text
+            self._deltas[-1].function["arguments"] += event.text
         elif event.text:
-            self._deltas.append(ToolCallDelta(index, FunctionDelta(arguments=event.text)))
+            self._deltas.append(ToolCallDelta(index, {"arguments": event.text}))
 
     def take_deltas(self) -> list[ToolCallDelta]:
         """What the calls have gained since the last time."""
@@ -195,7 +179,7 @@ class ToolCalls:
 
     def _begin(self, segment: Segment) -> None:
         self._segments.append(segment)
-        function = FunctionDelta(name=segment.function, arguments="")
+        function = {"name": segment.function, "arguments": ""}
         id = f"call_{secrets.token_hex(12)}"
         self._deltas.append(ToolCallDelta(len(self._segments) - 1, function, id=id, type="function"))
 
@@ -214,56 +198,45 @@ class LogprobReader:
             self._tokens += delta.tokens
             self._logprobs += delta.logprobs
 
-    def entries(self, event: Event) -> list[ContentLogprob]:
+    def entries(self, event: Event) -> list[Logprob]:
         """Those of an event's tokens; none where the request does not ask for them."""
         if not self._logprobs:
             return []
         entries = []
         for position in range(event.start, event.stop):
-            logprobs = self._logprobs[position]
-            token = self._entry(self._tokens[position], logprobs.logprob)
-            top = [self._entry(*pair) for pair in zip(logprobs.top_ids, logprobs.top_logprobs, strict=True)]
-            entries.append(ContentLogprob(token.token, token.logprob, token.bytes, top))
+            sampled = self._logprobs[position]
+            entries.append(self._entry(self._tokens[position], sampled.logprob))
+            entries[-1].top_logprobs = list(map(self._entry, sampled.top_ids, sampled.top_logprobs))
         return entries
 
-    def _entry(self, token: int, logprob: float) -> TopLogprob:
-        return TopLogprob(self._tokenizer.token_text(token), logprob, list(self._tokenizer.token_bytes(token)))
+    def _entry(self, token: int, logprob: float) -> Logprob:
+        return Logprob(self._tokenizer.token_text(token), logprob, list(self._tokenizer.token_bytes(token)))
 
 
 def whole_choice(deltas: list[ChatDelta]) -> JsonObject:
     """All deltas of a choice as the element of `choices` in a reply that is not streamed."""
     content = "".join(delta.delta.content or "" for delta in deltas)
     reasoning = "".join(delta.delta.reasoning or "" for delta in deltas)
-    logprobs = [entry for delta in deltas if delta.logprobs for entry in delta.logprobs.content]
-    message: JsonObject = {
+    logprobs = [entry for delta in deltas if delta.logprobs for entry in delta.logprobs["content"]]
+    calls: list[ToolCallDelta] = []
+    for call in (call for delta in deltas for call in delta.delta.tool_calls or []):
+        if call.index == len(calls):
+            calls.append(ToolCallDelta(call.index, {**call.function}, call.id, call.type))
+        else:
+            calls[call.index].function["arguments"] += call.function["arguments"]
+    message = {
         "role": "assistant",
         "content": content or None,
         "reasoning_content": reasoning or None,
         "reasoning": reasoning or None,
     }
-    if calls := _whole_calls(deltas):
-        message["tool_calls"] = calls
+    tool_calls = [{"id": call.id, "type": call.type, "function": call.function} for call in calls]
     choice: JsonObject = {
         "index": deltas[0].index,
-        "message": message,
+        "message": message | {"tool_calls": tool_calls} if calls else message,
         "logprobs": {"content": logprobs} if logprobs else None,
         "finish_reason": deltas[-1].finish_reason,
     }
     if deltas[0].token_ids is not msgspec.UNSET:
         choice["token_ids"] = [token for delta in deltas for token in delta.token_ids or []]
     return choice
-
-
-def _whole_calls(deltas: list[ChatDelta]) -> list[JsonObject]:
-    firsts: list[ToolCallDelta] = []
-    arguments: list[str] = []
-    for call in (call for delta in deltas for call in delta.delta.tool_calls or []):
-        if call.index == len(firsts):
-            firsts.append(call)
-            arguments.append(call.function.arguments)
-        else:
-            arguments[call.index] += call.function.arguments
-    return [
-        {"id": call.id, "type": call.type, "function": {"name": call.function.name, "arguments": text}}
-        for call, text in zip(firsts, arguments, strict=True)
-    ]
