@@ -1,4 +1,4 @@
-"""Writes GPT-OSS checkpoints with random weights in the published layouts; holds the demo model's architecture.
+"""Writes GPT-OSS checkpoints with random weights in the published layouts, for tests and benchmarks.
 
 Knows which files a published checkpoint consists of. Does not know how they are read or which values are sensible:
 names, shapes and values come from `engine.checkpoint`.
@@ -12,19 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from conf.limits import ENDOFTEXT, RETURN
-from conf.schema import RandomShape
+from demo.bundle import CONFIG
 from engine.checkpoint import Architecture, random_tensor, stored_names, tensor_specs
 
-DEMO = Architecture.from_random_shape(
-    RandomShape(
-        num_hidden_layers=4,
-        num_local_experts=8,
-        hidden_size=256,
-        intermediate_size=256,
-        num_attention_heads=16,
-        num_key_value_heads=2,
-    )
-)
+DEMO = Architecture.from_config(CONFIG)
 
 
 def config_json(a: Architecture, layout: str) -> dict[str, Any]:

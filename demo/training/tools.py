@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from demo import facts, phrases
-from demo.sums import number, operand_key
+from demo.training import facts, phrases
+from demo.training.sums import number, operand_key
 from serve.harmony import Function
 
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from conf.limits import CALL, CHANNEL, END, ENDOFTEXT, FIRST_SPECIAL, MESSAGE, RETURN, START, VOCABULARY
-from demo import facts
-from demo.skills import Example, example, sentence
+from demo.training import facts
+from demo.training.skills import Example, example, sentence
 from serve.harmony import any_call_header, call_header, render
 from serve.text import Tokenizer
 

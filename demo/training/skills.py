@@ -1,7 +1,7 @@
 """What the demo model can do: a generator of questions and worked answers for each skill, and conversations of them.
 
 Every answer is a function of its question, so that exact match is a fair measure. Knows no tokens. Keys name the facts,
-operands or phrasings that an example rests on: `demo.data` keeps some of them from training.
+operands or phrasings that an example rests on: `demo.training.data` keeps some of them from training.
 """
 
 import datetime
@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from demo import facts, phrases, tools
-from demo.sums import count_steps, divide_steps, number, operand_key, operands, spaced, times_digit_steps, work
+from demo.training import facts, phrases, tools
+from demo.training.sums import count_steps, divide_steps, number, operand_key, operands, spaced, times_digit_steps, work
 from serve.harmony import Call, Function, Turn
 
 EFFORTS = ("low", "medium", "high")

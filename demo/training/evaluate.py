@@ -1,6 +1,6 @@
 """Held-out exact match by skill: what a running server answers, or whatever else answers examples.
 
-    python -m demo.evaluate --url http://127.0.0.1:8000 --count 20
+    python -m demo.training.evaluate --url http://127.0.0.1:8000 --count 20
 
 A server is asked as clients ask: chats with tools, reasoning effort and instructions; plain text to continue. Only what
 depends on the date goes as token ids, since a server dates its chats itself.
@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.progress import track
 
 from conf.limits import CALL, ENDOFTEXT, RETURN
-from demo.data import ROW, document, evaluation, tokenizer
-from demo.skills import EFFORTS, SKILLS, Example
+from demo.training.data import ROW, document, evaluation, tokenizer
+from demo.training.skills import EFFORTS, SKILLS, Example
 from serve.harmony import Call, Parser, Turn, any_call_header
 
 

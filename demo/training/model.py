@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from conf.limits import VOCABULARY
-from demo import mxfp4
-from demo.bundle import EXPERTS, Weights
+from demo.training import mxfp4
+from demo.training.packing import EXPERTS, Weights
 from engine.checkpoint import Architecture
 
 EMBEDDING = "model.embed_tokens.weight"

@@ -1,6 +1,6 @@
 """Trains the demo model for a given time and writes its bundle; the schedule follows the clock.
 
-    python -m demo.train --minutes 8 --out build/demo
+    python -m demo.training.train --minutes 8 --out build/demo
 
 Matrices of the layers are updated by Muon (Jordan et al. 2024, in the scaling of arXiv 2502.16982), the rest by AdamW.
 The learning rate rises over the first 3 % of the time and falls linearly to zero. In the last part the experts are
@@ -22,12 +22,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from conf.limits import VOCABULARY
 from demo import bundle
-from demo.bundle import Weights
 from demo.checkpoint import DEMO
-from demo.data import ROW, STOPS, document, index_of, rows, training, vocabulary
-from demo.evaluate import Answer, Ask, mistakes, read, report
-from demo.model import computed, generate, initial, loss
-from demo.skills import Example
+from demo.training.data import ROW, STOPS, document, index_of, rows, training, vocabulary
+from demo.training.evaluate import Answer, Ask, mistakes, read, report
+from demo.training.model import computed, generate, initial, loss
+from demo.training.packing import Weights, unpack, write
+from demo.training.skills import Example
 from engine.checkpoint import Architecture
 from engine.model import rope_tables
 
@@ -109,7 +109,7 @@ def train(a: Architecture, given: argparse.Namespace) -> None:
     begun = time.monotonic()
     if given.start:
         earlier = Path(given.start)
-        weights, tokens = bundle.unpacked(bundle.read(earlier, bundle.digest_of(earlier)))
+        weights, tokens = unpack(bundle.read(earlier, bundle.digest_of(earlier)))
     else:
         weights, tokens = {}, vocabulary(given.vocabulary_sample)
     loader = iter(
@@ -169,10 +169,10 @@ def train(a: Architecture, given: argparse.Namespace) -> None:
             )
         if share >= reported + 0.2 and share < 0.95:
             reported = share
-            bundle.write(out / "model.safetensors", weights, tokens)
+            write(out / "model.safetensors", weights, tokens)
             ready = computed(weights, dtype, True)
             print(report(answering(ready, a, tokens, device), max(1, given.count // 4)).table, flush=True)
-    bundle.write(out / "model.safetensors", weights, tokens)
+    write(out / "model.safetensors", weights, tokens)
     result = report(answering(computed(weights, dtype, True), a, tokens, device), given.count)
     print(result.table)
     (out / "evaluation.md").write_text(result.table + "\n")
