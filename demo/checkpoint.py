@@ -19,7 +19,8 @@ DEMO = Architecture.from_config(CONFIG)
 
 
 def config_json(a: Architecture, layout: str) -> dict[str, Any]:
-    config = {
+    """config.json of the architecture, in the words of `layout`: "huggingface" or "original"."""
+    config: dict[str, Any] = {
         "num_hidden_layers": a.layers,
         "hidden_size": a.hidden,
         "intermediate_size": a.intermediate,
@@ -87,20 +88,20 @@ def write_checkpoint(
     """
     folder.mkdir(parents=True, exist_ok=True)
     specs = tensor_specs(a)
-    parts: dict[str, list[str]] = {}  # stored name -> the tensors it consists of, one below the other
+    pieces: dict[str, list[str]] = {}  # stored name -> the tensors that it holds, concatenated by rows
     for name, (stored, _) in stored_names(specs, layout == "huggingface").items():
-        parts.setdefault(stored, []).append(name)
+        pieces.setdefault(stored, []).append(name)
 
     files: dict[str, list[str]] = {}  # file name -> stored names
-    for n, stored in enumerate(parts):
-        number = 1 + n * shards // len(parts)
+    for n, stored in enumerate(pieces):
+        number = 1 + n * shards // len(pieces)
         file = "model.safetensors" if shards == 1 else f"model-{number:05}-of-{shards:05}.safetensors"
         files.setdefault(file, []).append(stored)
-    for file, held in files.items():  # one file's tensors in memory at a time
+    for file, names in files.items():  # one file's tensors in memory at a time
         save_file(
             {
-                stored: torch.cat([random_tensor(name, specs[name], a.layers, seed, "cpu") for name in parts[stored]])
-                for stored in held
+                stored: torch.cat([random_tensor(name, specs[name], a.layers, seed, "cpu") for name in pieces[stored]])
+                for stored in names
             },
             folder / file,
             metadata={"format": "pt"},
@@ -108,7 +109,7 @@ def write_checkpoint(
     if shards > 1:
         index = {
             "metadata": {"total_size": sum(spec.bytes for spec in specs.values())},
-            "weight_map": {stored: file for file, held in files.items() for stored in held},
+            "weight_map": {stored: file for file, names in files.items() for stored in names},
         }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(config_json(a, layout), indent=2), encoding="utf-8")
