@@ -55,10 +55,10 @@ bench-http: $(BIN)/.tests ## tokens a second through the HTTP path, the engine f
 	$(BIN)/python -m tests.bench_http
 
 demo-train: $(BIN)/.tests ## train the demo model anew on an H100, ten minutes: make demo-train ARGS="--out build/demo"
-	$(BIN)/python -m demo.train --minutes 10 --out build/demo $(ARGS)
+	$(BIN)/python -m demo.training.train --minutes 10 --out build/demo $(ARGS)
 
 demo-eval: $(BIN)/.tests ## held-out questions to a running server: make demo-eval ARGS="--url http://127.0.0.1:8000"
-	$(BIN)/python -m demo.evaluate $(ARGS)
+	$(BIN)/python -m demo.training.evaluate $(ARGS)
 
 clean: ## remove the virtual environment
 	rm -rf .venv *.egg-info
