@@ -76,7 +76,8 @@ class Architecture:
         def integer(*names: str) -> int:
             name = next((n for n in names if n in config), names[0])
             value = config.get(name)
-            require(type(value) is int and value > 0, name, value, "a positive integer")
+            if type(value) is not int or value <= 0:
+                raise mismatch(file, name, found=repr(value), expected="a positive integer")
             return value
 
         def number(fields: dict[str, Any], name: str, default: float) -> float:

@@ -1,14 +1,10 @@
 """The offline API with the model that ships, on a CPU: `LLM(overrides).generate(prompts, sampling)`."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from conf.schema import ConfigError
-from engine.llm import LLM, RankDied
+from engine.llm import LLM
 from graphs.plan import SamplingParams
 
 ROOT = Path(__file__).parents[2]
