@@ -173,11 +173,14 @@ class LLM:
         future: Future[Result] = Future()
         Thread(target=_complete, args=(future, work), daemon=True).start()
         try:
-            while not future.done():
+            while not future.done() and all(process.is_alive() for process in self._others):
                 wait([future], POLL_SECONDS)
-                for process in self._others:
-                    if not process.is_alive():
-                        raise RankDied(f"{process.name} ended with exit status {process.exitcode}")
+            if future.done() and not future.exception():
+                return future.result()
+            for process in self._others:  # the collectives notice a dead rank too, with an error that names none
+                process.join(POLL_SECONDS)
+                if process.exitcode is not None:
+                    raise RankDied(f"{process.name} ended with exit status {process.exitcode}")
             return future.result()
         except BaseException:
             self.close()

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from conf.schema import ConfigError
 from engine.llm import LLM, RankDied
@@ -124,6 +125,7 @@ def test_two_ranks_answer_as_one_and_a_dead_one_is_an_error(together):
         pair._others[0].kill()
         with pytest.raises(RankDied, match="rank 1 ended with exit status -9"):
             pair.generate([CAPITAL], GREEDY)
+    assert not torch.distributed.is_initialized()  # so that another can start
 
 
 def test_a_rank_that_cannot_start_is_an_error_and_its_reason_is_in_the_log(tmp_path):

@@ -22,9 +22,7 @@ def buffers():
 
 @pytest.fixture
 def steps(buffers):
-    steps = EagerSteps(buffers, 1)
-    yield steps
-    steps.close()
+    return EagerSteps(buffers, 1)
 
 
 def staging_of(buffers, bucket, slot):
