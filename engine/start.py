@@ -33,7 +33,13 @@ from kernels.ops import UnsupportedError
 
 GRAPH_RESERVE = 256 * 2**20  # bytes left free on a GPU beside weights, graphs and pages
 MEMORY = Path("/proc/meminfo")
-CANNOT_START = (BuildError, CheckpointError, ConfigError, UnsupportedError, torch.OutOfMemoryError)
+CANNOT_START = (BuildError, CheckpointError, ConfigError, torch.OutOfMemoryError)
+KEYS = {  # of the configuration, by the argument that kernels refuse
+    "name": "kernels.name",
+    "dtype": "kernels.dtype",
+    "ranks": "tp",
+    "prefill_tokens": "buckets.prefill_tokens",
+}
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,13 @@ def device_of(config: Config, rank: int) -> torch.device:
 
 def start(config: Config, ranks: Ranks, device: torch.device) -> Engine:
     """Load, size the pages, capture. All ranks must call this. Raises CANNOT_START."""
+    try:
+        return _start(config, ranks, device)
+    except UnsupportedError as error:
+        raise ConfigError(f"{KEYS[error.argument]}: got {error.given}, allowed: {error.allowed}") from error
+
+
+def _start(config: Config, ranks: Ranks, device: torch.device) -> Engine:
     phases: dict[str, float] = {}
     began = time.perf_counter()
 
@@ -76,7 +89,7 @@ def start(config: Config, ranks: Ranks, device: torch.device) -> Engine:
         phases[name], began = time.perf_counter() - began, time.perf_counter()
 
     dtype: torch.dtype = getattr(torch, config.kernels.dtype.name)
-    ops = kernels.choose(config.kernels.name, device, dtype)
+    ops = kernels.choose(config.kernels.name.value, device, dtype)
     shape, weights = _weights(config, ranks, device, dtype)
     buckets = Buckets.of(config.buckets.decode_rows, config.buckets.prefill_tokens, config.buckets.prefill_sequences)
     context, rows = config.buckets.max_context, buckets.max_rows
@@ -121,7 +134,7 @@ def start(config: Config, ranks: Ranks, device: torch.device) -> Engine:
         max_context=context,
         pages=pages,
         device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        kernels=ops.__name__.removeprefix("kernels."),
+        kernels=ops.name,
         tp=ranks.size,
         phases=phases,
         memory=memory,

@@ -4,14 +4,14 @@ import codecs
 
 
 def utf8_decoder() -> codecs.IncrementalDecoder:
-    """Bytes to text piece by piece: holds an incomplete character back; what can be none becomes U+FFFD."""
+    """Bytes to text as they arrive: an incomplete character is held back, an invalid one becomes U+FFFD."""
     return codecs.getincrementaldecoder("utf-8")("replace")
 
 
 class StopStrings:
     """An Aho-Corasick automaton over some stop strings; immutable, shared by the choices of a request.
 
-    A step costs the same however many and however long the strings are: a client chooses both.
+    A character costs the same however many and however long the strings are: a client chooses both.
     """
 
     def __init__(self, strings: list[str]) -> None:
@@ -31,50 +31,51 @@ class StopStrings:
         self.fallback = [0] * len(self.children)
         level = list(self.children[0].values())
         while level:
-            following = []
+            next_level = []
             for state in level:
                 for character, child in self.children[state].items():
                     self.fallback[child] = self.step(self.fallback[state], character)
                     self.match[child] = self.match[child] or self.match[self.fallback[child]]
-                    following.append(child)
-            level = following
+                    next_level.append(child)
+            level = next_level
 
     def step(self, state: int, character: str) -> int:
+        """The state after `character`: as deep as the longest tail of the text that begins a stop string."""
         while state and character not in self.children[state]:
             state = self.fallback[state]
         return self.children[state].get(character, 0)
 
 
-class StopWatch:
-    """Follows one text and cuts it at the first stop string to be completed.
+class StopMatcher:
+    """Searches one text, as it arrives, for the first stop string to be completed, and cuts the text there.
 
     Where several are completed by the same character, the longest is cut off. The result depends on the text alone,
-    not on the pieces in which it came.
+    not on the pieces in which it arrived.
     """
 
     def __init__(self, stops: StopStrings) -> None:
         self._stops = stops
         self._state = 0
-        self._held = ""  # the longest tail of the text that a stop string begins with
+        self._held = ""  # the longest tail of the text that may become a stop string
         self.stopped = False
 
     def feed(self, text: str) -> str:
-        """What of the text so far may now be shown. After a stop string nothing any more."""
+        """The text that can no longer be part of a stop string. Empty after a stop string."""
         if self.stopped:
             return ""
-        seen = self._held + text
+        pending = self._held + text
         if len(self._stops.children) == 1:
-            return seen
+            return pending
         for position, character in enumerate(text, len(self._held) + 1):
             self._state = self._stops.step(self._state, character)
             if length := self._stops.match[self._state]:
                 self.stopped, self._held = True, ""
-                return seen[: position - length]
-        shown = len(seen) - self._stops.depth[self._state]
-        self._held = seen[shown:]
-        return seen[:shown]
+                return pending[: position - length]
+        visible = len(pending) - self._stops.depth[self._state]
+        self._held = pending[visible:]
+        return pending[:visible]
 
     def finish(self) -> str:
-        """What was held back, when the text ends without a stop string."""
+        """The text held back, when the answer ends without a stop string."""
         held, self._held = self._held, ""
         return held

@@ -1,4 +1,4 @@
-"""Host cost of a step with the model left out: schedule, choose, fill, collect, encode. `make bench-host`."""
+"""Host cost of a step without the model: schedule, choose, fill, collect, encode. `make bench-host`."""
 
 import statistics
 import time
@@ -18,6 +18,8 @@ STEPS = 2000
 
 
 class NoSteps:
+    """Launches nothing."""
+
     def launch(self, bucket, staging):
         return lambda: None
 

@@ -19,7 +19,8 @@ from openai_harmony import (
 )
 
 from engine.tokenizer import Tokenizer
-from serve.harmony import Call, Function, Parser, Segment, Turn, any_call_header, call_header, parse, render
+from serve.harmony import Call, Function, Parser, Segment, Turn, any_call_header, call_header, render
+from tests.serve.conftest import parse
 
 TOKENIZER = Tokenizer()
 TODAY = datetime.date(2025, 6, 28)
