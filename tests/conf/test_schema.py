@@ -93,11 +93,11 @@ CHECKPOINT = ["model=gpt-oss-120b", "model.path=/x"]
     [
         (["model.path=/x"], ["model.path: got '/x'", "model.weights=demo"]),
         (["model=gpt-oss-20b", "model.weights=random", "model.path=/x"], ["model.path: got '/x'", "random"]),
-        (["model.random_shape.hidden_size=64"], ["model.random_shape: got", "'hidden_size': 64", "model.weights=demo"]),
-        ([*CHECKPOINT, "model.random_shape.head_dim=32"], ["model.random_shape: got", "'head_dim': 32", "checkpoint"]),
+        (["model.random_shape.hidden_size=64"], ["model.random_shape: got", "hidden_size=64", "model.weights=demo"]),
+        ([*CHECKPOINT, "model.random_shape.head_dim=32"], ["model.random_shape: got", "head_dim=32", "checkpoint"]),
         (["buckets.pages=9", "buckets.page_memory=0.5"], ["buckets.page_memory: got 0.5", "buckets.pages=9"]),
-        (["kernels=hopper", "kernels.dtype=float32"], ["kernels.dtype: got 'float32'", "bfloat16", "hopper"]),
-        (["kernels=hopper", "kernels.device=cpu"], ["kernels.device: got 'cpu'", "kernels.name=hopper"]),
+        (["kernels=hopper", "kernels.dtype=float32"], ["kernels.dtype: got float32", "bfloat16", "hopper"]),
+        (["kernels=hopper", "kernels.device=cpu"], ["kernels.device: got cpu", "kernels.name=hopper"]),
     ],
     ids=str,
 )
