@@ -23,7 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.schema import Config, ConfigError, load, register
+from conf.schema import Config, ConfigError, Weights, load, one_line, register
 from engine.messages import Ready
 from serve.app import create_app
 from serve.client import EngineClient
@@ -100,11 +100,19 @@ async def serve(config: Config) -> int:
 
 
 def start_rank(config: Config, rank: int, run_folder: str) -> None:
+    """The process of a rank; never returns."""
     # On a CPU torch's threads wait for each other at every operation. Where another process wants the cores, those that
     # spin for long, as is the default, keep the core from the one they wait for: tokens took 50 times as long.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    from engine.core import run_rank  # here, so that only the ranks pay for torch
+    from engine.rank import run_rank  # here, so that only the ranks pay for torch
 
+    if config.model.weights is Weights.demo:
+        from demo.bundle import demo_folder
+
+        try:
+            config = config.with_checkpoint(demo_folder())
+        except ValueError as error:
+            sys.exit(f"ERROR rank {rank}: cannot start: {error}")
     run_rank(config, rank, run_folder)
 
 
@@ -193,14 +201,6 @@ def summarize(config: Config):
         log.info("ready on http://%s:%d", config.server.host, config.server.port)
 
     return on_ready
-
-
-def one_line(error: Exception) -> str:
-    """Hydra's and OmegaConf's reports span lines and hide the reason in the cause."""
-    report = str(error).split("Config search path:")[0]
-    if error.__cause__ and isinstance(error, HydraException):
-        report += "\n" + str(error.__cause__).splitlines()[0]
-    return "; ".join(line.strip() for line in report.splitlines() if line.strip())
 
 
 if __name__ == "__main__":

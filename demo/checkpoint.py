@@ -1,7 +1,7 @@
 """Writes GPT-OSS checkpoints with random weights in the published layouts, for tests and benchmarks.
 
 Knows which files a published checkpoint consists of. Does not know how they are read or which values are sensible:
-names, shapes and values come from `engine.checkpoint`.
+names, shapes and values come from `engine.weights`.
 """
 
 import json
@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 
 from conf.limits import ENDOFTEXT, RETURN
 from demo.bundle import CONFIG
-from engine.checkpoint import Architecture, random_tensor, stored_names, tensor_specs
+from engine.architecture import Architecture
+from engine.checkpoint import stored_names
+from engine.weights import random_tensor, tensor_specs
 
 DEMO = Architecture.from_config(CONFIG)
 

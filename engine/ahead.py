@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from conf.limits import BIAS_ENTRIES, MAX_TOP_LOGPROBS
 from conf.schema import RandomShape
-from engine.checkpoint import BLOCK, Architecture, expert_blocks
+from engine.architecture import BLOCK, Architecture
+from engine.weights import expert_blocks
 from kernels import hopper
 from kernels.build import AHEAD, BuildError, compile_ahead
 from kernels.hopper.linear import shares_of

@@ -1,142 +1,148 @@
-"""The GPT-OSS forward, one visible layer loop over (weights, buffers, operations), and the step around it.
+"""The GPT-OSS forward, one visible layer loop over weights, buffers and operations, and the step around it.
 
-Knows tensors of static shapes; no requests, no graphs. `ops` is the module that `kernels` chose at start.
+Knows tensors of static shapes; no requests, no graphs. `kernels` is the set of operations that was chosen at start.
 """
 
 import math
 from collections.abc import Callable
-from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from conf.limits import MAX_TOP_LOGPROBS
-from engine.checkpoint import Architecture, LayerWeights, ModelWeights
+from engine.architecture import Architecture
+from engine.weights import LayerWeights, ModelWeights
 from graphs.buckets import Bucket
-from graphs.buffers import Buffers
+from graphs.buffers import Buffers, Inputs
+from kernels.ops import (
+    AttentionParameters,
+    KernelSet,
+    KvPages,
+    Norm,
+    PackedExperts,
+    PackedLinear,
+    Peers,
+    Rope,
+    Router,
+    Routing,
+    TokenCounts,
+    TokenPlaces,
+)
 
 
 class Layer(NamedTuple):
-    """One layer's weights in the form in which the operations want them; shapes are those of `LayerWeights`."""
+    """One layer of one rank, in the form in which the operations take it."""
 
-    attention_norm: Tensor
-    qkv: Any
-    qkv_bias: Tensor
-    sinks: Tensor
-    o: Any
-    o_bias: Tensor
-    mlp_norm: Tensor
-    router: Tensor
-    router_bias: Tensor
-    gate_up: Any
-    down: Any
+    attention_norm: Norm
+    qkv: PackedLinear
+    attention: AttentionParameters
+    o: PackedLinear
+    mlp_norm: Norm
+    router: Router
+    gate_up: PackedExperts
+    down: PackedExperts
 
 
 class Model:
     def __init__(
-        self, architecture: Architecture, weights: ModelWeights, ops: ModuleType, peers: Any, max_context: int
+        self, architecture: Architecture, weights: ModelWeights, kernels: KernelSet, peers: Peers, max_context: int
     ) -> None:
         """Takes `weights` over: its layers are packed one by one, and what was packed is let go.
 
-        peers: what `ops.join` returned.
+        peers: what `kernels.join` returned.
         """
         self.architecture = architecture
-        self.ops = ops
+        self.kernels = kernels
         self.peers = peers
-        self.cos, self.sin = rope_tables(architecture, max_context, weights.embedding.device)
+        self.rope = rope_tables(architecture, max_context, weights.embedding.device)
         self.embedding = weights.embedding
-        self.norm = weights.norm
-        self.layers = [pack(ops, weights.layers.pop(0)) for _ in range(architecture.layers)]
-        self.lm_head = ops.pack_linear(weights.lm_head)
+        self.norm = Norm(weights.norm, architecture.norm_eps)
+        self.layers = [pack(kernels, architecture, window, weights.layers.pop(0)) for window in architecture.windows]
+        self.lm_head = kernels.pack_linear(weights.lm_head)
 
     def step(self, bucket: Bucket, buffers: Buffers) -> Callable[[], None]:
-        """The work of one step of a bucket, from packed words to packed words: what a graph captures."""
-        inputs, ops = buffers.inputs[bucket], self.ops
+        """The work of one step of a bucket, from packed inputs to packed outputs: what a graph captures."""
+        inputs, run = buffers.inputs[bucket], self._decode if bucket.kind == "decode" else self._prefill
+        return lambda: run(buffers, inputs)
 
-        def decode() -> None:
-            table, last = buffers.page_table, buffers.last_token
-            tokens, following = ops.advance(inputs.slots, inputs.positions, inputs.new_pages, table, last)  # [rows]
-            hidden = self.forward(bucket.kind, buffers, tokens, inputs.positions, inputs.slots)  # [rows, H]
-            self.sample(buffers, self.logits(hidden), inputs.slots, following)
+    def _decode(self, buffers: Buffers, inputs: Inputs) -> None:
+        places = TokenPlaces(inputs.positions, inputs.slots)
+        tokens, next_positions = self.advance(buffers, places, inputs.new_pages)  # [rows] both
+        hidden = self.forward("decode", buffers, tokens, places)  # [rows, H]
+        self.sample(buffers, self.logits(hidden), TokenPlaces(next_positions, inputs.slots))
 
-        def prefill() -> None:
-            buffers.install(inputs)
-            hidden = self.forward(bucket.kind, buffers, inputs.tokens, inputs.positions, inputs.slots)  # [tokens, H]
-            logits = self.logits(hidden[inputs.last])  # [sequences, V]
-            self.sample(buffers, logits, inputs.sample_slots, inputs.positions[inputs.last] + 1)
+    def _prefill(self, buffers: Buffers, inputs: Inputs) -> None:
+        buffers.install(inputs)
+        places = TokenPlaces(inputs.positions, inputs.slots)
+        hidden = self.forward("prefill", buffers, inputs.tokens, places)  # [tokens, H]
+        logits = self.logits(hidden[inputs.last])  # [sequences, V / ranks]
+        self.sample(buffers, logits, TokenPlaces(inputs.positions[inputs.last] + 1, inputs.sample_slots))
 
-        return decode if bucket.kind == "decode" else prefill
+    def advance(self, buffers: Buffers, places: TokenPlaces, new_pages: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens [T] that a decode step computes at `places`, and the positions [T] of those it draws."""
+        pages = KvPages(buffers.keys[0], buffers.values[0], buffers.page_table)
+        return self.kernels.advance(places, new_pages, pages, buffers.last_token)
 
     def forward(
-        self, kind: Literal["decode", "prefill"], buffers: Buffers, tokens: Tensor, positions: Tensor, slots: Tensor
+        self,
+        kind: Literal["decode", "prefill"],
+        buffers: Buffers,
+        tokens: Tensor,
+        places: TokenPlaces,
+        on_routing: Callable[[Routing], None] | None = None,
     ) -> Tensor:
-        """tokens, positions, slots [T] int32 -> normed hidden states [T, H]; appends keys and values to the pages."""
-        ops, peers, shape, table = self.ops, self.peers, self.architecture, buffers.page_table
-        if kind == "decode":  # each token of a request of its own
-            linear, linear_part, attention = ops.linear, ops.linear_part, ops.decode_attention
-            route, experts, add_norm = ops.add_norm_route, ops.experts, ops.add_norm
-        else:
-            linear, linear_part, attention = ops.prefill_linear, ops.prefill_linear_part, ops.prefill_attention
-            route, experts, add_norm = ops.prefill_add_norm_route, ops.prefill_experts, ops.prefill_add_norm
-        norms = [layer.attention_norm for layer in self.layers[1:]] + [self.norm]  # that follow each layer
-        x, h = ops.embed_norm(tokens, self.embedding, self.layers[0].attention_norm, shape.norm_eps)  # [T, H] both
-        for layer, window, keys, values, norm in zip(
-            self.layers, shape.windows, buffers.keys, buffers.values, norms, strict=True
-        ):
-            qkv = linear(h, layer.qkv, layer.qkv_bias)  # [T, (q + 2 kv) heads * D]
-            h = attention(
-                qkv, self.cos, self.sin, positions, slots, table, keys, values, layer.sinks, window
-            )  # [T, q heads * D]
-            delta = linear_part(h, layer.o, layer.o_bias, peers)  # [T, H]
-            x, h, chosen, shares = route(  # the ranks' parts added up first
-                x,
-                delta,
-                layer.mlp_norm,
-                shape.norm_eps,
-                layer.router,
-                layer.router_bias,
-                shape.experts_per_token,
-                peers,
-            )
-            parts = experts(h, chosen, shares, layer.gate_up, layer.down, shape.swiglu_limit)  # [T, n, H], likewise
-            x, h = add_norm(x, parts, norm, shape.norm_eps, peers)
+        """tokens [T] int32 -> normed hidden states [T, H]; appends keys and values to the pages.
+
+        `on_routing` is given each layer's choice of experts, in order.
+        """
+        ops = self.kernels.decode if kind == "decode" else self.kernels.prefill
+        next_norms = [layer.attention_norm for layer in self.layers[1:]] + [self.norm]
+        x, h = ops.embed_norm(tokens, self.embedding, self.layers[0].attention_norm)  # [T, H] both
+        for layer, next_norm, keys, values in zip(self.layers, next_norms, buffers.keys, buffers.values, strict=True):
+            pages = KvPages(keys, values, buffers.page_table)
+            qkv = ops.linear(h, layer.qkv)  # [T, (q heads + 2 kv heads) * D]
+            attended = ops.attention(qkv, places, self.rope, pages, layer.attention)  # [T, q heads * D]
+            delta = ops.linear_partial(attended, layer.o, self.peers)  # [T, H]
+            x, h, routing = ops.add_norm_route(x, delta, layer.mlp_norm, layer.router, self.peers)
+            if on_routing:
+                on_routing(routing)
+            outputs = ops.experts(h, routing, layer.gate_up, layer.down, self.architecture.swiglu_limit)  # [T, n, H]
+            x, h = ops.add_norm(x, outputs, next_norm, self.peers)
         return h
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Normed hidden states [R, H] -> this rank's logits [R, V / ranks]. R is small in a prefill step too."""
-        return self.ops.linear(hidden, self.lm_head)
+        return self.kernels.decode.linear(hidden, self.lm_head)
 
-    def sample(self, buffers: Buffers, logits: Tensor, slots: Tensor, positions: Tensor) -> None:
+    def sample(self, buffers: Buffers, logits: Tensor, places: TokenPlaces) -> None:
         """Draw and emit one token a row. Every option is a value in the state of the row's slot: one graph for all."""
         top = min(MAX_TOP_LOGPROBS, self.architecture.vocab)
-        drawn = self.ops.sample(
-            logits, slots, positions, buffers.sampling, buffers.output_counts, buffers.in_prompt, top, self.peers
-        )
-        self.ops.emit(slots, *drawn, buffers.last_token, buffers.output_counts, buffers.outputs)
+        counts = TokenCounts(buffers.output_counts, buffers.in_prompt)
+        sampled = self.kernels.sample(logits, places, buffers.sampling, counts, top, self.peers)
+        self.kernels.emit(sampled, places.slots, buffers.last_token, counts, buffers.outputs)
 
 
-def pack(ops: ModuleType, layer: LayerWeights) -> Layer:
+def pack(kernels: KernelSet, architecture: Architecture, window: int | None, layer: LayerWeights) -> Layer:
+    """`layer` as `kernels` takes it; `window` is the layer's own."""
+    eps = architecture.norm_eps
     return Layer(
-        layer.attention_norm,
-        ops.pack_linear(layer.qkv_weight),
-        layer.qkv_bias,
-        layer.sinks,
-        ops.pack_linear(layer.o_weight),
-        layer.o_bias,
-        layer.mlp_norm,
-        layer.router_weight,
-        layer.router_bias,
-        ops.pack_experts(layer.gate_up_blocks, layer.gate_up_scales, layer.gate_up_bias, interleaved=True),
-        ops.pack_experts(layer.down_blocks, layer.down_scales, layer.down_bias, interleaved=False),
+        attention_norm=Norm(layer.attention_norm, eps),
+        qkv=kernels.pack_linear(layer.qkv_weight, layer.qkv_bias),
+        attention=AttentionParameters(layer.sinks, window),
+        o=kernels.pack_linear(layer.o_weight, layer.o_bias),
+        mlp_norm=Norm(layer.mlp_norm, eps),
+        router=Router(layer.router_weight, layer.router_bias, architecture.experts_per_token),
+        gate_up=kernels.pack_experts(layer.gate_up_blocks, layer.gate_up_scales, layer.gate_up_bias, interleaved=True),
+        down=kernels.pack_experts(layer.down_blocks, layer.down_scales, layer.down_bias, interleaved=False),
     )
 
 
-def rope_tables(shape: Architecture, positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin [positions, D/2] float32 of YaRN (Peng et al. 2023, "NTK-by-parts"), its temperature multiplied in.
+def rope_tables(shape: Architecture, positions: int, device: torch.device) -> Rope:
+    """The tables of YaRN (Peng et al. 2023, "NTK-by-parts") for this many positions.
 
-    Dimensions that turn fewer than beta_slow times over the original context are interpolated by `factor`, those
-    that turn more than beta_fast times are left, a ramp lies between.
+    Dimensions that turn fewer than beta_slow times over the original context are interpolated by `factor`, those that
+    turn more than beta_fast times stay as they are, and a ramp lies between.
     """
     half = shape.head_dim // 2
     frequencies = shape.rope_theta ** -(torch.arange(half, dtype=torch.float32, device=device) / half)
@@ -151,4 +157,4 @@ def rope_tables(shape: Architecture, positions: int, device: torch.device) -> tu
     interpolated = ((torch.arange(half, device=device) - low) / max(high - low, 0.001)).clamp(0, 1)
     frequencies = frequencies / shape.rope_factor * interpolated + frequencies * (1 - interpolated)
     angles = torch.arange(positions, device=device).unsqueeze(1) * frequencies  # [positions, D/2]
-    return angles.cos() * shape.rope_attention_factor, angles.sin() * shape.rope_attention_factor
+    return Rope(angles.cos() * shape.rope_attention_factor, angles.sin() * shape.rope_attention_factor)

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from conf.limits import PAGE_TOKENS
-from engine.messages import Delta, SamplingParams, Submit, TokenLogprobs
+from engine.messages import Delta, Submit, TokenLogprobs
 from engine.pages import PagePool, extend_chain, pages_for
 from graphs.buckets import Buckets
-from graphs.plan import NO_PAGE, Chunk, DecodeStep, PrefillStep, Step
+from graphs.plan import NO_PAGE, Chunk, DecodeStep, PrefillStep, SamplingParams, Step
 
 NO_SLOT = -1
 

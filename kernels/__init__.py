@@ -1,22 +1,22 @@
-"""The choice of kernels, made once at start: a module with one function for each operation of the forward."""
+"""The choice of kernels, made once at start. `kernels.ops` says what a set of kernels must offer."""
 
-from types import ModuleType
+from typing import Literal
 
 import torch
 
-from conf.schema import ConfigError, Kernels
 from kernels import hopper, reference
+from kernels.ops import KernelSet, UnsupportedError
 
 HOPPER = (9, 0)  # compute capability
 
 
-def choose(name: Kernels, device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """Raises ConfigError for kernels that cannot run on the device, or with the dtype."""
-    if name is Kernels.reference or (name is Kernels.auto and device.type == "cpu"):
+def choose(name: Literal["auto", "hopper", "reference"], device: torch.device, dtype: torch.dtype) -> KernelSet:
+    """auto: the reference on a CPU, hopper on a GPU. Raises UnsupportedError for a device or dtype hopper lacks."""
+    if name == "reference" or (name == "auto" and device.type == "cpu"):
         return reference
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != HOPPER:
-        found = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
-        raise ConfigError(f"kernels.name: {name.name} needs an NVIDIA Hopper GPU, found {found}; allowed: reference")
+        actual = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
+        raise UnsupportedError("name", name, f"reference on {actual}; hopper kernels need an NVIDIA Hopper GPU")
     if dtype is not torch.bfloat16:
-        raise ConfigError(f"kernels.dtype: got {str(dtype).removeprefix('torch.')}, allowed: bfloat16 with hopper")
+        raise UnsupportedError("dtype", str(dtype).removeprefix("torch."), "bfloat16 with hopper kernels")
     return hopper

@@ -12,7 +12,7 @@ dimension, P entries of a page table row. C is the compute dtype: bfloat16, or f
 """
 
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,19 @@ Array = TypeVar("Array")  # a torch tensor on the device, a numpy array on the h
 
 
 class UnsupportedError(ValueError):
-    """Kernels that cannot run here, or not with this configuration; the message says what they need."""
+    """Kernels that cannot run with one of the arguments of `choose` or `join`.
+
+    Which configuration key that argument came from is the caller's knowledge: it can put the key before `given` and
+    `allowed`.
+    """
+
+    def __init__(
+        self, argument: Literal["name", "dtype", "ranks", "prefill_tokens"], given: object, allowed: str
+    ) -> None:
+        super().__init__(f"{argument}: got {given}, allowed: {allowed}")
+        self.argument = argument
+        self.given = given
+        self.allowed = allowed  # what would be right, and why `given` is not
 
 
 class Ranks(Protocol):
@@ -138,6 +150,8 @@ class KvPages(NamedTuple):
 
 
 class AttentionParameters(NamedTuple):
+    """What attention learned or was given for one layer."""
+
     sinks: Tensor  # [heads] float32: a learned logit that joins the softmax's denominator and takes no value
     window: int | None  # keys a token sees, itself included; None: all
 
@@ -221,11 +235,19 @@ class Operations(Protocol):
 
 
 class KernelSet(Protocol):
-    """All that a model asks of kernels."""
+    """All that a model asks of kernels. Modules implement it: `kernels.reference`, `kernels.hopper`."""
 
-    name: str
-    decode: Operations
-    prefill: Operations
+    @property
+    def name(self) -> str:
+        """As in the configuration."""
+
+    @property
+    def decode(self) -> Operations:
+        """For steps of one token of each request."""
+
+    @property
+    def prefill(self) -> Operations:
+        """For steps of packed prompts."""
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
         """weight [N, K] C, bias [N] C -> the form `linear` takes, on the same device. Raises ValueError."""

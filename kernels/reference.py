@@ -1,37 +1,160 @@
 """Every operation of the forward in plain torch: the oracle of the tests, and what runs on a CPU.
 
 Static shapes, no branch on a tensor's value and no host synchronisation, so that a step built from these can be
-captured in a CUDA graph. Knows arrays; no requests, no configuration. Notation in shapes: T tokens, R rows, H hidden,
-E experts, V vocabulary, D head dimension, P pages in a page table row.
+captured in a CUDA graph. Implements `kernels.ops.KernelSet`, with one implementation for both kinds of step; below it
+stand the plain functions that it is made of. Shapes are written as in kernels.ops.
 
 A token's bytes do not depend on its neighbours: every matrix product runs in tiles of TILE tokens, so the library
 sees one shape whatever the batch, and attention reads keys in blocks that begin at fixed positions.
 """
 
 import math
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from conf.limits import PAGE_TOKENS
-from conf.schema import ConfigError
+from kernels import ops
+from kernels.ops import (
+    AttentionParameters,
+    KvPages,
+    Norm,
+    PackedExperts,
+    PackedLinear,
+    Peers,
+    Ranks,
+    Rope,
+    Router,
+    Routing,
+    Sampled,
+    SamplingState,
+    TokenCounts,
+    TokenPlaces,
+    UnsupportedError,
+)
 
 TILE = 8  # tokens a matrix product takes at once
 KEY_BLOCK_PAGES = 8  # pages of keys attention reads at once
 ATTENTION_TOKENS = 16  # queries attention holds keys for at once: bounds its scratch memory
 
-
-def pack_linear(weight: Tensor) -> Tensor:
-    """The form in which `linear` wants a weight [N, K]; here, as it is."""
-    return weight
+Mxfp4 = tuple[Tensor, Tensor, Tensor]  # blocks, scales and bias of one projection of all experts, as in a checkpoint
 
 
-def pack_experts(blocks: Tensor, scales: Tensor, bias: Tensor, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The form in which `experts` wants its weights; here, as they are. `interleaved`: gate and up rows alternate."""
-    return blocks, scales, bias
+# The contract ---------------------------------------------------------------------------------------------------------
+
+
+class Operations:
+    """`kernels.ops.Operations`, which says what arguments and results are."""
+
+    def embed_norm(self, tokens: Tensor, table: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        x = F.embedding(tokens, table)
+        return x, rms_norm(x, norm.weight, norm.eps)
+
+    def linear(self, x: Tensor, weight: PackedLinear) -> Tensor:
+        return linear(x, weight.tiles, weight.bias)
+
+    def linear_partial(self, x: Tensor, weight: PackedLinear, peers: Peers) -> Tensor:
+        return linear(x, weight.tiles, weight.bias)
+
+    def attention(
+        self, qkv: Tensor, tokens: TokenPlaces, rope: Rope, pages: KvPages, parameters: AttentionParameters
+    ) -> Tensor:
+        keys, values, table = pages
+        q = rope_append(qkv, rope.cos, rope.sin, tokens.positions, tokens.slots, table, keys, values)
+        return attention(q, keys, values, table, tokens.slots, tokens.positions, parameters.sinks, parameters.window)
+
+    def add_norm_route(
+        self, x: Tensor, delta: Tensor, norm: Norm, router: Router, peers: Peers
+    ) -> tuple[Tensor, Tensor, Routing]:
+        x, h = self.add_norm(x, delta.unsqueeze(1), norm, peers)
+        return x, h, route(h, router.weight, router.bias, router.top_k)
+
+    def experts(self, h: Tensor, routing: Routing, gate_up: PackedExperts, down: PackedExperts, limit: float) -> Tensor:
+        first, second = (gate_up.values, gate_up.scales, gate_up.bias), (down.values, down.scales, down.bias)
+        return experts(h, routing.expert_ids, routing.weights, first, second, limit)
+
+    def add_norm(self, x: Tensor, expert_outputs: Tensor, norm: Norm, peers: Peers) -> tuple[Tensor, Tensor]:
+        delta = expert_outputs.float().sum(1)
+        if peers.size > 1:  # rounded before they are added up over the ranks: that halves what crosses
+            delta = peers.ranks.all_reduce(delta.to(x.dtype)).float()
+        x = (x.float() + delta).to(x.dtype)
+        return x, rms_norm(x, norm.weight, norm.eps)
+
+
+name: str = "reference"
+decode: ops.Operations = Operations()
+prefill: ops.Operations = decode
+
+
+def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+    """The weight as it is."""
+    rows, columns = weight.shape
+    return PackedLinear(weight, bias, rows, columns)
+
+
+def pack_experts(blocks: Tensor, scales: Tensor, bias: Tensor, interleaved: bool) -> PackedExperts:
+    """The weights as they are."""
+    return PackedExperts(blocks, scales, bias, scales.shape[1], scales.shape[2] * 32, interleaved)
+
+
+def join(
+    ranks: Ranks, decode_rows: int, prefill_tokens: int, sequences: int, hidden: int, device: torch.device
+) -> Peers:
+    """The ranks as they are: CPUs exchange through their collectives. Raises UnsupportedError for several GPUs."""
+    if ranks.size > 1 and device.type == "cuda":
+        raise UnsupportedError("ranks", ranks.size, "1 with reference kernels on a GPU, which cannot exchange")
+    return Peers(ranks)
+
+
+def advance(tokens: TokenPlaces, new_pages: Tensor, pages: KvPages, last_token: Tensor) -> tuple[Tensor, Tensor]:
+    """See `kernels.ops.KernelSet.advance`."""
+    positions, slots = tokens
+    entries = positions // pages.keys.shape[2]
+    pages.table[slots, entries] = torch.where(new_pages < 0, pages.table[slots, entries], new_pages)
+    return last_token[slots], positions + 1
+
+
+def sample(
+    logits: Tensor, tokens: TokenPlaces, state: SamplingState[Tensor], counts: TokenCounts, top: int, peers: Peers
+) -> Sampled:
+    """See `kernels.ops.KernelSet.sample`."""
+    positions, slots = tokens
+    raw = peers.ranks.all_gather(logits)[:, : counts.output.shape[1]].float()
+    adjusted = penalize(
+        raw,
+        counts.output[slots],
+        counts.in_prompt[slots],
+        state.repetition_penalty[slots],
+        state.frequency_penalty[slots],
+        state.presence_penalty[slots],
+    )
+    adjusted = add_bias(adjusted, state.bias_ids[slots], state.bias_values[slots], state.bias_until[slots], positions)
+    drawn = draw(
+        adjusted,
+        state.temperature[slots],
+        state.top_k[slots],
+        state.top_p[slots],
+        state.min_p[slots],
+        state.seed[slots],
+        positions,
+    )
+    return Sampled(drawn, *top_logprobs(raw, drawn, top))
+
+
+def emit(sampled: Sampled, slots: Tensor, last_token: Tensor, counts: TokenCounts, outputs: Tensor) -> None:
+    """See `kernels.ops.KernelSet.emit`."""
+    last_token[slots] = sampled.tokens
+    flat = slots.long() * counts.output.shape[1] + sampled.tokens
+    counts.output.view(-1).scatter_add_(0, flat, torch.ones_like(sampled.tokens))  # padding rows share a slot
+    rows, top = sampled.top_ids.shape
+    values = outputs.shape[1] // 2 + 1  # the column where log probabilities of the top begin
+    outputs[:rows, 0] = sampled.tokens
+    outputs[:rows, 1] = sampled.logprobs.view(torch.int32)
+    outputs[:rows, 2 : 2 + top] = sampled.top_ids
+    outputs[:rows, values : values + top] = sampled.top_logprobs.view(torch.int32)
+
+
+# Norm and dense layers ------------------------------------------------------------------------------------------------
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -40,58 +163,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
-def embed_norm(tokens: Tensor, table: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """tokens [T] int32, table [V, H] -> their rows [T, H], and the `rms_norm` of these."""
-    x = F.embedding(tokens, table)
-    return x, rms_norm(x, weight, eps)
-
-
-def join(ranks: Any, decode_rows: int, prefill_tokens: int, sequences: int, hidden: int, device: torch.device) -> Any:
-    """What the operations take as `peers`: here engine.parallel.Ranks as they are. Raises ConfigError."""
-    if ranks.size > 1 and device.type == "cuda":
-        raise ConfigError(f"tp: got {ranks.size}, allowed: 1 with reference kernels on a GPU, which cannot exchange")
-    return ranks
-
-
-def add_norm(x: Tensor, parts: Tensor, weight: Tensor, eps: float, peers: Any) -> tuple[Tensor, Tensor]:
-    """x [T, H], parts [T, n, H] -> x + the parts' sum over all ranks, in x's dtype, and its `rms_norm`."""
-    delta = parts.float().sum(1)
-    if peers.size > 1:
-        delta = peers.all_reduce(delta.to(x.dtype)).float()
-    x = (x.float() + delta).to(x.dtype)
-    return x, rms_norm(x, weight, eps)
-
-
-prefill_add_norm = add_norm
-
-
-def add_norm_route(
-    x: Tensor, delta: Tensor, weight: Tensor, eps: float, router: Tensor, bias: Tensor, active: int, peers: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`add_norm` of x, delta [T, H], and what `route` chooses for its norm with router [E, H], bias [E]."""
-    x, normed = add_norm(x, delta.unsqueeze(1), weight, eps, peers)
-    return x, normed, *route(normed, router, bias, active)
-
-
-prefill_add_norm_route = add_norm_route
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [T, K], weight [N, K], bias [N] -> [T, N], one product for each TILE tokens."""
     count = x.shape[0]
     x = F.pad(x, (0, 0, 0, -count % TILE))
-    return torch.cat([F.linear(tile, weight, bias) for tile in x.split(TILE)])[:count]
+    return torch.cat([F.linear(tile, weight, bias) for tile in torch.split(x, TILE)])[:count]
 
 
-prefill_linear = linear  # one product for both kinds of step
-
-
-def linear_part(x: Tensor, weight: Tensor, bias: Tensor | None, peers: Any) -> Tensor:
-    """`linear` for a result of which every rank has a part: who takes it adds them up."""
-    return linear(x, weight, bias)
-
-
-prefill_linear_part = linear_part
+# Attention ------------------------------------------------------------------------------------------------------------
 
 
 def rope_append(
@@ -110,7 +189,7 @@ def rope_append(
     page_table [slots, P] int32; keys, values [pages, kv_heads, page, D], written in place. -> [T, heads, D].
     """
     _, kv_heads, page, dim = keys.shape
-    q, k, v = qkv.unflatten(-1, (-1, dim)).tensor_split((-2 * kv_heads, -kv_heads), dim=1)  # each [T, heads, D]
+    q, k, v = qkv.view(len(qkv), -1, dim).tensor_split((-2 * kv_heads, -kv_heads), dim=1)  # each [T, heads, D]
     cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)  # [T, 1, D/2]
 
     def rotate(x: Tensor) -> Tensor:
@@ -140,33 +219,10 @@ def attention(
     included, or None for all. -> [T, heads * D] in q's dtype. Table entries and keys past a token's position may hold
     anything, NaN and absurd indices included.
     """
-    parts = zip(*(x.split(ATTENTION_TOKENS) for x in (q, slots, positions)), strict=True)
+    few = zip(*(torch.split(x, ATTENTION_TOKENS) for x in (q, slots, positions)), strict=True)
     return torch.cat(
-        [
-            _attend(queries, keys, values, page_table[rows], at.unsqueeze(1), sinks, window)
-            for queries, rows, at in parts
-        ]
+        [_attend(queries, keys, values, page_table[rows], at.unsqueeze(1), sinks, window) for queries, rows, at in few]
     )
-
-
-def decode_attention(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    page_table: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    sinks: Tensor,
-    window: int | None,
-) -> Tensor:
-    """`rope_append`, then `attention` over the keys that are there now. -> [T, heads * D]."""
-    q = rope_append(qkv, cos, sin, positions, slots, page_table, keys, values)
-    return attention(q, keys, values, page_table, slots, positions, sinks, window)
-
-
-prefill_attention = decode_attention
 
 
 def _attend(
@@ -182,7 +238,7 @@ def _attend(
         pages = (window + page - 2) // page + 1  # a window of keys ends anywhere in its last page
         first_page = (positions // page - pages + 1).clamp(min=0)
     peak = sinks.view(1, kv_heads, -1, 1).expand(count, -1, -1, 1).reshape(count * kv_heads, -1, 1)
-    total = torch.ones_like(peak)  # the sink's own share
+    total = torch.ones_like(peak)  # the sink's own term: exp(sink - peak)
     out = torch.zeros_like(queries)
     for start in range(0, pages, KEY_BLOCK_PAGES):
         entries = first_page + torch.arange(start, min(start + KEY_BLOCK_PAGES, pages), device=q.device)  # [T, b]
@@ -198,22 +254,25 @@ def _attend(
         scores = queries @ of_block(keys).flatten(0, 1).mT  # [T * kv_heads, heads a group, b * page]
         scores = scores.view(count, kv_heads, -1, at.shape[1]).masked_fill(hidden.mT, -math.inf).view_as(scores)
         new_peak = torch.maximum(peak, scores.amax(-1, keepdim=True))
-        shares = torch.exp(scores - new_peak)
+        weights = torch.exp(scores - new_peak)
         shrink = torch.exp(peak - new_peak)
-        total = total * shrink + shares.sum(-1, keepdim=True)
+        total = total * shrink + weights.sum(-1, keepdim=True)
         visible = of_block(values).masked_fill_(hidden, 0.0).flatten(0, 1)  # unused places may hold NaN
-        out = out * shrink + shares @ visible
+        out = out * shrink + weights @ visible
         peak = new_peak
     return (out / total).view(count, heads * dim).to(q.dtype)
 
 
-def route(x: Tensor, weight: Tensor, bias: Tensor, active: int) -> tuple[Tensor, Tensor]:
-    """x [T, H], weight [E, H], bias [E] -> expert ids [T, active] int64 and their weights [T, active] float32.
+# Experts --------------------------------------------------------------------------------------------------------------
+
+
+def route(x: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> Routing:
+    """x [T, H], weight [E, H], bias [E] -> the top_k experts of each token and their routing weights.
 
     The softmax runs over the chosen logits only. Of equal logits the lower expert id goes first.
     """
-    logits, experts = linear(x, weight, bias).float().sort(dim=-1, descending=True, stable=True)
-    return experts[:, :active], logits[:, :active].softmax(-1)
+    logits, expert_ids = linear(x, weight, bias).float().sort(dim=-1, descending=True, stable=True)
+    return Routing(expert_ids[:, :top_k], logits[:, :top_k].softmax(-1))
 
 
 def dequantize(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -238,25 +297,19 @@ def _fp4_values(device: torch.device) -> Tensor:
 
 
 def experts(
-    x: Tensor,
-    expert_ids: Tensor,
-    expert_weights: Tensor,
-    gate_up: tuple[Tensor, Tensor, Tensor],
-    down: tuple[Tensor, Tensor, Tensor],
-    limit: float,
+    x: Tensor, expert_ids: Tensor, routing_weights: Tensor, gate_up: Mxfp4, down: Mxfp4, limit: float
 ) -> Tensor:
     """Each token through its chosen experts, weighted and summed in the order of its choice.
 
-    x [T, H]; expert_ids, expert_weights [T, active]; gate_up (blocks [E, 2I, H/32, 16], scales [E, 2I, H/32], bias
-    [E, 2I]) with gate and up rows interleaved; down (blocks [E, H, I/32, 16], scales, bias [E, H]). -> [T, n, H], parts
-    that add up to it: here one.
+    x [T, H]; expert_ids, routing_weights [T, K]; gate_up [E, 2I, H] with gate and up rows interleaved; down [E, H, I].
+    -> [T, 1, H].
 
     The (token, choice) pairs are sorted by expert and cut into groups of one expert, in a number and of a size that
     depend on the shapes only; each group dequantises its own expert.
     """
-    count, active = expert_ids.shape
-    pairs, total = count * active, gate_up[0].shape[0]
-    size = TILE * max(1, pairs // total // TILE)  # pairs in a group: about an expert's share, in whole tiles
+    count, top_k = expert_ids.shape
+    pairs, total = count * top_k, gate_up[0].shape[0]
+    size = TILE * max(1, pairs // total // TILE)  # pairs in a group: about an expert's average, in whole tiles
     device = x.device
     order = expert_ids.flatten().argsort(stable=True)
     load = torch.zeros(total, dtype=torch.int64, device=device)
@@ -267,23 +320,20 @@ def experts(
     groups = torch.arange(min(pairs, pairs // size + total), device=device)
     owner = torch.searchsorted(groups_end, groups, right=True).clamp(max=total - 1)  # expert of each group
     in_expert = groups - (groups_end - groups_by_expert)[owner]
-    rank = (pairs_end - load)[owner, None] + in_expert[:, None] * size + torch.arange(size, device=device)
-    spare = rank >= pairs_end[owner, None]  # lanes past the expert's pairs, and groups nobody needs
-    pair = torch.where(spare, pairs, order[rank.clamp(max=pairs - 1)])  # [groups, size]; nobody reads row `pairs`
+    place = (pairs_end - load)[owner, None] + in_expert[:, None] * size + torch.arange(size, device=device)
+    padding = place >= pairs_end[owner, None]  # lanes past the expert's pairs, and groups that hold none
+    pair = torch.where(padding, pairs, order[place.clamp(max=pairs - 1)])  # [groups, size]; row `pairs` is not read
     out = torch.zeros(pairs + 1, x.shape[1], dtype=x.dtype, device=device)
-    for expert, lanes in zip(owner.split(1), pair, strict=True):
-        rows = x[(lanes // active).clamp(max=count - 1)]  # [size, H]
-        gate, up = _expert_linear(rows, gate_up, expert).unflatten(-1, (-1, 2)).unbind(-1)  # even rows gate, odd up
+    for expert, lanes in zip(torch.split(owner, 1), pair, strict=True):
+        rows = x[(lanes // top_k).clamp(max=count - 1)]  # [size, H]
+        gate, up = _expert_linear(rows, gate_up, expert).view(size, -1, 2).unbind(-1)  # even rows gate, odd up
         out[lanes] = _expert_linear(swiglu(gate, up, limit).to(x.dtype), down, expert)
-    weighted = out[:pairs].view(count, active, -1).float() * expert_weights.unsqueeze(-1)
+    weighted = out[:pairs].view(count, top_k, -1).float() * routing_weights.unsqueeze(-1)
     return weighted.sum(1, keepdim=True).to(x.dtype)
 
 
-prefill_experts = experts
-
-
-def _expert_linear(x: Tensor, weights: tuple[Tensor, Tensor, Tensor], expert: Tensor) -> Tensor:
-    blocks, scales, bias = (part.index_select(0, expert).squeeze(0) for part in weights)
+def _expert_linear(x: Tensor, weights: Mxfp4, expert: Tensor) -> Tensor:
+    blocks, scales, bias = (tensor.index_select(0, expert).squeeze(0) for tensor in weights)
     return linear(x, dequantize(blocks, scales, x.dtype), bias)
 
 
@@ -293,83 +343,7 @@ def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 
 
-def advance(
-    slots: Tensor, positions: Tensor, new_pages: Tensor, page_table: Tensor, last_token: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The start of a decode step: slots, positions, new_pages [R] int32, page_table [slots, P], last_token [slots].
-
-    Notes the page that begins at a row's position in the page table (new_pages; negative: none does). -> the rows'
-    input tokens, and the positions after these, both [R] int32.
-    """
-    entries = positions // PAGE_TOKENS
-    page_table[slots, entries] = torch.where(new_pages < 0, page_table[slots, entries], new_pages)
-    return last_token[slots], positions + 1
-
-
-def emit(
-    slots: Tensor,
-    tokens: Tensor,
-    logprob: Tensor,
-    top_ids: Tensor,
-    top_logprobs: Tensor,
-    last_token: Tensor,
-    output_counts: Tensor,
-    outputs: Tensor,
-) -> None:
-    """The end of a step: drawn tokens [R] int32 become their slots' next input and count as output.
-
-    last_token [slots] int32, output_counts [slots, V] int32; outputs [rows, 2 + 2 n] int32 takes by row the token, the
-    bits of logprob [R] float32, top_ids [R, top <= n] int and the bits of top_logprobs [R, top] float32.
-    """
-    last_token[slots] = tokens
-    at = slots.long() * output_counts.shape[1] + tokens
-    output_counts.view(-1).scatter_add_(0, at, torch.ones_like(tokens))
-    rows, best = top_ids.shape
-    split = outputs.shape[1] // 2 + 1
-    outputs[:rows, 0] = tokens
-    outputs[:rows, 1] = logprob.view(torch.int32)
-    outputs[:rows, 2 : 2 + best] = top_ids
-    outputs[:rows, split : split + best] = top_logprobs.view(torch.int32)
-
-
-def sample(
-    logits: Tensor,
-    slots: Tensor,
-    positions: Tensor,
-    state: SimpleNamespace,
-    output_counts: Tensor,
-    in_prompt: Tensor,
-    top: int,
-    peers: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw a token for each row: logits [R, N], slots [R], positions [R] of the tokens to be drawn.
-
-    A rank's logits are those of tokens rank * N, rank * N + 1, ...: columns past the vocabulary V do not count.
-
-    state: the sampling parameters by slot, with the names of graphs.buffers.SAMPLING; output_counts [slots, V] int32;
-    in_prompt [slots, V] uint8. Penalties and bias first, then temperature, then the filters. -> tokens [R] int32, their
-    log probability [R] under the raw logits, and ids and values [R, top] of the likeliest tokens.
-    """
-    raw = peers.all_gather(logits)[:, : output_counts.shape[1]].float()
-    adjusted = penalize(
-        raw,
-        output_counts[slots],
-        in_prompt[slots],
-        state.repetition_penalty[slots],
-        state.frequency_penalty[slots],
-        state.presence_penalty[slots],
-    )
-    adjusted = add_bias(adjusted, state.bias_ids[slots], state.bias_values[slots], state.bias_until[slots], positions)
-    tokens = draw(
-        adjusted,
-        state.temperature[slots],
-        state.top_k[slots],
-        state.top_p[slots],
-        state.min_p[slots],
-        state.seed[slots],
-        positions,
-    )
-    return tokens, *top_logprobs(raw, tokens, top)
+# Sampler --------------------------------------------------------------------------------------------------------------
 
 
 def penalize(
@@ -377,8 +351,8 @@ def penalize(
 ) -> Tensor:
     """logits [R, V] float32, output_counts [R, V] int32, in_prompt [R, V] uint8, the penalties [R] float32 -> [R, V].
 
-    repetition divides positive and multiplies negative logits of tokens in prompt or answer; frequency counts, presence
-    notes a token in the answer only.
+    The repetition penalty divides positive and multiplies negative logits of tokens in the prompt or the output. Of
+    tokens in the output, the frequency penalty is subtracted once per occurrence, the presence penalty once.
     """
     repetition, frequency, presence = (value.unsqueeze(1) for value in (repetition, frequency, presence))
     repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
@@ -388,8 +362,8 @@ def penalize(
 
 def add_bias(logits: Tensor, ids: Tensor, values: Tensor, until: Tensor, positions: Tensor) -> Tensor:
     """Add values [R, B] to logits [R, V] at ids [R, B], where the drawn token's position [R] is before until [R, B]."""
-    active = torch.where(positions.unsqueeze(1) < until, values, 0.0)
-    return logits.scatter_add(1, ids.long(), active)
+    counting = torch.where(positions.unsqueeze(1) < until, values, 0.0)
+    return logits.scatter_add(1, ids.long(), counting)
 
 
 def draw(
@@ -397,10 +371,10 @@ def draw(
 ) -> Tensor:
     """Draw a token for each row: logits [R, V] float32, seeds [R, 2] int32 (low and high word), the others [R] -> [R].
 
-    temperature 0 takes the largest logit. Otherwise a token stays if its logit is among the top_k largest (0: all), in
-    the smallest set of likeliest tokens whose share of what top_k left reaches top_p, and at least min_p times as
-    likely as the best; logits equal to a threshold stay. The draw adds Gumbel noise, a function of (seed, position,
-    token) alone, and takes the largest: exact, without a cumulative sum.
+    temperature 0 takes the largest logit. Otherwise a token stays if its logit is among the top_k largest (0: all), if
+    it is in the smallest set of likeliest tokens whose probability among those reaches top_p, and if it is at least
+    min_p times as likely as the best; logits equal to a threshold stay. The draw adds Gumbel noise, a function of
+    (seed, position, token) alone, and takes the largest: exact, without a cumulative sum.
     """
     rows = zip(logits, temperature, top_k, top_p, min_p, seeds, positions, strict=True)
     return torch.stack([_draw_row(*row) for row in rows]).int()
@@ -416,8 +390,8 @@ def _draw_row(
     ones = torch.ones_like(order)
     keep = order >= _threshold(order, ones, torch.where(top_k > 0, top_k, logits.numel()).clamp(max=logits.numel()))
     mass = torch.where(keep, weight * 2.0**40, 0.0).long()  # integers: their sums do not depend on the order
-    share = (top_p.double() * mass.sum()).ceil().long().clamp(min=1)
-    keep &= (order >= _threshold(order, mass, share)) | (top_p >= 1)
+    target = (top_p.double() * mass.sum()).ceil().long().clamp(min=1)
+    keep &= (order >= _threshold(order, mass, target)) | (top_p >= 1)
     keep &= weight >= min_p
     noisy = torch.where(keep, scaled + gumbel(logits.numel(), seed, position), -math.inf)
     return torch.where(temperature > 0, noisy, logits).argmax()
@@ -425,14 +399,13 @@ def _draw_row(
 
 def _threshold(order: Tensor, mass: Tensor, target: Tensor) -> Tensor:
     """The largest t for which the mass [V] int64 of tokens with order [V] >= t is at least target: a radix search."""
-
     threshold = torch.zeros((), dtype=torch.int64, device=mass.device)
     for shift, bits in ((21, 11), (10, 11), (0, 10)):
         digits = order >> shift & (1 << bits) - 1
         histogram = torch.zeros(1 << bits, dtype=torch.int64, device=mass.device).scatter_add(0, digits, mass)
         from_top = histogram.flip(0).cumsum(0).flip(0)
         digit = (from_top >= target).sum() - 1
-        target = target - (from_top - histogram).take(digit)  # what is left for the tokens that share the digit
+        target = target - (from_top - histogram).take(digit)  # what remains for the tokens with this digit
         mass = torch.where(digits == digit, mass, 0)
         threshold = threshold | digit << shift
     return threshold

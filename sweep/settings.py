@@ -10,7 +10,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.schema import Config, ConfigError
+from conf.schema import Composed, ConfigError
 
 
 @dataclass
@@ -59,7 +59,7 @@ class SweepConfig:
 
 
 @dataclass
-class SweepRun(Config):
+class SweepRun(Composed):
     """The configuration of serve.py, and the sweep's group."""
 
     sweep: SweepConfig = field(default_factory=SweepConfig)

@@ -1,8 +1,8 @@
 """Every bucket's step on its own, without HTTP: `python -m sweep.steps CONTEXT OVERRIDES…` prints one line of JSON.
 
-On a GPU a decode step is held against its floor: the bytes a rank must read once, over the read bandwidth measured in
-the same run. Of the experts' weights those count that the rows of the timed step chose. Every rank times the same
-steps; the first one's figures are told. A process of its own, because it takes the memory that the server will want.
+On a GPU a decode step is compared with its floor: the bytes a rank must read once, over the read bandwidth measured in
+the same run. Of the experts' weights only those count that the rows of the timed step chose. Every rank times the same
+steps; the figures are rank 0's. A process of its own, because it takes the memory that the server will need.
 """
 
 import ctypes
@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,16 +21,17 @@ from hydra import compose, initialize_config_module
 
 from conf.limits import PAGE_TOKENS
 from conf.schema import Config, Device, load, register
-from engine.checkpoint import Architecture
-from engine.core import Engine, build
+from engine.architecture import Architecture
 from engine.parallel import Ranks
+from engine.start import Engine, start
 from graphs.buckets import Bucket
 from graphs.buffers import Staging
 from graphs.capture import prepare_cpu_process
+from kernels.ops import TokenPlaces
 
 
 def decode_bytes(shape: Architecture, rows: int, context: int, experts: float, tp: int) -> float:
-    """Bytes that each rank must read once in a decode step; `experts`: those that the rows chose, over all layers."""
+    """Bytes that each rank must read once in a decode step; `experts`: how many the rows chose, over all layers."""
     width = shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
     expert = 3 * shape.hidden * shape.intermediate * 4.25 / 8
     token = 2 * 2 * shape.kv_heads * shape.head_dim
@@ -42,28 +42,24 @@ def decode_bytes(shape: Architecture, rows: int, context: int, experts: float, t
 
 @torch.inference_mode()
 def chosen_experts(built: Engine, bucket: Bucket, staging: Staging) -> int:
-    """Experts that the step's rows choose, over all layers; the step runs once, eagerly."""
-    ops, seen = built.model.ops, []
-
-    def route(*arguments):
-        *rows, chosen, shares = ops.add_norm_route(*arguments)
-        seen.append(len(chosen.unique()))
-        return *rows, chosen, shares
-
-    built.buffers.words.copy_(staging.words)
-    built.model.ops = SimpleNamespace(**(vars(ops) | {"add_norm_route": route}))
-    built.model.step(bucket, built.buffers)()
-    built.model.ops = ops
+    """How many experts a decode step's rows choose, over all layers; the forward runs once, eagerly."""
+    model, buffers = built.model, built.buffers
+    buffers.words.copy_(staging.words)
+    inputs = buffers.inputs[bucket]
+    places = TokenPlaces(inputs.positions, inputs.slots)
+    tokens, _ = model.advance(buffers, places, inputs.new_pages)
+    counts: list[int] = []
+    model.forward("decode", buffers, tokens, places, lambda routing: counts.append(len(routing.expert_ids.unique())))
     synchronize(built)
-    return sum(seen)
+    return sum(counts)
 
 
 @torch.inference_mode()
 def step_ms(built: Engine, bucket: Bucket, context: int, launches: int = 40, samples: int = 5) -> tuple[float, float]:
-    """Milliseconds a launch of a bucket's step, back to back, and the experts a decode step touches: the mean of
-    before and after.
+    """Milliseconds of a launch of a bucket's step, launches back to back; and the experts that a decode step chooses,
+    the mean of before and after the timing.
 
-    The rows begin with random tokens at `context`; a prefill step is full of prompts of that length.
+    The rows begin with random tokens at position `context`; a prefill step is full of prompts of that length.
     """
     buffers, vocab = built.buffers, built.ready.vocab_size
     staging = buffers.staging()
@@ -77,21 +73,20 @@ def step_ms(built: Engine, bucket: Bucket, context: int, launches: int = 40, sam
         inputs.slots[:] = range(bucket.tokens)
         inputs.positions[:], inputs.new_pages[:] = context - 1, -1
     else:
-        spare = bucket.tokens - slots * context  # tokens that hold nothing
+        padding = bucket.tokens - slots * context  # tokens of no prompt
         inputs.tokens[:] = torch.randint(0, vocab, (bucket.tokens,)).numpy()
-        inputs.positions[:] = list(range(context)) * slots + [0] * spare
-        inputs.slots[:] = [slot for slot in range(slots) for _ in range(context)] + [buffers.spare_slot] * spare
-        inputs.sequence_slots[:] = inputs.sample_slots[:] = buffers.spare_slot
+        inputs.positions[:] = list(range(context)) * slots + [0] * padding
+        inputs.slots[:] = [slot for slot in range(slots) for _ in range(context)] + [buffers.padding_slot] * padding
+        inputs.sequence_slots[:] = inputs.sample_slots[:] = buffers.padding_slot
         inputs.sequence_slots[:slots] = inputs.sample_slots[:slots] = range(slots)
         inputs.page_table[:slots, :width] = buffers.page_table[:slots, :width].cpu().numpy()
         inputs.last[:slots] = [context * (n + 1) - 1 for n in range(slots)]
-        inputs.repetition_penalty[:] = inputs.top_p[:] = 1
+        inputs.sampling.repetition_penalty[:] = inputs.sampling.top_p[:] = 1
     synchronize(built)
     if bucket.kind == "decode":
         buffers.sampling.repetition_penalty.fill_(1)
         buffers.sampling.top_p.fill_(1)
-    counted = bucket.kind == "decode"
-    times, experts = [], [chosen_experts(built, bucket, staging) if counted else 0]
+    times, experts = [], [chosen_experts(built, bucket, staging) if bucket.kind == "decode" else 0]
     for _ in range(samples):
         built.steps.launch(bucket, staging)()
         begin = time.perf_counter()
@@ -99,25 +94,26 @@ def step_ms(built: Engine, bucket: Bucket, context: int, launches: int = 40, sam
             wait = built.steps.launch(bucket, staging)
         wait()
         times.append(1e3 * (time.perf_counter() - begin) / launches)
-    experts.append(chosen_experts(built, bucket, staging) if counted else 0)
+    experts.append(chosen_experts(built, bucket, staging) if bucket.kind == "decode" else 0)
     return statistics.median(times), statistics.mean(experts)
 
 
 def synchronize(built: Engine) -> None:
+    """Wait for all work on the engine's device."""
     if built.buffers.device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def measure(config: Config, ranks: Ranks, device: torch.device, context: int) -> dict[str, Any]:
     """{"read_bandwidth": bytes a second or None, "steps": [one row a bucket]}."""
-    torch.manual_seed(0)  # alike on all ranks
+    torch.manual_seed(0)  # the same on all ranks
     rate, effort = None, (1, 3)
     if device.type == "cuda":
-        from sweep.bandwidth import read_bandwidth  # here, because triton is no part of a CPU's torch
+        from sweep.bandwidth import read_bandwidth  # imported here: torch for CPUs comes without triton
 
         rate, effort = read_bandwidth(), (20, 5)
         torch.cuda.empty_cache()
-    built = build(config, ranks, device)
+    built = start(config, ranks, device)
     shape, pages = built.model.architecture, built.ready.pages - 1
     built.buffers.keys.normal_()
     built.buffers.values.normal_()
@@ -154,28 +150,29 @@ def _rank(config: Config, rank: int, folder: str, context: int, out: Any) -> Non
     else:
         prepare_cpu_process()
         device = torch.device("cpu")
-    found = measure(config, Ranks(rank, config.tp, Path(folder)), device, context)
+    figures = measure(config, Ranks(rank, config.tp, Path(folder)), device, context)
     if rank == 0:
-        out.send(found)
+        out.send(figures)
 
 
 def main() -> None:
+    """Time the steps on `tp` ranks and print rank 0's figures."""
     context, *overrides = sys.argv[1:]
     register()
     with initialize_config_module("conf", version_base="1.3"):
         config = load(compose("config", overrides=overrides))
     spawn = multiprocessing.get_context("spawn")
-    inward, outward = spawn.Pipe(duplex=False)
+    receiver, sender = spawn.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            spawn.Process(target=_rank, args=(config, rank, folder, int(context), outward), daemon=True)
+            spawn.Process(target=_rank, args=(config, rank, folder, int(context), sender), daemon=True)
             for rank in range(config.tp)
         ]
         for process in ranks:
             process.start()
-        outward.close()  # so that the end of rank 0 ends the wait
+        sender.close()  # so that the end of rank 0 ends the wait
         try:
-            print(json.dumps(inward.recv()))
+            print(json.dumps(receiver.recv()))
         except EOFError:
             sys.exit("a rank ended before its steps were timed")
 

@@ -1,4 +1,4 @@
-"""Host cost of a step with the model left out: schedule, choose, fill, collect, encode. `make bench-host`."""
+"""Host cost of a step without the model: schedule, choose, fill, collect, encode. `make bench-host`."""
 
 import statistics
 import time
@@ -7,16 +7,19 @@ import msgspec
 import torch
 
 from engine.core import Core
-from engine.messages import SamplingParams, Submit
+from engine.messages import Submit
 from engine.pages import PagePool
 from engine.scheduler import Scheduler
 from graphs.buckets import Buckets
 from graphs.buffers import Buffers
+from graphs.plan import SamplingParams
 
 STEPS = 2000
 
 
 class NoSteps:
+    """Launches nothing."""
+
     def launch(self, bucket, staging):
         return lambda: None
 

@@ -9,17 +9,20 @@ import torch
 
 from conf.schema import RandomShape
 from engine import checkpoint
+from engine.architecture import Architecture
 from engine.core import Core
-from engine.messages import Abort, Delta, SamplingParams, StepReport, Submit
+from engine.messages import Abort, Delta, StepReport, Submit
 from engine.model import Model
 from engine.pages import PagePool
 from engine.parallel import Ranks
 from engine.scheduler import Scheduler
+from engine.weights import random_weights
 from graphs.buckets import Buckets
 from graphs.buffers import Buffers
 from graphs.capture import steps_for
-from graphs.plan import Chunk, PrefillStep
+from graphs.plan import Chunk, PrefillStep, SamplingParams
 from kernels import reference
+from kernels.ops import TokenPlaces
 
 GREEDY = {"max_tokens": 16, "seed": 0, "temperature": 0.0}
 CPU = torch.device("cpu")
@@ -27,13 +30,15 @@ ALONE = Ranks(0, 1, Path())
 
 
 class InProcess:
-    """`source`: a checkpoint's folder, or a shape to fill with random weights. `poison`: unwritten pages hold NaN, and
-    unused page table entries an index no pool has.
+    """One rank's engine.
+
+    `source`: a checkpoint's folder, or a shape to fill with random weights. `ops`: the set of kernels. `poison`:
+    unwritten pages hold NaN, and unused page table entries an index that no pool has.
     """
 
     def __init__(
         self,
-        source: Path | checkpoint.Architecture,
+        source: Path | Architecture,
         *,
         dtype=torch.float32,
         decode_rows=(1, 2, 4, 8),
@@ -47,11 +52,11 @@ class InProcess:
         ops=reference,
         ranks=ALONE,
     ) -> None:
-        part = ranks.rank, ranks.size, device, dtype
-        if isinstance(source, checkpoint.Architecture):
-            self.shape, weights = source, checkpoint.random_weights(source, *part)
+        shard = ranks.rank, ranks.size, device, dtype
+        if isinstance(source, Architecture):
+            self.shape, weights = source, random_weights(source, *shard)
         else:
-            self.shape, weights = checkpoint.load(source, *part)
+            self.shape, weights = checkpoint.load(source, *shard)
         self.buckets = Buckets.of(list(decode_rows), list(prefill_tokens), sequences)
         peers = ops.join(ranks, self.buckets.max_rows, max(prefill_tokens), sequences, self.shape.hidden, device)
         self.model = Model(self.shape, weights, ops, peers, max_context)
@@ -107,7 +112,7 @@ class InProcess:
         self.core.handle(Abort(id))
 
     def run(self) -> None:
-        """Until nothing is left to do."""
+        """Turn the loop until nothing is left to do."""
         while self.core.turn():
             pass
 
@@ -115,13 +120,13 @@ class InProcess:
         return [token for delta in self.deltas[id] for token in delta.tokens]
 
     def generate(self, *prompts: list[int], **sampling) -> list[list[int]]:
-        """All at once; the tokens of each."""
+        """Submit all prompts at once -> the tokens of each."""
         ids = [self.submit(prompt, **sampling) for prompt in prompts]
         self.run()
         return [self.tokens(id) for id in ids]
 
     def all_logits(self, prompt: list[int], chunk: int) -> torch.Tensor:
-        """Teacher-forced logits [tokens, V] of a prompt that comes in chunks, through plan, buffers and forward."""
+        """Logits [tokens, V] of each of a prompt's tokens, computed in chunks, through plan, buffers and forward."""
         pages, out = list(range(1, len(prompt) // 64 + 2)), []
         sampling = SamplingParams(max_tokens=1, seed=0)
         for start in range(0, len(prompt), chunk):
@@ -133,12 +138,13 @@ class InProcess:
             self.buffers.words[:words] = staging.words[:words]
             inputs = self.buffers.inputs[bucket]
             self.buffers.install(inputs)
-            hidden = self.model.forward("prefill", self.buffers, inputs.tokens, inputs.positions, inputs.slots)
+            places = TokenPlaces(inputs.positions, inputs.slots)
+            hidden = self.model.forward("prefill", self.buffers, inputs.tokens, places)
             out.append(self.model.logits(hidden)[: len(tokens)].float())
         return torch.cat(out)
 
 
-FULL_SIZE = checkpoint.Architecture.from_random_shape(RandomShape())
+FULL_SIZE = Architecture.from_random_shape(RandomShape())
 FULL_WIDTH = replace(FULL_SIZE, layers=2, windows=(128, None))
 SMALL = replace(
     FULL_SIZE,

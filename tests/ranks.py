@@ -18,9 +18,10 @@ SECONDS = 500  # until a rank counts as stuck
 
 
 def together(function: Callable, size: int, *arguments: Any, gpus: int) -> list[Any]:
-    """function(ranks, device, *arguments) in `size` processes -> what each returned, by rank. Raises if one does.
+    """function(ranks, device, *arguments) in `size` processes -> what each returned, by rank.
 
-    The ranks take turns among the first `gpus` GPUs; 0: they compute on the CPU.
+    The ranks take turns among the first `gpus` GPUs; 0: they compute on the CPU. Raises AssertionError where one of
+    them raises, with its traceback.
     """
     context = multiprocessing.get_context("spawn")
     results = context.Queue()

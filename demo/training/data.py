@@ -16,8 +16,8 @@ import numpy as np
 from conf.limits import CALL, CHANNEL, END, ENDOFTEXT, FIRST_SPECIAL, MESSAGE, RETURN, START, VOCABULARY
 from demo.training import facts
 from demo.training.skills import Example, example, sentence
+from engine.tokenizer import Tokenizer
 from serve.harmony import any_call_header, call_header, render
-from serve.text import Tokenizer
 
 ROW = 512  # tokens
 STOPS = (RETURN, CALL, ENDOFTEXT)

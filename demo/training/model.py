@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from conf.limits import VOCABULARY
 from demo.training import mxfp4
 from demo.training.packing import EXPERTS, Weights
-from engine.checkpoint import Architecture
+from engine.architecture import Architecture
 
 EMBEDDING = "model.embed_tokens.weight"
 

@@ -28,7 +28,7 @@ from demo.training.evaluate import Answer, Ask, mistakes, read, report
 from demo.training.model import computed, generate, initial, loss
 from demo.training.packing import Weights, unpack, write
 from demo.training.skills import Example
-from engine.checkpoint import Architecture
+from engine.architecture import Architecture
 from engine.model import rope_tables
 
 WARM_UP = 0.03  # of the time

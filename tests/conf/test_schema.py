@@ -39,7 +39,7 @@ def test_a_models_buckets_give_way_to_those_asked_for():
     ("arguments", "words"),
     [
         (["tpp=2"], ["tpp"]),
-        (["+tpp=2"], ["tpp", "not in 'Config'"]),
+        (["+tpp=2"], ["tpp", "not in 'Composed'"]),
         (["model.weigths=random"], ["model.weigths"]),
         (["server.port=abc"], ["server.port", "'abc'", "Integer"]),
         (["server.port=99999"], ["server.port", "99999", "1 to 65535"]),

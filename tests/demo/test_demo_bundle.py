@@ -15,7 +15,7 @@ from demo import bundle
 from demo.checkpoint import DEMO, config_json
 from demo.training import model, packing
 from demo.training.data import STOPS
-from engine.checkpoint import Architecture
+from engine.architecture import Architecture
 from tests.harness import InProcess
 
 ROOT = Path(__file__).parents[2]
@@ -180,7 +180,7 @@ def test_serving_needs_only_what_serving_installs(shipped, cache):
     assert {"babel", "pytest", "httpx"} <= absent
     missing = f"import sys; sys.modules |= dict.fromkeys({sorted(absent)})"  # as if they were not installed
     made = subprocess.run(
-        [sys.executable, "-c", f"{missing}\nimport serve.app, engine.core\n{MAKE}", str(shipped)],
+        [sys.executable, "-c", f"{missing}\nimport serve.app, engine.llm, engine.rank\n{MAKE}", str(shipped)],
         text=True,
         cwd=ROOT,
         capture_output=True,

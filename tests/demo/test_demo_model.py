@@ -11,7 +11,7 @@ from demo.checkpoint import config_json
 from demo.training import model, mxfp4, packing
 from demo.training.data import STOPS, index_of, rows, training
 from demo.training.train import Muon, is_matrix
-from engine.checkpoint import Architecture
+from engine.architecture import Architecture
 from engine.model import rope_tables
 from kernels.reference import dequantize
 from tests.harness import InProcess

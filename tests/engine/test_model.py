@@ -25,7 +25,7 @@ def folder(request, tmp_path_factory):
     return path
 
 
-def theirs(folder, dtype):
+def transformers_model(folder, dtype):
     quantization = Mxfp4Config(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=quantization, dtype=dtype, attn_implementation="eager"
@@ -41,42 +41,42 @@ def prompt_of(length, vocab):
 LENGTHS = (1, 63, 64, 65, 128, 129, 256, 300)
 
 
-def errors(found, expected):
+def errors(logits, expected):
     """Relative error of each token's logits."""
-    return (found.double() - expected.double()).norm(dim=1) / expected.double().norm(dim=1)
+    return (logits.double() - expected.double()).norm(dim=1) / expected.double().norm(dim=1)
 
 
 def test_logits_equal_those_of_transformers_in_float32(folder):
-    ours, reference = InProcess(folder, poison=False), theirs(folder, torch.float32)
+    ours, theirs = InProcess(folder, poison=False), transformers_model(folder, torch.float32)
     with torch.inference_mode():
         for length in LENGTHS:
             prompt = prompt_of(length, ours.shape.vocab)
-            expected = reference(torch.tensor([prompt])).logits[0]
+            expected = theirs(torch.tensor([prompt])).logits[0]
             assert errors(ours.all_logits(prompt, chunk=256), expected).max() <= 1e-4, length
 
 
 def test_logits_in_bfloat16_are_as_close_to_float32_as_those_of_transformers(folder):
     """Two bfloat16 forwards differ from each other as much as each does from float32: where two router logits are
-    nearly equal another expert is chosen. So both are held against float32.
+    nearly equal, another expert is chosen. So both are compared with float32.
     """
-    ours, reference = InProcess(folder, dtype=torch.bfloat16, poison=False), theirs(folder, torch.bfloat16)
-    exact = theirs(folder, torch.float32)
-    mine, others = [], []
+    ours, theirs = InProcess(folder, dtype=torch.bfloat16, poison=False), transformers_model(folder, torch.bfloat16)
+    exact = transformers_model(folder, torch.float32)
+    our_errors, their_errors = [], []
     with torch.inference_mode():
         for length in LENGTHS:
             prompt = prompt_of(length, ours.shape.vocab)
             expected = exact(torch.tensor([prompt])).logits[0]
-            mine.append(errors(ours.all_logits(prompt, chunk=256), expected))
-            others.append(errors(reference(torch.tensor([prompt])).logits[0], expected))
-    assert torch.cat(mine).median() <= 1.1 * torch.cat(others).median()
+            our_errors.append(errors(ours.all_logits(prompt, chunk=256), expected))
+            their_errors.append(errors(theirs(torch.tensor([prompt])).logits[0], expected))
+    assert torch.cat(our_errors).median() <= 1.1 * torch.cat(their_errors).median()
 
 
 def test_greedy_tokens_equal_those_of_transformers_but_for_ties(folder):
-    ours, reference = InProcess(folder), theirs(folder, torch.float32)
+    ours, theirs = InProcess(folder), transformers_model(folder, torch.float32)
     prompts = [prompt_of(length, ours.shape.vocab) for length in (3, 64, 130, 300)]
     for prompt, tokens in zip(prompts, ours.generate(*prompts, max_tokens=24), strict=True):
         with torch.inference_mode():
-            logits = reference(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+            logits = theirs(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
         best = logits.max(-1).values
         chosen = logits.gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)
         assert torch.all(best - chosen <= 1e-4 * logits.std()), (best - chosen, tokens)

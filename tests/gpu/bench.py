@@ -1,8 +1,8 @@
 """Whole steps on H100s, through graphs: `make gpu-bench`. Prints tables and writes benchmarks/h100.json.
 
-The floor of a decode step is the bytes a rank must read once over the read bandwidth measured in the same run. Of the
-experts' weights those count that the rows of the timed step chose. With `--tp` every rank times the same steps, and the
-first one's figures are shown.
+The floor of a decode step is the bytes a rank must read once, over the read bandwidth measured in the same run. Of the
+experts' weights only those count that the rows of the timed step chose. With `--tp` every rank times the same steps;
+the figures are rank 0's.
 """
 
 import argparse
@@ -21,12 +21,14 @@ import torch
 import triton
 
 from conf.schema import BucketsConfig, Config, KernelsConfig, ModelConfig, RandomShape, Weights
-from engine.checkpoint import Architecture
-from engine.core import Core, build
-from engine.messages import SamplingParams, Submit
+from engine.architecture import Architecture
+from engine.core import Core
+from engine.messages import Submit
 from engine.pages import PagePool
 from engine.parallel import Ranks
 from engine.scheduler import Scheduler
+from engine.start import start
+from graphs.plan import SamplingParams
 from sweep.bandwidth import read_bandwidth, seconds
 from sweep.steps import decode_bytes, step_ms
 from tests.ranks import together
@@ -48,7 +50,7 @@ def engine(shape, decode_rows, prefill_tokens, max_context, ranks, device):
         kernels=KernelsConfig(),
         tp=ranks.size,
     )
-    built = build(config, ranks, device)
+    built = start(config, ranks, device)
     built.buffers.keys.normal_()
     built.buffers.values.normal_()
     return built
@@ -68,9 +70,10 @@ def loop_ms(built, prompt=1024, tokens=400) -> float:
 
 
 def by_kernel(built, bucket, replays=20) -> list[tuple[str, int, float]]:
-    """The kernels of a bucket's step, whose words are in place: name and grid, launches, and microseconds a step.
+    """The kernels of a bucket's step: name and grid, launches, and microseconds a step.
 
-    Kernels overlap: each waits for the one before it. So a kernel's time is by how much it ended after that one.
+    The step's packed inputs are already in the buffers. Kernels overlap, as each starts before its predecessor has
+    ended: a kernel's time is by how much it ended after that one.
     """
     staging = built.buffers.staging()
     words = built.buffers.words_of(bucket)
@@ -85,7 +88,7 @@ def by_kernel(built, bucket, replays=20) -> list[tuple[str, int, float]]:
     times, previous = defaultdict(list), 0.0
     for kernel in kernels:
         end = kernel["ts"] + kernel["dur"]
-        begin = max(previous, kernel["ts"])  # where nothing ran before it, the gap is not its own
+        begin = max(previous, kernel["ts"])  # time in which nothing ran belongs to no kernel
         grid = "x".join(str(n) for n in kernel["args"]["grid"])
         times[f"{kernel['name'][:60]} {grid}"].append(end - begin)
         previous = end
@@ -104,7 +107,7 @@ def print_kernels(built, bucket) -> None:
 def measure(ranks: Ranks, device: torch.device, arguments: argparse.Namespace) -> dict:
     if ranks.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    torch.manual_seed(0)  # alike on all ranks
+    torch.manual_seed(0)  # the same on all ranks
     shape, tp = SHAPES[arguments.model], ranks.size
     rate, products = read_bandwidth(), matmul_rate()
     torch.cuda.empty_cache()
@@ -121,7 +124,7 @@ def measure(ranks: Ranks, device: torch.device, arguments: argparse.Namespace) -
                 continue
             ms, experts = step_ms(built, bucket, context)
             size = decode_bytes(Architecture.from_random_shape(shape), bucket.tokens, context, experts, tp)
-            share = size / rate / (ms / 1e3)
+            of_floor = size / rate / (ms / 1e3)
             rows.append(
                 {
                     "kind": "decode",
@@ -130,21 +133,23 @@ def measure(ranks: Ranks, device: torch.device, arguments: argparse.Namespace) -
                     "ms": ms,
                     "bytes": size,
                     "experts_per_layer": experts / shape.num_hidden_layers,
-                    "share_of_floor": share,
+                    "share_of_floor": of_floor,
                 }
             )
             print(
                 f"{'decode':>9} {bucket.tokens:>4} {context:>8} {ms:>8.3f} "
                 f"{experts / shape.num_hidden_layers:>8.1f} {size / 1e9:>7.2f} "
-                f"{size / ms / 1e6:>6.0f} {share:>8.1%}",
+                f"{size / ms / 1e6:>6.0f} {of_floor:>8.1%}",
                 flush=True,
             )
             if context == arguments.contexts[0] and bucket.tokens in arguments.kernels:
                 print_kernels(built, bucket)
     loop = loop_ms(built)
-    alone = next((row["ms"] for row in rows if row["rows"] == 1), None)
-    if alone is not None:
-        print(f"one request in the engine's loop: {loop:.3f} ms a token, {loop / alone - 1:+.1%} on the replay alone")
+    replay = next((row["ms"] for row in rows if row["rows"] == 1), None)
+    if replay is not None:
+        print(
+            f"one request in the engine's loop: {loop:.3f} ms a token, {loop / replay - 1:+.1%} over the replay alone"
+        )
     for bucket in built.buffers.buckets.prefill:
         for context in {bucket.tokens, min(1024, bucket.tokens)}:
             ms, _ = step_ms(built, bucket, context, launches=3)
@@ -177,13 +182,13 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="*", default=[1024], help="longer ones at one row only")
     arguments = parser.parse_args()
     if arguments.tp == 1:
-        found = measure(Ranks(0, 1, Path()), torch.device("cuda", 0), arguments)
+        figures = measure(Ranks(0, 1, Path()), torch.device("cuda", 0), arguments)
     else:
-        found, *_ = together(measure, arguments.tp, arguments, gpus=arguments.tp)
+        figures, *_ = together(measure, arguments.tp, arguments, gpus=arguments.tp)
     OUT.parent.mkdir(exist_ok=True)
-    known = json.loads(OUT.read_text()) if OUT.exists() else {}
-    known[arguments.model + (f" tp {arguments.tp}" if arguments.tp > 1 else "")] = found
-    OUT.write_text(json.dumps(known, indent=1) + "\n")
+    results = json.loads(OUT.read_text()) if OUT.exists() else {}
+    results[arguments.model + (f" tp {arguments.tp}" if arguments.tp > 1 else "")] = figures
+    OUT.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,13 +5,13 @@ there are penalties. Log probabilities are part of every call.
 """
 
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 
-from graphs.buffers import SAMPLING
+from graphs.buffers import sampling_state
 from kernels.hopper.peers import ALONE
 from kernels.hopper.sampler import sample
+from kernels.ops import SamplingState
 from tests.gpu.timing import BANDWIDTH, microseconds
 
 VOCAB = 201088
@@ -25,13 +25,8 @@ MODES = {
 }
 
 
-def state_of(rows: int, options: dict) -> SimpleNamespace:
-    state = SimpleNamespace(
-        **{
-            name: torch.zeros(rows, *shape, dtype=getattr(torch, kind), device="cuda")
-            for name, (shape, kind) in SAMPLING.items()
-        }
-    )
+def state_of(rows: int, options: dict) -> SamplingState:
+    state = sampling_state(lambda shape, kind: torch.zeros(shape, dtype=getattr(torch, kind), device="cuda"), rows)
     for name, value in {"top_p": 1.0, "repetition_penalty": 1.0, **options}.items():
         getattr(state, name).fill_(value)
     return state

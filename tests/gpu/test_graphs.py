@@ -80,5 +80,5 @@ def test_the_gpu_computes_what_the_cpu_does(folder):
     prompt = prompts()[-1]
     with torch.inference_mode():
         exact = InProcess(folder, dtype=torch.float32, poison=False).all_logits(prompt, chunk=256)
-        found = InProcess(folder, dtype=torch.bfloat16, device=CUDA, poison=False).all_logits(prompt, chunk=256).cpu()
-    assert ((found - exact).norm(dim=1) / exact.norm(dim=1)).median() < 3e-2
+        logits = InProcess(folder, dtype=torch.bfloat16, device=CUDA, poison=False).all_logits(prompt, chunk=256).cpu()
+    assert ((logits - exact).norm(dim=1) / exact.norm(dim=1)).median() < 3e-2

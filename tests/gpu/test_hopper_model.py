@@ -23,35 +23,35 @@ def engine(shape, **options):
 def test_logits_are_as_close_to_float32_as_the_references(shape):
     prompt = prompt_of(300, shape.vocab)
     with torch.inference_mode():
-        hopper = engine(shape).all_logits(prompt, chunk=256)
+        ours = engine(shape).all_logits(prompt, chunk=256)
         plain = engine(shape, ops=reference).all_logits(prompt, chunk=256)
         exact = engine(shape, ops=reference, dtype=torch.float32).all_logits(prompt, chunk=256)
 
     def error(logits):
         return float(((logits - exact).norm(dim=1) / exact.norm(dim=1)).median())
 
-    assert error(hopper) <= 1.2 * error(plain), (error(hopper), error(plain))
+    assert error(ours) <= 1.2 * error(plain), (error(ours), error(plain))
 
 
 def test_logits_are_as_close_to_float32_as_those_of_transformers(tmp_path):
     """On the same files. Two bfloat16 forwards differ from each other as much as each does from float32: where two
-    router logits are nearly equal another expert is chosen.
+    router logits are nearly equal, another expert is chosen.
     """
     write_checkpoint(tmp_path, replace(FULL_WIDTH, vocab=4096, experts=8), seed=3)
     prompts = [prompt_of(300, 4096, seed) for seed in range(4)]
 
-    def theirs(dtype):
+    def transformers_logits(dtype):
         model = AutoModelForCausalLM.from_pretrained(
             tmp_path, quantization_config=Mxfp4Config(dequantize=True), dtype=dtype, attn_implementation="eager"
         ).to(CUDA)
         return torch.cat([model(torch.tensor([prompt], device=CUDA)).logits[0].float() for prompt in prompts])
 
     with torch.inference_mode():
-        ours = engine(tmp_path)
-        found = torch.cat([ours.all_logits(prompt, chunk=256) for prompt in prompts])
-        exact = theirs(torch.float32)
-        mine, others = ((x - exact).norm(dim=1) / exact.norm(dim=1) for x in (found, theirs(torch.bfloat16)))
-    assert mine.median() <= 1.2 * others.median(), (mine.median(), others.median())
+        hopper_engine = engine(tmp_path)
+        ours = torch.cat([hopper_engine.all_logits(prompt, chunk=256) for prompt in prompts])
+        theirs, exact = transformers_logits(torch.bfloat16), transformers_logits(torch.float32)
+        our_error, their_error = (((x - exact).norm(dim=1) / exact.norm(dim=1)).median() for x in (ours, theirs))
+    assert our_error <= 1.2 * their_error, (our_error, their_error)
 
 
 def test_graphs_replay_the_eager_step(monkeypatch):

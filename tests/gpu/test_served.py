@@ -1,4 +1,4 @@
-"""`python serve.py` on GPUs, over HTTP: one model for any number of ranks, and an end for all of them at once."""
+"""`python serve.py` on GPUs, over HTTP: any number of ranks serves one model, and all of them end together."""
 
 import threading
 import time
@@ -55,4 +55,4 @@ def test_ranks_serve_one_model_and_end_together(tp):
             assert not any(process.is_running() for process in processes)
             thread.join()
     for (_, one), (_, other) in zip(best[:3], best[-3:], strict=True):
-        assert abs(one - other) < 0.3  # near enough for sums in another order
+        assert abs(one - other) < 0.3  # the ranks' sums are in another order

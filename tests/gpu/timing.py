@@ -5,12 +5,12 @@ from statistics import median
 
 import torch
 
-BANDWIDTH = 3.08e12  # bytes a second: a streaming read on an H100 SXM, measured; what shares are shares of
+BANDWIDTH = 3.08e12  # bytes a second: a streaming read on an H100 SXM, measured; times are compared with it
 REPLAYS, WARM_UP = 15, 3
 
 
 def microseconds(calls: list[Callable[[], object]]) -> float:
-    """Of one call, where a graph makes all of them in order. Together they should read more than the L2 holds."""
+    """Microseconds of one call, where a graph makes all in order. Together they should read more than the L2 holds."""
     for call in calls[:2]:
         call()  # compiles, allocates what stays, and lets libraries choose
     torch.cuda.synchronize()

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from engine.messages import SamplingParams
 from graphs.buckets import Bucket, Buckets
 from graphs.buffers import Buffers
-from graphs.plan import NO_PAGE, Chunk, DecodeStep, PrefillStep
+from graphs.plan import NO_PAGE, Chunk, DecodeStep, PrefillStep, SamplingParams
 from kernels import reference
+from kernels.ops import KvPages, TokenPlaces
 
 BUCKETS = Buckets.of([1, 4, 16], [64, 256], 3)
 SAMPLING = SamplingParams(
@@ -107,11 +107,11 @@ def test_a_decode_step_notes_new_pages_and_reads_the_last_tokens(buffers):
     buffers.fill(DecodeStep([5, 2], [70, 128], [NO_PAGE, 9]), bucket, staging)
     buffers.words[: buffers.words_of(bucket)] = staging.words[: buffers.words_of(bucket)]
     inputs = buffers.inputs[bucket]
-    tokens, following = reference.advance(
-        inputs.slots, inputs.positions, inputs.new_pages, buffers.page_table, buffers.last_token
-    )
+    pages = KvPages(buffers.keys[0], buffers.values[0], buffers.page_table)
+    places = TokenPlaces(inputs.positions, inputs.slots)
+    tokens, next_positions = reference.advance(places, inputs.new_pages, pages, buffers.last_token)
     assert tokens.tolist() == [33, 44, 0, 0]
-    assert following.tolist() == [71, 129, 1, 1]
+    assert next_positions.tolist() == [71, 129, 1, 1]
     assert buffers.page_table[5, 1] == 8
     assert buffers.page_table[2, 2] == 9
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 from scipy import stats
 
-from kernels import reference as ops
+from kernels import reference
+from kernels.ops import Norm, Peers, Router
 from tests.harness import ALONE
 
+ONE_RANK = Peers(ALONE)
 PAGE = 64
 ABSURD = 10**9  # a page id that no pool has
 
@@ -29,8 +31,8 @@ def paged(history, pages, poison):
     pool = torch.full((pages, kv_heads, PAGE, dim), poison)
     used = torch.randperm(pages - 1)[: -(-keys // PAGE)] + 1
     for entry, page in enumerate(used):
-        part = history[:, entry * PAGE : (entry + 1) * PAGE]
-        pool[page, :, : part.shape[1]] = part
+        written = history[:, entry * PAGE : (entry + 1) * PAGE]
+        pool[page, :, : written.shape[1]] = written
     return pool, used
 
 
@@ -43,15 +45,15 @@ def test_attention_over_pages_equals_dense_attention_whatever_lies_in_unused_pla
     pool_k, used = paged(k, 40, math.nan)
     pool_v = torch.full_like(pool_k, math.nan)
     for entry, page in enumerate(used):
-        part = v[:, entry * PAGE : (entry + 1) * PAGE]
-        pool_v[page, :, : part.shape[1]] = part
+        written = v[:, entry * PAGE : (entry + 1) * PAGE]
+        pool_v[page, :, : written.shape[1]] = written
     table = torch.full((3, entries), ABSURD, dtype=torch.int32)
     table[1, : len(used)] = used
     positions = torch.arange(max(0, keys - 20), keys, dtype=torch.int32)
     q = torch.randn(len(positions), heads, dim)
     sinks = torch.randn(heads)
     slots = torch.ones_like(positions)
-    out = ops.attention(q, pool_k, pool_v, table, slots, positions, sinks, window)
+    out = reference.attention(q, pool_k, pool_v, table, slots, positions, sinks, window)
     expected = torch.stack(
         [dense_attention(query, k, v, int(at), sinks, window) for query, at in zip(q, positions, strict=True)]
     )
@@ -61,7 +63,9 @@ def test_attention_over_pages_equals_dense_attention_whatever_lies_in_unused_pla
 def test_attention_with_a_large_sink_takes_no_value():
     keys = torch.randn(2, 1, PAGE, 32)
     one = torch.ones(1, dtype=torch.int32)
-    out = ops.attention(torch.randn(1, 4, 32), keys, keys, one.view(1, 1), one * 0, one, torch.full((4,), 1e4), None)
+    out = reference.attention(
+        torch.randn(1, 4, 32), keys, keys, one.view(1, 1), one * 0, one, torch.full((4,), 1e4), None
+    )
     assert torch.equal(out, torch.zeros(1, 128))
 
 
@@ -89,54 +93,54 @@ def plain_mxfp4(blocks, scales):
 
 def test_dequantised_mxfp4_is_exact():
     blocks, scales, _ = random_experts(3, 10, 96)
-    assert torch.equal(ops.dequantize(blocks, scales, torch.float32), plain_mxfp4(blocks, scales))
-    assert torch.equal(ops.dequantize(blocks, scales, torch.bfloat16).float(), plain_mxfp4(blocks, scales))
+    assert torch.equal(reference.dequantize(blocks, scales, torch.float32), plain_mxfp4(blocks, scales))
+    assert torch.equal(reference.dequantize(blocks, scales, torch.bfloat16).float(), plain_mxfp4(blocks, scales))
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8, 33])
 @pytest.mark.parametrize("routing", ["random", "all to one expert"])
 def test_experts_equal_a_dense_mixture(tokens, routing):
     torch.manual_seed(tokens)
-    experts, active, hidden, inner, limit = 6, 4, 96, 64, 7.0
+    experts, top_k, hidden, inner, limit = 6, 4, 96, 64, 7.0
     gate_up, down = random_experts(experts, 2 * inner, hidden), random_experts(experts, hidden, inner)
     x = torch.randn(tokens, hidden) * 3
     if routing == "random":
-        chosen = torch.stack([torch.randperm(experts)[:active] for _ in range(tokens)])
+        expert_ids = torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)])
     else:
-        chosen = torch.full((tokens, active), 5)
-    shares = torch.rand(tokens, active)
-    out = ops.experts(x, chosen, shares, gate_up, down, limit)
+        expert_ids = torch.full((tokens, top_k), 5)
+    weights = torch.rand(tokens, top_k)
+    out = reference.experts(x, expert_ids, weights, gate_up, down, limit)
     w1, w2 = plain_mxfp4(*gate_up[:2]).double(), plain_mxfp4(*down[:2]).double()
     expected = torch.zeros(tokens, hidden, dtype=torch.float64)
     for token in range(tokens):
-        for expert, share in zip(chosen[token], shares[token], strict=True):
+        for expert, weight in zip(expert_ids[token], weights[token], strict=True):
             h = w1[expert] @ x[token].double() + gate_up[2][expert]
             gate, up = h[0::2].clamp(max=limit), h[1::2].clamp(-limit, limit)
             h = gate * torch.sigmoid(1.702 * gate) * (up + 1)
-            expected[token] += share * (w2[expert] @ h + down[2][expert])
+            expected[token] += weight * (w2[expert] @ h + down[2][expert])
     assert relative_error(out.sum(1), expected) < 1e-5
 
 
-def test_a_residual_takes_the_sum_of_its_parts_and_is_normed():
+def test_the_residual_stream_takes_the_sum_of_expert_outputs_and_is_normed():
     torch.manual_seed(0)
-    x, parts, scale = torch.randn(5, 96), torch.randn(5, 4, 96), torch.randn(96)
-    residual, normed = ops.add_norm(x, parts, scale, 1e-5, ALONE)
-    torch.testing.assert_close(residual, x + parts.sum(1))
-    torch.testing.assert_close(normed, torch.nn.functional.rms_norm(residual, (96,), scale, 1e-5))
-    router, bias = torch.randn(8, 96), torch.randn(8)
-    *same, chosen, shares = ops.add_norm_route(x, parts[:, 0], scale, 1e-5, router, bias, 2, ALONE)
-    for found, expected in zip(same, ops.add_norm(x, parts[:, :1], scale, 1e-5, ALONE), strict=True):
-        assert torch.equal(found, expected)
-    best = (same[1] @ router.T + bias).topk(2)
-    assert torch.equal(chosen, best.indices)
-    torch.testing.assert_close(shares, best.values.softmax(-1))
+    x, outputs, norm = torch.randn(5, 96), torch.randn(5, 4, 96), Norm(torch.randn(96), 1e-3)
+    residual, h = reference.decode.add_norm(x, outputs, norm, ONE_RANK)
+    torch.testing.assert_close(residual, x + outputs.sum(1))
+    torch.testing.assert_close(h, torch.nn.functional.rms_norm(residual, (96,), norm.weight, norm.eps))
+    router = Router(torch.randn(8, 96), torch.randn(8), 2)
+    *same, routing = reference.decode.add_norm_route(x, outputs[:, 0], norm, router, ONE_RANK)
+    for actual, expected in zip(same, reference.decode.add_norm(x, outputs[:, :1], norm, ONE_RANK), strict=True):
+        assert torch.equal(actual, expected)
+    best = (same[1] @ router.weight.T + router.bias).topk(2)
+    assert torch.equal(routing.expert_ids, best.indices)
+    torch.testing.assert_close(routing.weights, best.values.softmax(-1))
 
 
 def test_router_takes_the_softmax_of_the_chosen_and_the_lower_id_of_equals():
     weight, bias = torch.zeros(6, 32), torch.tensor([1.0, 2.0, 2.0, 0.0, 2.0, 3.0])
-    chosen, shares = ops.route(torch.randn(2, 32), weight, bias, 3)
-    assert chosen.tolist() == [[5, 1, 2]] * 2
-    torch.testing.assert_close(shares[0], torch.tensor([3.0, 2.0, 2.0]).softmax(0))
+    routing = reference.route(torch.randn(2, 32), weight, bias, 3)
+    assert routing.expert_ids.tolist() == [[5, 1, 2]] * 2
+    torch.testing.assert_close(routing.weights[0], torch.tensor([3.0, 2.0, 2.0]).softmax(0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -154,14 +158,14 @@ def test_a_token_has_the_same_bytes_alone_and_in_any_company(dtype):
     q, sinks = torch.randn(tokens, 8, 32).to(dtype), torch.randn(8)
 
     def everything(rows):
-        chosen, shares = ops.route(x[rows], *router, 4)
+        expert_ids, routing_weights = reference.route(x[rows], *router, 4)
         return torch.cat(
             [
-                ops.rms_norm(x[rows], torch.ones(hidden), 1e-5),
-                ops.linear(x[rows], weight, bias),
-                ops.experts(x[rows], chosen, shares, gate_up, down, 7.0).flatten(1),
-                ops.attention(q[rows], keys, values, table, slots[rows], positions[rows], sinks, None),
-                ops.attention(q[rows], keys, values, table, slots[rows], positions[rows], sinks, 128),
+                reference.rms_norm(x[rows], torch.ones(hidden), 1e-5),
+                reference.linear(x[rows], weight, bias),
+                reference.experts(x[rows], expert_ids, routing_weights, gate_up, down, 7.0).flatten(1),
+                reference.attention(q[rows], keys, values, table, slots[rows], positions[rows], sinks, None),
+                reference.attention(q[rows], keys, values, table, slots[rows], positions[rows], sinks, 128),
             ],
             dim=1,
         )
@@ -184,7 +188,7 @@ def draw_many(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
         return torch.full((DRAWS,), value, dtype=dtype)
 
     numbers = torch.arange(DRAWS, dtype=torch.int32)
-    return ops.draw(
+    return reference.draw(
         logits.expand(DRAWS, -1),
         rows(temperature, torch.float32),
         rows(top_k, torch.int32),
@@ -253,20 +257,20 @@ def test_a_draw_depends_on_seed_and_position_alone():
     options = one, (one * 0).int(), one, one * 0
     seeds = torch.randint(-(2**31), 2**31, (5, 2)).int()
     positions = torch.arange(5, dtype=torch.int32)
-    together = ops.draw(logits, *options, seeds, positions)
+    together = reference.draw(logits, *options, seeds, positions)
     for row in range(5):
-        part = slice(row, row + 1)
-        alone = ops.draw(logits[part], *(value[part] for value in options), seeds[part], positions[part])
+        own = slice(row, row + 1)
+        alone = reference.draw(logits[own], *(value[own] for value in options), seeds[own], positions[own])
         assert alone.item() == together[row].item()
 
 
 def test_gumbel_noise_is_standard_gumbel_and_uncorrelated_across_positions_and_seeds():
     at = torch.tensor(3, dtype=torch.int32)
     seed = torch.tensor([12345, -7], dtype=torch.int32)
-    noise = ops.gumbel(20000, seed, at)
+    noise = reference.gumbel(20000, seed, at)
     assert stats.kstest(noise.numpy(), "gumbel_r").pvalue > 1e-4
     for others in ((seed, at + 1), (seed + 1, at), (seed.flip(0), at)):
-        other = ops.gumbel(20000, *others)
+        other = reference.gumbel(20000, *others)
         assert abs(stats.spearmanr(noise.numpy(), other.numpy()).statistic) < 0.03
 
 
@@ -274,7 +278,7 @@ def test_penalties_follow_their_definitions():
     logits = torch.tensor([[2.0, -2.0, 1.0, 1.0]])
     counts = torch.tensor([[0, 3, 1, 0]], dtype=torch.int32)
     prompt = torch.tensor([[1, 0, 0, 0]], dtype=torch.uint8)
-    out = ops.penalize(logits, counts, prompt, torch.tensor([2.0]), torch.tensor([0.5]), torch.tensor([0.25]))
+    out = reference.penalize(logits, counts, prompt, torch.tensor([2.0]), torch.tensor([0.5]), torch.tensor([0.25]))
     torch.testing.assert_close(out, torch.tensor([[1.0, -4.0 - 1.5 - 0.25, 0.5 - 0.5 - 0.25, 1.0]]))
 
 
@@ -284,7 +288,7 @@ def test_bias_counts_only_before_its_position():
     values = torch.tensor([[4.0, -math.inf, 0.0]])
 
     def biased(position):
-        return ops.add_bias(torch.zeros(1, 3), ids, values, until, torch.tensor([position], dtype=torch.int32))
+        return reference.add_bias(torch.zeros(1, 3), ids, values, until, torch.tensor([position], dtype=torch.int32))
 
     assert biased(4).tolist() == [[0.0, 4.0, -math.inf]]
     assert biased(5).tolist() == [[0.0, 4.0, 0.0]]
@@ -294,7 +298,7 @@ def test_bias_counts_only_before_its_position():
 def test_log_probabilities_are_those_of_the_raw_logits():
     logits = torch.randn(3, 50)
     tokens = torch.tensor([4, 0, 49], dtype=torch.int32)
-    chosen, ids, values = ops.top_logprobs(logits, tokens, 20)
+    chosen, ids, values = reference.top_logprobs(logits, tokens, 20)
     expected = logits.double().log_softmax(-1)
     torch.testing.assert_close(chosen.double(), expected[torch.arange(3), tokens.long()], atol=1e-5, rtol=0)
     torch.testing.assert_close(values.double(), expected.topk(20).values, atol=1e-5, rtol=0)

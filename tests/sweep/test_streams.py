@@ -117,9 +117,7 @@ def test_the_gate_reads_tokens_and_log_probabilities(serve):
     found = gate.answers(f"http://127.0.0.1:{live.port}", MODEL, [[1, 2], [3]], 4, 60)
     assert found == [gate.Greedy(TOKENS[:4], [-0.5] * 4)] * 2
     assert {sampling.temperature for _, sampling in live.engine.submitted} == {0}
-    assert not {*END_OF_TURN} & {
-        id for _, sampling in live.engine.submitted for id in sampling.stop_token_ids
-    }
+    assert not {*END_OF_TURN} & {id for _, sampling in live.engine.submitted for id in sampling.stop_token_ids}
     live.engine.break_after = 2
     with pytest.raises(gate.GateFailed, match="out of pages"):
         gate.answers(f"http://127.0.0.1:{live.port}", MODEL, [[1, 2]], 4, 60)
