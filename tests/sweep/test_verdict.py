@@ -95,7 +95,7 @@ def test_the_verdict_names_a_target_and_a_command():
 
 
 @pytest.mark.parametrize(
-    ("number", "said"),
+    ("number", "target"),
     [(4.001, "4.01"), (4.0, "4"), (1.1, "1.1"), (12.34, "12.4"), (1234.5, "1240"), (0.01234, "0.0124")],
 )
 def test_a_target_is_never_below_what_was_measured(number, target):
