@@ -7,7 +7,7 @@ RUNTIME := .$(if $(GPU),[hopper])
 SWEEP := .[sweep$(if $(GPU),$(comma)hopper)]
 TESTS := .[test$(if $(GPU),$(comma)hopper)]
 
-.PHONY: help install serve sweep test gpu-test gpu-bench lint bench-host bench-http demo-train demo-eval clean
+.PHONY: help install serve sweep test gpu-test gpu-bench lint format bench-host bench-http demo-train demo-eval clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -45,8 +45,15 @@ gpu-bench: $(BIN)/.tests ## steps and kernels on an H100 against the memory floo
 	$(BIN)/python -m tests.gpu.bench $(ARGS)
 	for kernels in linear experts attention prefill sampler ranks; do $(BIN)/python -m tests.gpu.bench_$$kernels || exit; done
 
-lint: $(BIN)/.tests ## ruff
+lint: $(BIN)/.tests ## ruff, the formatters and mypy
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy serve.py
+
+format: $(BIN)/.tests ## rewrite the files as the formatters want them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 bench-host: $(BIN)/.tests ## host cost of a step, the model left out
 	$(BIN)/python -m tests.bench_host

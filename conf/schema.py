@@ -7,8 +7,8 @@ overrides what stands here. Imports nothing of ours but `conf.limits`.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -175,62 +175,42 @@ def check(config: Config) -> None:
     """
     buckets, kernels, server, model = config.buckets, config.kernels, config.server, config.model
 
-    def require(holds: bool, key: str, given: Any, allowed: str) -> None:
+    def require(holds: bool, key: str, allowed: str) -> None:
         if not holds:
-            raise ConfigError(f"{key}: got {given!r}, allowed: {allowed}")
+            value = attrgetter(key)(config)
+            raise ConfigError(
+                f"{key}: got {value.name if isinstance(value, Enum) else repr(value)}, allowed: {allowed}"
+            )
 
-    def require_sizes(key: str, sizes: Sequence[int]) -> None:
-        ascending = list(sizes) == sorted(set(sizes)) and all(size > 0 for size in sizes)
-        require(bool(sizes) and ascending, key, sizes, "positive sizes in ascending order, each once")
-
-    require(config.tp in (1, 2, 4, 8), "tp", config.tp, "1, 2, 4 or 8")
+    require(config.tp in (1, 2, 4, 8), "tp", "1, 2, 4 or 8")
+    kind = f"model.weights={model.weights.name}"
     if model.weights is Weights.checkpoint:
-        require(bool(model.path), "model.path", model.path, "a checkpoint folder, or model.weights=random")
+        require(bool(model.path), "model.path", "a checkpoint folder, or model.weights=random")
     else:
-        allowed = f"null with model.weights={model.weights.name}; with model=gpt-oss-20b it is read"
-        require(model.path is None, "model.path", model.path, allowed)
-    if model.weights is not Weights.random:
-        unchanged = model.random_shape in (GPT_OSS_20B, GPT_OSS_120B)  # as the YAML of a published model sets it
-        allowed = f"no change with model.weights={model.weights.name}, only with random"
-        require(unchanged, "model.random_shape", vars(model.random_shape), allowed)
-    require_sizes("buckets.decode_rows", buckets.decode_rows)
-    require_sizes("buckets.prefill_tokens", buckets.prefill_tokens)
-    require(
-        buckets.decode_rows[-1] <= MAX_DECODE_ROWS,
-        "buckets.decode_rows",
-        buckets.decode_rows,
-        f"at most {MAX_DECODE_ROWS} rows",
-    )
-    require(
-        buckets.prefill_tokens[-1] >= PAGE_TOKENS,
-        "buckets.prefill_tokens",
-        buckets.prefill_tokens,
-        f"a largest bucket of at least one page ({PAGE_TOKENS} tokens)",
-    )
-    require(
-        1 <= buckets.prefill_sequences <= MAX_PREFILL_SEQUENCES,
-        "buckets.prefill_sequences",
-        buckets.prefill_sequences,
-        f"1 to {MAX_PREFILL_SEQUENCES}",
-    )
-    require(
-        buckets.max_context > 0 and buckets.max_context % PAGE_TOKENS == 0,
-        "buckets.max_context",
-        buckets.max_context,
-        f"a positive multiple of {PAGE_TOKENS}",
-    )
-    require(0 < buckets.page_memory <= 1, "buckets.page_memory", buckets.page_memory, "more than 0, at most 1")
-    require(buckets.pages is None or buckets.pages >= 2, "buckets.pages", buckets.pages, "null or at least 2")
-    if buckets.pages is not None:
-        default = BucketsConfig.page_memory
-        allowed = f"no change ({default}) with buckets.pages={buckets.pages}"
-        require(buckets.page_memory == default, "buckets.page_memory", buckets.page_memory, allowed)
+        require(model.path is None, "model.path", f"null with {kind}; model=gpt-oss-20b reads it")
+    unchanged = model.random_shape in (GPT_OSS_20B, GPT_OSS_120B)  # as the YAML of a published model sets it
+    require(unchanged or model.weights is Weights.random, "model.random_shape", f"no change with {kind}, only random")
+    for key, sizes in (("decode_rows", buckets.decode_rows), ("prefill_tokens", buckets.prefill_tokens)):
+        ascending = sizes == sorted(set(sizes)) and all(size > 0 for size in sizes)
+        require(bool(sizes) and ascending, f"buckets.{key}", "positive sizes in ascending order, each once")
+    require(buckets.decode_rows[-1] <= MAX_DECODE_ROWS, "buckets.decode_rows", f"at most {MAX_DECODE_ROWS} rows")
+    largest = f"a largest bucket of at least one page ({PAGE_TOKENS} tokens)"
+    require(buckets.prefill_tokens[-1] >= PAGE_TOKENS, "buckets.prefill_tokens", largest)
+    sequences = 1 <= buckets.prefill_sequences <= MAX_PREFILL_SEQUENCES
+    require(sequences, "buckets.prefill_sequences", f"1 to {MAX_PREFILL_SEQUENCES}")
+    whole_pages = buckets.max_context > 0 and buckets.max_context % PAGE_TOKENS == 0
+    require(whole_pages, "buckets.max_context", f"a positive multiple of {PAGE_TOKENS}")
+    require(0 < buckets.page_memory <= 1, "buckets.page_memory", "more than 0, at most 1")
+    require(buckets.pages is None or buckets.pages >= 2, "buckets.pages", "null or at least 2")
+    default = BucketsConfig.page_memory
+    unused = buckets.pages is not None and buckets.page_memory != default
+    require(not unused, "buckets.page_memory", f"no change ({default}) with buckets.pages={buckets.pages}")
     if kernels.name is Kernels.hopper:
-        require(kernels.dtype is Dtype.bfloat16, "kernels.dtype", kernels.dtype.name, "bfloat16 with hopper")
-        require(kernels.device is not Device.cpu, "kernels.device", "cpu", "auto or cuda with kernels.name=hopper")
-    require(1 <= server.port <= 65535, "server.port", server.port, "1 to 65535")
+        require(kernels.dtype is Dtype.bfloat16, "kernels.dtype", "bfloat16 with kernels.name=hopper")
+        require(kernels.device is not Device.cpu, "kernels.device", "auto or cuda with kernels.name=hopper")
+    require(1 <= server.port <= 65535, "server.port", "1 to 65535")
     for key in ("max_queue", "max_body_bytes", "request_timeout", "step_deadline"):
-        require(getattr(server, key) > 0, f"server.{key}", getattr(server, key), "more than 0")
-    require(server.drain_seconds >= 0, "server.drain_seconds", server.drain_seconds, "0 or more")
+        require(getattr(server, key) > 0, f"server.{key}", "more than 0")
+    require(server.drain_seconds >= 0, "server.drain_seconds", "0 or more")
     levels = ("critical", "error", "warning", "info", "debug")
-    require(server.log_level in levels, "server.log_level", server.log_level, ", ".join(levels))
+    require(server.log_level in levels, "server.log_level", ", ".join(levels))

@@ -76,7 +76,8 @@ class Architecture:
         def integer(*names: str) -> int:
             name = next((n for n in names if n in config), names[0])
             value = config.get(name)
-            require(type(value) is int and value > 0, name, value, "a positive integer")
+            if type(value) is not int or value <= 0:
+                raise mismatch(file, name, found=repr(value), expected="a positive integer")
             return value
 
         def number(fields: dict[str, Any], name: str, default: float) -> float:
@@ -85,20 +86,16 @@ class Architecture:
             return float(value)
 
         if hugging_face := is_hugging_face(config):
-            kinds = config.get("architectures") or ["GptOssForCausalLM"]
+            names = config.get("architectures") or ["GptOssForCausalLM"]
             quantization = config.get("quantization_config")
             method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
             require(config.get("model_type") == "gpt_oss", "model_type", config.get("model_type"), "'gpt_oss'")
-            require("GptOssForCausalLM" in kinds, "architectures", kinds, "['GptOssForCausalLM']")
+            require("GptOssForCausalLM" in names, "architectures", names, "['GptOssForCausalLM']")
             require(method == "mxfp4", "quantization_config.quant_method", method, "'mxfp4'")
-        else:  # OpenAI's file names no model: its own words for the experts stand in
+        else:  # OpenAI's file does not name the model: it is known by its own word for the experts
             require("num_experts" in config, "model_type", None, "'gpt_oss', or num_experts as in the original layout")
-        for name, value in (
-            ("hidden_act", "silu"),
-            ("attention_bias", True),
-            ("tie_word_embeddings", False),
-            ("swiglu_alpha", 1.702),
-        ):
+        constants = {"hidden_act": "silu", "attention_bias": True, "tie_word_embeddings": False, "swiglu_alpha": 1.702}
+        for name, value in constants.items():
             require(config.get(name, value) == value, name, config.get(name), repr(value))
 
         layers = integer("num_hidden_layers")
@@ -106,12 +103,8 @@ class Architecture:
         if types is None:
             types = ["full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)]
         known = ("sliding_attention", "full_attention")
-        require(
-            isinstance(types, list) and len(types) == layers and all(kind in known for kind in types),
-            "layer_types",
-            types,
-            f"{layers} of {known}",
-        )
+        understood = isinstance(types, list) and len(types) == layers and all(kind in known for kind in types)
+        require(understood, "layer_types", types, f"{layers} of {known}")
         window = integer("sliding_window") if "sliding_attention" in types else None
 
         rope = config.get("rope_scaling") or config.get("rope_parameters")
@@ -128,8 +121,7 @@ class Architecture:
         rope = {name: value for name, value in rope.items() if value is not None}
         kind = rope.get("rope_type", rope.get("type"))
         require(kind == "yarn", "rope_scaling.rope_type", kind, "'yarn'")
-        theta = rope if "rope_theta" in rope else config
-        architecture = cls(
+        a = cls(
             layers=layers,
             hidden=integer("hidden_size"),
             intermediate=integer("intermediate_size"),
@@ -142,37 +134,26 @@ class Architecture:
             windows=tuple(window if kind == "sliding_attention" else None for kind in types),
             norm_eps=number(config, "rms_norm_eps", 1e-5),
             swiglu_limit=number(config, "swiglu_limit", 7.0),
-            rope_theta=number(theta, "rope_theta", 150000.0),
+            rope_theta=number(rope if "rope_theta" in rope else config, "rope_theta", 150000.0),
             rope_factor=number(rope, "factor", 32.0),
             rope_beta_fast=number(rope, "beta_fast", 32.0),
             rope_beta_slow=number(rope, "beta_slow", 1.0),
             rope_original_context=int(number(rope, "original_max_position_embeddings", 4096)),
             rope_truncate=bool(rope.get("truncate", True)),  # YaRN's own default, as transformers reads it
         )
-        for name, width in (("hidden_size", architecture.hidden), ("intermediate_size", architecture.intermediate)):
+        for name, width in (("hidden_size", a.hidden), ("intermediate_size", a.intermediate)):
             require(width % BLOCK == 0, name, width, f"a multiple of {BLOCK}, the values of an MXFP4 block")
-        require(architecture.head_dim % 2 == 0, "head_dim", architecture.head_dim, "an even number, RoPE turns pairs")
-        require(
-            architecture.heads % architecture.kv_heads == 0,
-            "num_attention_heads",
-            architecture.heads,
-            f"a multiple of num_key_value_heads = {architecture.kv_heads}",
-        )
-        require(
-            architecture.experts_per_token <= architecture.experts,
-            "num_experts_per_tok",
-            architecture.experts_per_token,
-            f"at most the {architecture.experts} experts",
-        )
-        require(architecture.rope_factor >= 1, "rope_scaling.factor", architecture.rope_factor, "at least 1")
-        factor = number(rope, "attention_factor", architecture.rope_attention_factor)
-        require(
-            math.isclose(factor, architecture.rope_attention_factor, rel_tol=1e-6),
-            "rope_scaling.attention_factor",
-            factor,
-            f"0.1 ln(factor) + 1 = {architecture.rope_attention_factor}",
-        )
-        return architecture
+        require(a.head_dim % 2 == 0, "head_dim", a.head_dim, "an even number: RoPE rotates pairs")
+        whole = f"a multiple of num_key_value_heads = {a.kv_heads}"
+        require(a.heads % a.kv_heads == 0, "num_attention_heads", a.heads, whole)
+        enough = a.experts_per_token <= a.experts
+        require(enough, "num_experts_per_tok", a.experts_per_token, f"at most the {a.experts} experts")
+        require(a.rope_factor >= 1, "rope_scaling.factor", a.rope_factor, "at least 1")
+        expected = a.rope_attention_factor
+        factor = number(rope, "attention_factor", expected)
+        close = math.isclose(factor, expected, rel_tol=1e-6)
+        require(close, "rope_scaling.attention_factor", factor, f"0.1 ln(factor) + 1 = {expected}")
+        return a
 
 
 def is_hugging_face(config: dict[str, Any]) -> bool:

@@ -144,9 +144,10 @@ def _check_tensors(
     for name, (shape, dtypes) in expected.items():
         wanted = f"{' or '.join(dtypes)} {list(shape)}"
         if name not in files:
-            index = next(folder.glob("*.safetensors.index.json"), None)
-            file = _json_object(index).get("weight_map", {}).get(name) if index else None
-            where = f" in {file}, as {index.name} says" if file else ""
+            where = ""
+            for index in folder.glob("*.safetensors.index.json"):
+                if stated := _json_object(index).get("weight_map", {}).get(name):
+                    where = f" in {stated}, as {index.name} says"
             raise mismatch(folder, name, found="no such tensor", expected=f"{wanted}{where}")
         dtype, have = found[name]
         if dtype not in dtypes or have != shape:

@@ -78,6 +78,7 @@ class LLM:
         ]
         for process in self._others:
             process.start()
+        self._ranks: Ranks | None = None
         self._ids = itertools.count()
         self._deltas: dict[int, list[Delta]] = {}  # of the requests of the current call
         self._finished = 0
@@ -87,9 +88,9 @@ class LLM:
     def _start(self, config: Config) -> tuple[Engine, Core]:
         folder = Path(self._folder.name)
         device = device_of(config, 0)
-        ranks = Ranks(0, config.tp, folder)
-        engine = start(config, ranks, device)
-        channel = StepChannel(ranks, engine.buffers.max_words, folder)
+        self._ranks = Ranks(0, config.tp, folder)
+        engine = start(config, self._ranks, device)
+        channel = StepChannel(self._ranks, engine.buffers.max_words, folder)
         return engine, engine.core(self._publish, channel.send if config.tp > 1 else None)
 
     def generate(
@@ -172,11 +173,14 @@ class LLM:
         future: Future[Result] = Future()
         Thread(target=_complete, args=(future, work), daemon=True).start()
         try:
-            while not future.done():
+            while not future.done() and all(process.is_alive() for process in self._others):
                 wait([future], POLL_SECONDS)
-                for process in self._others:
-                    if not process.is_alive():
-                        raise RankDied(f"{process.name} ended with exit status {process.exitcode}")
+            if future.done() and not future.exception():
+                return future.result()
+            for process in self._others:  # the collectives notice a dead rank too, with an error that names none
+                process.join(POLL_SECONDS)
+                if process.exitcode is not None:
+                    raise RankDied(f"{process.name} ended with exit status {process.exitcode}")
             return future.result()
         except BaseException:
             self.close()
@@ -187,6 +191,9 @@ class LLM:
         for process in self._others:
             process.kill()
             process.join()
+        if self._ranks:
+            self._ranks.close()
+            self._ranks = None
         self._folder.cleanup()
 
     def __enter__(self) -> Self:

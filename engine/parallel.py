@@ -24,6 +24,11 @@ class Ranks:
             store = f"file://{run_folder / 'rendezvous'}"
             dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
 
+    def close(self) -> None:
+        """Leave the others. Another `Ranks` may then join others from this process."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over the ranks, in place."""
         if self.size > 1:

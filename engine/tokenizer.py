@@ -63,7 +63,8 @@ class Tokenizer:
         """The bytes of one token; those of U+FFFD where no token has this id."""
         if not 0 <= token < VOCABULARY:
             return b"\xef\xbf\xbd"
-        return self.encoding.decode([token], errors="surrogateescape").encode("utf-8", "surrogateescape")
+        text: str = self.encoding.decode([token], errors="surrogateescape")
+        return text.encode("utf-8", "surrogateescape")
 
     def token_text(self, token: int) -> str:
         """One token alone, as logprobs name it: `bytes:\\xe2\\x80` where it is no whole UTF-8."""
@@ -74,5 +75,6 @@ class Tokenizer:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
     def decode(self, tokens: list[int], skip_special: bool) -> str:
+        """The text of all tokens, or of all but control tokens; bytes that are no UTF-8 become U+FFFD."""
         kept = (token for token in tokens if not (skip_special and token >= FIRST_SPECIAL))
         return b"".join(map(self.token_bytes, kept)).decode("utf-8", "replace")

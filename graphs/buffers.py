@@ -149,7 +149,9 @@ class Buffers:
         self._words = {bucket: self._count_words(bucket) for bucket in buckets.all}
         self.max_words = max(self._words.values())
         self.words = self._zeros((self.max_words,), "int32")
-        self.inputs = {bucket: self._inputs(_views(self.words, torch), bucket) for bucket in buckets.all}
+        self.inputs: dict[Bucket, Inputs[Tensor]] = {
+            bucket: self._inputs(_views(self.words, torch), bucket) for bucket in buckets.all
+        }
         self.outputs = self._zeros((buckets.max_sequences, OUTPUT_WORDS), "int32")
 
     @staticmethod
