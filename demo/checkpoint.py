@@ -1,7 +1,7 @@
 """Writes GPT-OSS checkpoints with random weights in the published layouts, for tests and benchmarks.
 
 Knows which files a published checkpoint consists of. Does not know how they are read or which values are sensible:
-names, shapes and values come from `engine.checkpoint`.
+names, shapes and values come from `engine.weights`.
 """
 
 import json

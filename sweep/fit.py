@@ -11,7 +11,7 @@ from conf.schema import Config, Device, Weights
 from demo.bundle import CONFIG
 from engine.architecture import Architecture, CheckpointError
 from engine.checkpoint import find_folder
-from engine.start import GRAPH_RESERVE
+from engine.start import GRAPH_RESERVE, host_memory
 from engine.weights import tensor_specs
 from graphs.buffers import Buffers
 
@@ -46,7 +46,7 @@ def misfit(config: Config, gpus: list[dict[str, Any]]) -> str | None:
     if on_gpu:
         available, where = min(gpu["memory"] for gpu in gpus[: config.tp]), "a GPU"
     else:
-        available, where, needed = _available(), "this machine", needed * config.tp
+        available, where, needed = host_memory(), "this machine", needed * config.tp
     if needed <= available:
         return None
     return (
@@ -62,8 +62,3 @@ def _shape(config: Config) -> Architecture:
         return Architecture.from_random_shape(config.model.random_shape)
     assert config.model.path is not None  # conf.schema.check
     return Architecture.from_config(json.loads((find_folder(Path(config.model.path)) / "config.json").read_text()))
-
-
-def _available() -> int:
-    with open("/proc/meminfo") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))

@@ -180,7 +180,7 @@ def test_serving_needs_only_what_serving_installs(shipped, cache):
     assert {"babel", "pytest", "httpx"} <= absent
     missing = f"import sys; sys.modules |= dict.fromkeys({sorted(absent)})"  # as if they were not installed
     made = subprocess.run(
-        [sys.executable, "-c", f"{missing}\nimport serve.app, engine.core\n{MAKE}", str(shipped)],
+        [sys.executable, "-c", f"{missing}\nimport serve.app, engine.llm, engine.rank\n{MAKE}", str(shipped)],
         text=True,
         cwd=ROOT,
         capture_output=True,
