@@ -11,7 +11,7 @@ import torch
 
 from conf.schema import RandomShape
 from engine import ahead, checkpoint
-from engine.checkpoint import Architecture
+from engine.architecture import Architecture
 from engine.model import Model
 from graphs.buckets import Buckets
 from graphs.buffers import Buffers
