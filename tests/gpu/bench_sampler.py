@@ -5,14 +5,14 @@ there are penalties. Log probabilities are part of every call.
 """
 
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 
 from graphs.buffers import SAMPLING
-from kernels.hopper.peers import ALONE
 from kernels.hopper.sampler import sample
+from kernels.ops import Peers, SamplingState, TokenCounts, TokenPlaces
 from tests.gpu.timing import BANDWIDTH, microseconds
+from tests.harness import ALONE
 
 VOCAB = 201088
 ROWS = (1, 4, 16, 64)
@@ -25,8 +25,8 @@ MODES = {
 }
 
 
-def state_of(rows: int, options: dict) -> SimpleNamespace:
-    state = SimpleNamespace(
+def state_of(rows: int, options: dict) -> SamplingState[torch.Tensor]:
+    state = SamplingState(
         **{
             name: torch.zeros(rows, *shape, dtype=getattr(torch, kind), device="cuda")
             for name, (shape, kind) in SAMPLING.items()
@@ -41,11 +41,10 @@ def sample_time(rows: int, options: dict, dtype: torch.dtype) -> float:
     copies = max(4, int(400e6 // (rows * VOCAB * dtype.itemsize)))
     logits = (torch.randn(copies, rows, VOCAB, device="cuda") * 3).to(dtype)
     slots = torch.arange(rows, dtype=torch.int32, device="cuda")
-    counts = torch.zeros(rows, VOCAB, dtype=torch.int32, device="cuda")
-    prompt = torch.zeros(rows, VOCAB, dtype=torch.uint8, device="cuda")
-    state = state_of(rows, options)
-
-    return microseconds([partial(sample, part, slots, slots, state, counts, prompt, 20, ALONE) for part in logits])
+    output = torch.zeros(rows, VOCAB, dtype=torch.int32, device="cuda")
+    counts = TokenCounts(output, torch.zeros(rows, VOCAB, dtype=torch.uint8, device="cuda"))
+    rest = (TokenPlaces(slots, slots), state_of(rows, options), counts, 20, Peers(ALONE))
+    return microseconds([partial(sample, copy, *rest) for copy in logits])
 
 
 def bench() -> None:
