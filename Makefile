@@ -7,7 +7,7 @@ RUNTIME := .$(if $(GPU),[hopper])
 SWEEP := .[sweep$(if $(GPU),$(comma)hopper)]
 TESTS := .[test$(if $(GPU),$(comma)hopper)]
 
-.PHONY: help install serve sweep test gpu-test gpu-bench lint bench-host bench-http demo-train demo-eval clean
+.PHONY: help install serve sweep test gpu-test gpu-bench lint format bench-host bench-http demo-train demo-eval clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -45,8 +45,16 @@ gpu-bench: $(BIN)/.tests ## steps and kernels on an H100 against the memory floo
 	$(BIN)/python -m tests.gpu.bench $(ARGS)
 	for kernels in linear experts attention prefill sampler ranks; do $(BIN)/python -m tests.gpu.bench_$$kernels || exit; done
 
-lint: $(BIN)/.tests ## ruff
+lint: $(BIN)/.tests ## ruff, the formatters and mypy
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files -z "*.cu" "*.cuh" | xargs -0 $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/mypy
+	$(BIN)/mypy serve.py
+
+format: $(BIN)/.tests ## rewrite the files as the formatters want them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 bench-host: $(BIN)/.tests ## host cost of a step, the model left out
 	$(BIN)/python -m tests.bench_host
@@ -55,10 +63,10 @@ bench-http: $(BIN)/.tests ## tokens a second through the HTTP path, the engine f
 	$(BIN)/python -m tests.bench_http
 
 demo-train: $(BIN)/.tests ## train the demo model anew on an H100, ten minutes: make demo-train ARGS="--out build/demo"
-	$(BIN)/python -m demo.train --minutes 10 --out build/demo $(ARGS)
+	$(BIN)/python -m demo.training.train --minutes 10 --out build/demo $(ARGS)
 
 demo-eval: $(BIN)/.tests ## held-out questions to a running server: make demo-eval ARGS="--url http://127.0.0.1:8000"
-	$(BIN)/python -m demo.evaluate $(ARGS)
+	$(BIN)/python -m demo.training.evaluate $(ARGS)
 
 clean: ## remove the virtual environment
 	rm -rf .venv *.egg-info

@@ -15,15 +15,19 @@ import signal
 import socket
 import sys
 import tempfile
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 
 import hydra
 import uvicorn
 import uvloop
+from fastapi import FastAPI
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.schema import Config, ConfigError, load, register
+from conf.limits import PAGE_TOKENS
+from conf.schema import Config, ConfigError, Weights, load, one_line, register
 from engine.messages import Ready
 from serve.app import create_app
 from serve.client import EngineClient
@@ -100,11 +104,16 @@ async def serve(config: Config) -> int:
 
 
 def start_rank(config: Config, rank: int, run_folder: str) -> None:
-    # On a CPU torch's threads wait for each other at every operation. Where another process wants the cores, those that
-    # spin for long, as is the default, keep the core from the one they wait for: tokens took 50 times as long.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    from engine.core import run_rank  # here, so that only the ranks pay for torch
+    """The process of a rank; never returns."""
+    from engine.rank import run_rank  # here, so that only the ranks pay for torch
 
+    if config.model.weights is Weights.demo:
+        from demo.bundle import demo_folder
+
+        try:
+            config = config.with_checkpoint(demo_folder())
+        except ValueError as error:
+            sys.exit(f"ERROR rank {rank}: cannot start: {error}")
     run_rank(config, rank, run_folder)
 
 
@@ -132,13 +141,13 @@ class Server(uvicorn.Server):
 class Stop:
     """The ways a server ends: drained, stopped at once, or lost with a rank. `status` is the exit status."""
 
-    def __init__(self, app, client: EngineClient, server: Server, drain_seconds: float) -> None:
+    def __init__(self, app: FastAPI, client: EngineClient, server: Server, drain_seconds: float) -> None:
         self.status = 0
         self._app = app
         self._client = client
         self._server = server
         self._drain_seconds = drain_seconds
-        self._draining: asyncio.Task | None = None
+        self._draining: asyncio.Task[None] | None = None
 
     def signalled(self, number: int) -> None:
         """The first signal drains, a second one stops at once."""
@@ -160,10 +169,10 @@ class Stop:
         self._server.config.timeout_graceful_shutdown = FLUSH_SECONDS
         self._server.should_exit = True
 
-    def rank_died(self, loop: asyncio.AbstractEventLoop, process: multiprocessing.Process) -> None:
+    def rank_died(self, loop: asyncio.AbstractEventLoop, process: BaseProcess) -> None:
         loop.remove_reader(process.sentinel)
         process.join()
-        code = process.exitcode
+        code = process.exitcode or 0
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
         self._client.fail(f"{process.name} ended with {how}")
         self.engine_failed()
@@ -177,7 +186,7 @@ class Stop:
         self._server.should_exit = True
 
 
-def summarize(config: Config):
+def summarize(config: Config) -> Callable[[Ready], None]:
     """What to log once the engine is ready: one summary, then the server is quiet."""
 
     def on_ready(ready: Ready) -> None:
@@ -187,20 +196,12 @@ def summarize(config: Config):
         log.info("model    %s, %s weights, %s", config.model.name, config.model.weights.name, config.kernels.dtype.name)
         log.info("ranks    %d on %s, kernels %s", ready.tp, ready.device, ready.kernels)
         log.info("buckets  %s", buckets)
-        log.info("pages    %d of 64 tokens, context %d", ready.pages, ready.max_context)
+        log.info("pages    %d of %d tokens, context %d", ready.pages, PAGE_TOKENS, ready.max_context)
         log.info("memory   %s", memory)
         log.info("phases   %s", phases)
         log.info("ready on http://%s:%d", config.server.host, config.server.port)
 
     return on_ready
-
-
-def one_line(error: Exception) -> str:
-    """Hydra's and OmegaConf's reports span lines and hide the reason in the cause."""
-    report = str(error).split("Config search path:")[0]
-    if error.__cause__ and isinstance(error, HydraException):
-        report += "\n" + str(error.__cause__).splitlines()[0]
-    return "; ".join(line.strip() for line in report.splitlines() if line.strip())
 
 
 if __name__ == "__main__":

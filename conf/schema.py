@@ -4,15 +4,19 @@ Hydra composes the YAML files of this folder, `load` turns the result into these
 overrides what stands here. Imports nothing of ours but `conf.limits`.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any
+from operator import attrgetter
+from pathlib import Path
 
+import hydra
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, OmegaConf
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.limits import MAX_DECODE_ROWS, MAX_PREFILL_SEQUENCES, PAGE_TOKENS
+from conf.limits import MAX_DECODE_ROWS, MAX_PREFILL_SEQUENCES, PAGE_TOKENS, VOCABULARY
 
 
 class ConfigError(ValueError):
@@ -44,7 +48,7 @@ class Dtype(Enum):
 
 @dataclass
 class RandomShape:
-    """What `weights: random` builds, in config.json's words. A checkpoint brings its own."""
+    """What `weights: random` builds, in config.json's names; by default gpt-oss-20b. A checkpoint has its own."""
 
     num_hidden_layers: int = 24
     num_local_experts: int = 32
@@ -54,8 +58,12 @@ class RandomShape:
     num_attention_heads: int = 64
     num_key_value_heads: int = 8
     head_dim: int = 64
-    vocab_size: int = 201088
+    vocab_size: int = VOCABULARY
     sliding_window: int = 128
+
+
+GPT_OSS_20B = RandomShape()
+GPT_OSS_120B = RandomShape(num_hidden_layers=36, num_local_experts=128)
 
 
 @dataclass
@@ -72,8 +80,8 @@ class BucketsConfig:
     prefill_tokens: list[int] = MISSING  # one graph each: packed prompt tokens a prefill step takes
     prefill_sequences: int = MISSING  # prompts a prefill step packs at most
     max_context: int = MISSING  # tokens of prompt and answer together
-    page_memory: float = 0.9  # share of the memory left after weights and graphs that becomes key/value pages
-    pages: int | None = None  # number of pages instead of a share of memory
+    page_memory: float = 0.9  # fraction of the memory left beside weights and graphs that becomes key/value pages
+    pages: int | None = None  # number of pages, instead of a fraction of the memory
 
 
 @dataclass
@@ -97,83 +105,112 @@ class ServerConfig:
 
 
 @dataclass
-class Config:
+class _Groups:
     model: ModelConfig = field(default_factory=ModelConfig)
     buckets: BucketsConfig = field(default_factory=BucketsConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
-    tp: int | None = None  # tensor-parallel ranks, one a GPU; null means 1, so that tp=2 and +tp=2 both override
+
+
+@dataclass
+class Composed(_Groups):
+    """What Hydra composes; `load` makes a Config of it."""
+
+    tp: int | None = None  # null means 1: Hydra then takes tp=2 and +tp=2 alike
+
+
+@dataclass
+class Config(_Groups):
+    """A configuration that passed all checks."""
+
+    tp: int = 1  # tensor-parallel ranks, one a GPU
+
+    def with_checkpoint(self, folder: Path) -> "Config":
+        """The same configuration with the weights of this folder."""
+        return replace(self, model=replace(self.model, weights=Weights.checkpoint, path=str(folder)))
 
 
 def register() -> None:
-    """Make `Config` the base that conf/config.yaml builds on, so that Hydra knows every key and type."""
-    ConfigStore.instance().store("schema", Config)
+    """Make `Composed` the base that conf/config.yaml builds on, so that Hydra knows every key and type."""
+    ConfigStore.instance().store("schema", Composed)
 
 
-def load(composed: Any) -> Config:
+def compose(overrides: Sequence[str]) -> Config:
+    """The configuration that `python serve.py OVERRIDES…` runs. Raises ConfigError with one line."""
+    register()
+    try:
+        with hydra.initialize_config_module("conf", version_base="1.3"):
+            composed = hydra.compose("config", overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(one_line(error)) from error
+    return load(composed)
+
+
+def one_line(error: Exception) -> str:
+    """What is wrong: the reports of Hydra and OmegaConf span lines and leave the reason to the cause."""
+    report = str(error).split("Config search path:")[0]
+    if error.__cause__ and isinstance(error, HydraException):
+        report += "\n" + str(error.__cause__).splitlines()[0]
+    return "; ".join(line.strip() for line in report.splitlines() if line.strip())
+
+
+def load(composed: DictConfig) -> Config:
     """Composed Hydra configuration -> validated Config. Raises ConfigError with one line."""
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(composed)))
+        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Composed), OmegaConf.to_container(composed)))
     except OmegaConfBaseException as error:
         key = error.full_key or "configuration"
         raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
-    config.tp = 1 if config.tp is None else config.tp
+    assert isinstance(typed, Composed)
+    tp = 1 if typed.tp is None else typed.tp
+    config = Config(typed.model, typed.buckets, typed.kernels, typed.server, tp)
     check(config)
     return config
 
 
 def check(config: Config) -> None:
-    """Cross-field checks. Raises ConfigError at the first that fails."""
-    buckets, server, model = config.buckets, config.server, config.model
+    """Cross-field checks. Raises ConfigError at the first that fails.
 
-    def require(holds: bool, key: str, given: Any, allowed: str) -> None:
+    A key that the rest of the configuration would leave without effect is an error too.
+    """
+    buckets, kernels, server, model = config.buckets, config.kernels, config.server, config.model
+
+    def require(holds: bool, key: str, allowed: str) -> None:
         if not holds:
-            raise ConfigError(f"{key}: got {given!r}, allowed: {allowed}")
+            value = attrgetter(key)(config)
+            raise ConfigError(
+                f"{key}: got {value.name if isinstance(value, Enum) else repr(value)}, allowed: {allowed}"
+            )
 
-    require(config.tp in (1, 2, 4, 8), "tp", config.tp, "1, 2, 4 or 8")
-    require(
-        model.weights is not Weights.checkpoint or bool(model.path),
-        "model.path",
-        model.path,
-        "a checkpoint folder, or model.weights=random",
-    )
-    for key in ("decode_rows", "prefill_tokens"):
-        sizes = getattr(buckets, key)
-        require(
-            bool(sizes) and all(s > 0 for s in sizes) and sizes == sorted(set(sizes)),
-            f"buckets.{key}",
-            sizes,
-            "positive sizes in ascending order, each once",
-        )
-    require(
-        buckets.decode_rows[-1] <= MAX_DECODE_ROWS,
-        "buckets.decode_rows",
-        buckets.decode_rows,
-        f"at most {MAX_DECODE_ROWS} rows",
-    )
-    require(
-        buckets.prefill_tokens[-1] >= PAGE_TOKENS,
-        "buckets.prefill_tokens",
-        buckets.prefill_tokens,
-        f"a largest bucket of at least one page ({PAGE_TOKENS} tokens)",
-    )
-    require(
-        1 <= buckets.prefill_sequences <= MAX_PREFILL_SEQUENCES,
-        "buckets.prefill_sequences",
-        buckets.prefill_sequences,
-        f"1 to {MAX_PREFILL_SEQUENCES}",
-    )
-    require(
-        buckets.max_context > 0 and buckets.max_context % PAGE_TOKENS == 0,
-        "buckets.max_context",
-        buckets.max_context,
-        f"a positive multiple of {PAGE_TOKENS}",
-    )
-    require(0 < buckets.page_memory <= 1, "buckets.page_memory", buckets.page_memory, "more than 0, at most 1")
-    require(buckets.pages is None or buckets.pages >= 2, "buckets.pages", buckets.pages, "null or at least 2")
-    require(1 <= server.port <= 65535, "server.port", server.port, "1 to 65535")
+    require(config.tp in (1, 2, 4, 8), "tp", "1, 2, 4 or 8")
+    kind = f"model.weights={model.weights.name}"
+    if model.weights is Weights.checkpoint:
+        require(bool(model.path), "model.path", "a checkpoint folder, or model.weights=random")
+    else:
+        require(model.path is None, "model.path", f"null with {kind}; model=gpt-oss-20b reads it")
+    unchanged = model.random_shape in (GPT_OSS_20B, GPT_OSS_120B)  # as the YAML of a published model sets it
+    require(unchanged or model.weights is Weights.random, "model.random_shape", f"no change with {kind}, only random")
+    for key, sizes in (("decode_rows", buckets.decode_rows), ("prefill_tokens", buckets.prefill_tokens)):
+        ascending = sizes == sorted(set(sizes)) and all(size > 0 for size in sizes)
+        require(bool(sizes) and ascending, f"buckets.{key}", "positive sizes in ascending order, each once")
+    require(buckets.decode_rows[-1] <= MAX_DECODE_ROWS, "buckets.decode_rows", f"at most {MAX_DECODE_ROWS} rows")
+    largest = f"a largest bucket of at least one page ({PAGE_TOKENS} tokens)"
+    require(buckets.prefill_tokens[-1] >= PAGE_TOKENS, "buckets.prefill_tokens", largest)
+    sequences = 1 <= buckets.prefill_sequences <= MAX_PREFILL_SEQUENCES
+    require(sequences, "buckets.prefill_sequences", f"1 to {MAX_PREFILL_SEQUENCES}")
+    whole_pages = buckets.max_context > 0 and buckets.max_context % PAGE_TOKENS == 0
+    require(whole_pages, "buckets.max_context", f"a positive multiple of {PAGE_TOKENS}")
+    require(0 < buckets.page_memory <= 1, "buckets.page_memory", "more than 0, at most 1")
+    require(buckets.pages is None or buckets.pages >= 2, "buckets.pages", "null or at least 2")
+    default = BucketsConfig.page_memory
+    unused = buckets.pages is not None and buckets.page_memory != default
+    require(not unused, "buckets.page_memory", f"no change ({default}) with buckets.pages={buckets.pages}")
+    if kernels.name is Kernels.hopper:
+        require(kernels.dtype is Dtype.bfloat16, "kernels.dtype", "bfloat16 with kernels.name=hopper")
+        require(kernels.device is not Device.cpu, "kernels.device", "auto or cuda with kernels.name=hopper")
+    require(1 <= server.port <= 65535, "server.port", "1 to 65535")
     for key in ("max_queue", "max_body_bytes", "request_timeout", "step_deadline"):
-        require(getattr(server, key) > 0, f"server.{key}", getattr(server, key), "more than 0")
-    require(server.drain_seconds >= 0, "server.drain_seconds", server.drain_seconds, "0 or more")
+        require(getattr(server, key) > 0, f"server.{key}", "more than 0")
+    require(server.drain_seconds >= 0, "server.drain_seconds", "0 or more")
     levels = ("critical", "error", "warning", "info", "debug")
-    require(server.log_level in levels, "server.log_level", server.log_level, ", ".join(levels))
+    require(server.log_level in levels, "server.log_level", ", ".join(levels))

@@ -1,7 +1,8 @@
 """The demo model as it ships: one small file, its hash beside it; and the checkpoint made of it in the user's cache.
 
-The file holds the experts in MXFP4, the rest in bf16, and rows of embedding and head for the tokens that the model
-knows. All other tokens share one row, the last. Knows nothing of training.
+The file holds the experts in MXFP4 as a published checkpoint does, the rest in bf16, and rows of embedding and head for
+the tokens that the model knows. All other tokens share one row, the last. Knows neither the engine, which reads the
+checkpoint like any other, nor training. Torch is imported only while a checkpoint is made: `serve.py` runs without it.
 """
 
 import fcntl
@@ -13,56 +14,79 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
-from torch import Tensor
 
-from demo import mxfp4
-from demo.checkpoint import DEMO, config_json
-from engine.checkpoint import CheckpointError
-from kernels.reference import dequantize
+from conf.limits import ENDOFTEXT, RETURN, VOCABULARY
+from conf.schema import ConfigError
 
 SHIPPED = Path(__file__).with_name("model.safetensors")
-EXPERTS = (".gate_up_proj", ".down_proj")  # how the names of packed weights end
 TOKENS = "token_ids"  # [rows - 1] int32, the token of each row but the last
 SHARED = ("model.embed_tokens.weight", "lm_head.weight")  # [rows, hidden]
 
-Weights = dict[str, Tensor]  # by Hugging Face names, experts unpacked and [experts, out, in]
+CONFIG: dict[str, Any] = {  # config.json of the checkpoint
+    "num_hidden_layers": 4,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": VOCABULARY,
+    "experts_per_token": 4,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "rope_theta": 150000.0,
+    "initial_context_length": 4096,
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "num_local_experts": 8,
+    "num_experts_per_tok": 4,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "truncate": False,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "original_max_position_embeddings": 4096,
+    },
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-05,
+    "attention_bias": True,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "quantization_config": {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
+    },
+    "eos_token_id": RETURN,
+    "pad_token_id": ENDOFTEXT,
+}
 
 
-def write(path: Path, w: Weights, tokens: list[int]) -> str:
-    """Pack and write the weights, and beside them the SHA-256 of the file, which is returned."""
-    packed: dict[str, Tensor] = {TOKENS: torch.tensor(tokens, dtype=torch.int32)}
-    for name, p in w.items():
-        if name.endswith(EXPERTS):
-            packed[f"{name}_blocks"], packed[f"{name}_scales"] = mxfp4.pack(p.detach().float().cpu())
-        else:
-            packed[name] = p.detach().to("cpu", torch.bfloat16).contiguous()
-    save_file(packed, path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    path.with_suffix(".sha256").write_text(f"{digest}  {path.name}\n", encoding="utf-8")
-    return digest
-
-
-def read(path: Path, digest: str) -> dict[str, Tensor]:
-    """The packed tensors. Raises CheckpointError if the file is not the one with this SHA-256."""
+def read(path: Path, digest: str) -> bytes:
+    """The file's content. Raises ConfigError if it is not the file with this SHA-256."""
     data = _bytes(path)
-    found = hashlib.sha256(data).hexdigest()
-    if found != digest:
-        raise CheckpointError(
-            f"{path}: found {len(data)} bytes with SHA-256 {found}, expected {digest}; "
+    actual = hashlib.sha256(data).hexdigest()
+    if actual != digest:
+        raise ConfigError(
+            f"{path}: found {len(data)} bytes with SHA-256 {actual}, expected {digest}; "
             "the file is cut or changed, install it again"
         )
-    return load(data)
+    return data
 
 
 def digest_of(path: Path) -> str:
-    """What the file beside the bundle says. Raises CheckpointError."""
+    """The SHA-256 that the file beside the bundle states. Raises ConfigError."""
     beside = path.with_suffix(".sha256")
     digest = _bytes(beside).decode("ascii", "replace").partition(" ")[0].strip()
     if len(digest) != 64 or not {*digest} <= {*"0123456789abcdef"}:
-        raise CheckpointError(f"{beside}: found {digest[:64]!r}, expected a SHA-256; install it again")
+        raise ConfigError(f"{beside}: found {digest[:64]!r}, expected a SHA-256; install it again")
     return digest
 
 
@@ -70,68 +94,62 @@ def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{path}: found {error.strerror!r}, expected a file of the demo model") from error
+        raise ConfigError(f"{path}: found {error.strerror!r}, expected a file of the demo model") from error
 
 
-def unpacked(packed: dict[str, Tensor]) -> tuple[Weights, list[int]]:
-    """Weights in float32 and the tokens that have rows: what `write` took, but for the rounding."""
-    w: Weights = {}
-    for name, tensor in packed.items():
-        if name.endswith("_blocks"):
-            base = name.removesuffix("_blocks")
-            w[base] = dequantize(tensor, packed[f"{base}_scales"], torch.float32)
-        elif name != TOKENS and not name.endswith("_scales"):
-            w[name] = tensor.float()
-    return w, packed[TOKENS].tolist()
+def expand(data: bytes, config: dict[str, Any], folder: Path) -> None:
+    """Write the bundle `data` as a checkpoint in the Hugging Face layout into `folder`, which may exist.
 
+    Raises OSError or SafetensorError where the disk does not take it.
+    """
+    from safetensors.torch import load, save_file  # here, because serve.py's process does without torch
 
-def expand(packed: dict[str, Tensor], vocab: int, config: dict[str, Any], folder: Path) -> None:
-    """Write a checkpoint of `vocab` tokens in the Hugging Face layout into `folder`, which may exist."""
-    packed = dict(packed)
-    tokens = packed.pop(TOKENS).long()
+    tensors = load(data)
+    tokens = tensors.pop(TOKENS).long()
     for name in SHARED:
-        rows = packed[name]
-        packed[name] = rows[-1].repeat(vocab, 1)
-        packed[name][tokens] = rows[:-1]
+        rows = tensors[name]
+        tensors[name] = rows[-1].repeat(config["vocab_size"], 1)
+        tensors[name][tokens] = rows[:-1]
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(packed, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def demo_folder(shipped: Path = SHIPPED) -> Path:
-    """The checkpoint of the demo model, made in the user's cache by the first who asks: about 220 MB.
+    """The demo model's checkpoint folder in the user's cache; the first call makes it, about 220 MB.
 
-    Its name holds a hash of the bundle's hash and of what is made of it, so that a new model never meets old files. It
-    appears complete, by a rename; the lock keeps other processes waiting until then, and dies with its holder, whose
-    leftovers the next holder removes. Raises CheckpointError, with nothing left behind, for a damaged bundle or a
-    cache that cannot be written.
+    The folder's name holds a hash of the bundle's hash, of CONFIG and of the source of `expand`: after a change to any
+    of them another folder is made. The folder appears by a rename once it is complete. A lock makes other processes
+    wait for that; it is released when its holder dies, and the next holder removes the unfinished folder.
+
+    Raises ConfigError for a damaged bundle or a cache that cannot be written, and leaves nothing behind.
     """
-    digest, config = digest_of(shipped), config_json(DEMO, "huggingface")
-    recipe = f"{digest} {config} {inspect.getsource(expand)}"
+    digest = digest_of(shipped)
+    recipe = f"{digest} {CONFIG} {inspect.getsource(expand)}"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mini-vllm"
     folder = cache / f"demo-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     if folder.is_dir():
         return folder
-    packed, partial = read(shipped, digest), cache / f"{folder.name}.partial"
+    data, unfinished = read(shipped, digest), cache / f"{folder.name}.partial"
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with (cache / f"{folder.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not folder.is_dir():
-                shutil.rmtree(partial, ignore_errors=True)
+                shutil.rmtree(unfinished, ignore_errors=True)
                 try:
-                    expand(packed, DEMO.vocab, config, partial)
-                    _sync(*partial.iterdir(), partial)
-                    partial.rename(folder)
+                    expand(data, CONFIG, unfinished)
+                    _sync(*unfinished.iterdir(), unfinished)
+                    unfinished.rename(folder)
                 finally:
-                    shutil.rmtree(partial, ignore_errors=True)
+                    shutil.rmtree(unfinished, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{partial}: {error}; the demo model needs about 220 MB there") from error
+        raise ConfigError(f"{unfinished}: {error}; the demo model needs about 220 MB there") from error
     return folder
 
 
 def _sync(*paths: Path) -> None:
-    """To the disk: a rename may reach it before the data does."""
+    """Flush files or folders to the disk: otherwise a rename may reach it before the data does."""
     for path in paths:
         file = os.open(path, os.O_RDONLY)
         try:

@@ -1,7 +1,7 @@
-"""Writes GPT-OSS checkpoints with random weights in the published layouts; holds the demo model's architecture.
+"""Writes GPT-OSS checkpoints with random weights in the published layouts, for tests and benchmarks.
 
 Knows which files a published checkpoint consists of. Does not know how they are read or which values are sensible:
-names, shapes and values come from `engine.checkpoint`.
+names, shapes and values come from `engine.weights`.
 """
 
 import json
@@ -12,23 +12,17 @@ import torch
 from safetensors.torch import save_file
 
 from conf.limits import ENDOFTEXT, RETURN
-from conf.schema import RandomShape
-from engine.checkpoint import Architecture, random_tensor, stored_names, tensor_specs
+from demo.bundle import CONFIG
+from engine.architecture import Architecture
+from engine.checkpoint import stored_names
+from engine.weights import random_tensor, tensor_specs
 
-DEMO = Architecture.from_random_shape(
-    RandomShape(
-        num_hidden_layers=4,
-        num_local_experts=8,
-        hidden_size=256,
-        intermediate_size=256,
-        num_attention_heads=16,
-        num_key_value_heads=2,
-    )
-)
+DEMO = Architecture.from_config(CONFIG)
 
 
 def config_json(a: Architecture, layout: str) -> dict[str, Any]:
-    config = {
+    """config.json of the architecture, in the words of `layout`: "huggingface" or "original"."""
+    config: dict[str, Any] = {
         "num_hidden_layers": a.layers,
         "hidden_size": a.hidden,
         "intermediate_size": a.intermediate,
@@ -96,20 +90,20 @@ def write_checkpoint(
     """
     folder.mkdir(parents=True, exist_ok=True)
     specs = tensor_specs(a)
-    parts: dict[str, list[str]] = {}  # stored name -> the tensors it consists of, one below the other
+    pieces: dict[str, list[str]] = {}  # stored name -> the tensors that it holds, concatenated by rows
     for name, (stored, _) in stored_names(specs, layout == "huggingface").items():
-        parts.setdefault(stored, []).append(name)
+        pieces.setdefault(stored, []).append(name)
 
     files: dict[str, list[str]] = {}  # file name -> stored names
-    for n, stored in enumerate(parts):
-        number = 1 + n * shards // len(parts)
+    for n, stored in enumerate(pieces):
+        number = 1 + n * shards // len(pieces)
         file = "model.safetensors" if shards == 1 else f"model-{number:05}-of-{shards:05}.safetensors"
         files.setdefault(file, []).append(stored)
-    for file, held in files.items():  # one file's tensors in memory at a time
+    for file, names in files.items():  # one file's tensors in memory at a time
         save_file(
             {
-                stored: torch.cat([random_tensor(name, specs[name], a.layers, seed, "cpu") for name in parts[stored]])
-                for stored in held
+                stored: torch.cat([random_tensor(name, specs[name], a.layers, seed, "cpu") for name in pieces[stored]])
+                for stored in names
             },
             folder / file,
             metadata={"format": "pt"},
@@ -117,7 +111,7 @@ def write_checkpoint(
     if shards > 1:
         index = {
             "metadata": {"total_size": sum(spec.bytes for spec in specs.values())},
-            "weight_map": {stored: file for file, held in files.items() for stored in held},
+            "weight_map": {stored: file for file, names in files.items() for stored in names},
         }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(config_json(a, layout), indent=2), encoding="utf-8")

@@ -16,7 +16,8 @@ import torch
 
 from conf.limits import BIAS_ENTRIES, MAX_TOP_LOGPROBS, PAGE_TOKENS
 from conf.schema import RandomShape
-from engine.checkpoint import BLOCK, Architecture, expert_blocks
+from engine.architecture import BLOCK, Architecture
+from engine.weights import expert_blocks
 from kernels import hopper
 from kernels.build import AHEAD, BuildError, compile_ahead
 from kernels.hopper import attention, experts, linear, norm, sampler, step

@@ -1,4 +1,4 @@
-"""Requests, sampling parameters and the messages that cross from the HTTP process to the engine and back.
+"""The messages that cross from the HTTP process to the engine and back.
 
 Knows token ids, not text, and no tensor. The structs are msgspec's: they are the wire format (msgpack) as well.
 """
@@ -7,33 +7,10 @@ from typing import Literal
 
 import msgspec
 
+from graphs.buckets import Kind
+from graphs.plan import SamplingParams
+
 FinishReason = Literal["stop", "length", "error"]
-
-
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How one request's tokens are drawn; the HTTP layer has validated every field.
-
-    The order is: penalties and bias on the raw logits, then temperature, then top-k, top-p and min-p. Equal logits at
-    a filter's threshold are all kept.
-    """
-
-    max_tokens: int  # at least 1
-    seed: int  # 0 <= seed < 2**63; the random numbers of a token depend on (seed, its position) and nothing else
-    min_tokens: int = 0  # until then no token of stop_token_ids can be drawn
-    temperature: float = 1.0  # 0: greedy
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    logit_bias: dict[int, float] = {}  # at most MAX_LOGIT_BIAS entries
-    stop_token_ids: tuple[int, ...] = ()  # the model's own end tokens included; at most MAX_STOP_TOKENS
-    logprobs: int | None = None  # the sampled token's log probability and this many of the most likely (0..20)
-
-    @property
-    def penalized(self) -> bool:
-        return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
@@ -77,7 +54,7 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
 class BucketStats(msgspec.Struct, frozen=True, array_like=True):
     """Cumulative counts of one bucket; a "row" is a request in decode and a token in prefill."""
 
-    kind: Literal["decode", "prefill"]
+    kind: Kind
     size: int
     steps: int
     rows_used: int

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from conf.limits import MAX_TOP_LOGPROBS
-from engine.checkpoint import Architecture, LayerWeights, ModelWeights
+from engine.architecture import Architecture
+from engine.weights import LayerWeights, ModelWeights
 from graphs.buckets import Bucket
-from graphs.buffers import Buffers, Inputs
+from graphs.buffers import Buffers, DecodeInputs, PrefillInputs
 from kernels.ops import (
     AttentionParameters,
     KernelSet,
@@ -62,16 +63,18 @@ class Model:
 
     def step(self, bucket: Bucket, buffers: Buffers) -> Callable[[], None]:
         """The work of one step of a bucket, from packed inputs to packed outputs: what a graph captures."""
-        inputs, run = buffers.inputs[bucket], self._decode if bucket.kind == "decode" else self._prefill
-        return lambda: run(buffers, inputs)
+        inputs = buffers.inputs[bucket]
+        if isinstance(inputs, DecodeInputs):
+            return lambda: self._decode(buffers, inputs)
+        return lambda: self._prefill(buffers, inputs)
 
-    def _decode(self, buffers: Buffers, inputs: Inputs) -> None:
+    def _decode(self, buffers: Buffers, inputs: DecodeInputs[Tensor]) -> None:
         places = TokenPlaces(inputs.positions, inputs.slots)
         tokens, next_positions = self.advance(buffers, places, inputs.new_pages)  # [rows] both
         hidden = self.forward("decode", buffers, tokens, places)  # [rows, H]
         self.sample(buffers, self.logits(hidden), TokenPlaces(next_positions, inputs.slots))
 
-    def _prefill(self, buffers: Buffers, inputs: Inputs) -> None:
+    def _prefill(self, buffers: Buffers, inputs: PrefillInputs[Tensor]) -> None:
         buffers.install(inputs)
         places = TokenPlaces(inputs.positions, inputs.slots)
         hidden = self.forward("prefill", buffers, inputs.tokens, places)  # [tokens, H]

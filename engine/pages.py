@@ -104,6 +104,7 @@ class PagePool:
 
     def _evict(self) -> int:
         page, _ = self._idle.popitem(last=False)
-        del self._registered[self._digests[page]]
+        if (digest := self._digests[page]) is not None:
+            del self._registered[digest]
         self._digests[page] = None
         return page

@@ -7,14 +7,14 @@ is safe to reuse at once, because steps run on the device in the order in which 
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from conf.limits import PAGE_TOKENS
-from engine.messages import Delta, SamplingParams, Submit, TokenLogprobs
+from engine.messages import Delta, FinishReason, Submit, TokenLogprobs
 from engine.pages import PagePool, extend_chain, pages_for
 from graphs.buckets import Buckets
-from graphs.plan import NO_PAGE, Chunk, DecodeStep, PrefillStep, Step
+from graphs.plan import NO_PAGE, Chunk, DecodeStep, PrefillStep, SamplingParams, Step
 
 NO_SLOT = -1
 
@@ -28,30 +28,33 @@ class Request:
     tokens: list[int]  # prompt, then the answer as far as it is known
     prompt_tokens: int
     arrival: float
-    last_position: int  # of the last token it may draw: the only one whose key and value nobody needs
-    prefill_end: int  # positions before this one come by prefill: the prompt, after preemption the answer so far too
-    computed: int = 0  # positions before this one are in its pages once every scheduled step has run
+    last_position: int  # of the last token it may draw, whose key and value are never computed
+    prefill_end: int  # prefill computes the positions before this: the prompt, after preemption also the answer so far
+    computed: int = 0  # the positions before this are in its pages once every scheduled step has run
     slot: int = NO_SLOT  # held while it runs
     pages: list[int] = field(default_factory=list)
-    offered: int = 0  # leading pages that the prefix cache has seen
+    registered: int = 0  # leading pages that are in the prefix cache
     digests: list[bytes] = field(default_factory=list)  # of the leading full pages of `tokens`; no page is hashed twice
     cached_tokens: int | None = None  # found in the prefix cache at the first admission; None before it
     queue_seconds: float = 0.0  # from arrival to the first admission
-    done: bool = False  # finished or aborted: whatever still arrives for it is dropped
+    done: bool = False  # finished or aborted: tokens that still arrive for it are dropped
 
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """A step to launch, and whose tokens it draws: `rows[i]` gets the token of row (chunk) i; None: it draws none."""
+    """A step to launch, and the requests that its drawn tokens belong to, by row (decode) or chunk (prefill).
+
+    None: the chunk is not the last of its prompt, and draws no token.
+    """
 
     step: Step
-    rows: list[Request | None]
+    rows: Sequence[Request | None]
 
 
 class Scheduler:
     """First come, first served over one pool of pages. Every Scheduled that it returns must be launched, in order.
 
-    Running requests are always older than waiting ones, and the youngest running one gives way where pages run out.
+    Running requests are always older than waiting ones, and where pages run out the youngest running one is preempted.
     So the oldest request never waits for another, and every request ends.
     """
 
@@ -71,14 +74,16 @@ class Scheduler:
 
     @property
     def running(self) -> int:
+        """Requests that hold a slot."""
         return len(self._running)
 
     @property
     def waiting(self) -> int:
+        """Requests in the queue, preempted ones included."""
         return len(self._waiting)
 
     def add(self, submit: Submit, now: float) -> None:
-        """Queues a request. Raises ValueError, in words for the client, for one that could never run."""
+        """Queues a request; `now` is in seconds. Raises ValueError, fit for the client, for one that can never run."""
         prompt, limit = len(submit.prompt), submit.sampling.max_tokens
         if prompt < 1 or limit < 1:
             raise ValueError(f"a prompt of {prompt} tokens and max_tokens {limit}: both must be at least 1")
@@ -104,20 +109,21 @@ class Scheduler:
     def schedule(self, now: float) -> Scheduled | None:
         """The next step, or None where there is nothing to do before a token arrives or a request is added.
 
-        Prefill and decode alternate while there is work for both: a stream waits for one chunk, never for a prompt.
+        Prefill and decode alternate while there is work for both: a running request waits for one prefill step at a
+        time, never for a whole long prompt.
         """
         scheduled = self._decode() if self._prefilled else None
         scheduled = scheduled or self._prefill(now) or self._decode()
-        self._prefilled = scheduled is not None and isinstance(scheduled.step, PrefillStep)
+        self._prefilled = scheduled is not None and scheduled.step.kind == "prefill"
         return scheduled
 
     def update(
         self, scheduled: Scheduled, tokens: list[int], logprobs: Callable[[int, int], TokenLogprobs]
     ) -> list[Delta]:
-        """Takes in what a step drew, one token for each of its rows (any number where the row draws none).
+        """Adds a step's drawn tokens to their requests; call it in the order in which steps were scheduled.
 
-        `logprobs(row, count)` gives a row's log probabilities; it is asked only for requests that want them.
-        Steps are taken in in the order in which they were scheduled.
+        tokens: one a row, ignored where the row draws none. `logprobs(row, count)` gives a row's log probabilities; it
+        is called only for requests that want them.
         """
         deltas = []
         for row, (request, token) in enumerate(zip(scheduled.rows, tokens, strict=True)):
@@ -125,7 +131,7 @@ class Scheduler:
                 continue
             request.tokens.append(token)
             length, sampling = len(request.tokens), request.sampling
-            finish = None
+            finish: FinishReason | None = None
             if token in sampling.stop_token_ids:
                 finish = "stop"
             elif length > request.last_position:
@@ -141,8 +147,8 @@ class Scheduler:
                     request.queue_seconds if first else None,
                 )
             )
-            if length >= (request.offered + 1) * PAGE_TOKENS:
-                self._offer(request)
+            if length >= (request.registered + 1) * PAGE_TOKENS:
+                self._register(request)
             if finish:
                 self._end(request)
         return deltas
@@ -150,15 +156,13 @@ class Scheduler:
     def _decode(self) -> Scheduled | None:
         """One row for each running request whose prompt is done and whose last token is not drawn yet."""
         rows, slots, positions, new_pages = [], [], [], []
-        for request in self._running:  # preemption only takes from the end: never a request that has its row
+        for request in self._running:  # preemption takes the youngest: never a request that has its row already
             position = request.computed
             if not request.prefill_end <= position < request.last_position:
                 continue
-            page = NO_PAGE
-            if position % PAGE_TOKENS == 0:
-                page = self._grow(request)
-                if page is None:
-                    break  # it was the youngest and gave way itself
+            page = self._grow(request) if position % PAGE_TOKENS == 0 else NO_PAGE
+            if page is None:
+                break  # it was the youngest and is preempted itself
             request.computed = position + 1
             rows.append(request)
             slots.append(request.slot)
@@ -174,8 +178,7 @@ class Scheduler:
         unfinished = [request for request in self._running if request.computed < request.prefill_end]
         while len(chunks) < self._largest.sequences:
             request = unfinished[len(chunks)] if len(chunks) < len(unfinished) else self._admit(budget, now)
-            size = _chunk_size(request.prefill_end - request.computed, budget) if request else 0
-            if size == 0:
+            if request is None or (size := _chunk_size(request.prefill_end - request.computed, budget)) == 0:
                 break
             start, end = request.computed, request.computed + size
             chunks.append(
@@ -193,7 +196,7 @@ class Scheduler:
             request.computed = end
             budget -= size
         for request in chosen:  # only now: chunks of one step don't read each other's pages
-            self._offer(request)
+            self._register(request)
         rows = [request if chunk.samples else None for request, chunk in zip(chosen, chunks, strict=True)]
         return Scheduled(PrefillStep(chunks), rows) if chunks else None
 
@@ -202,24 +205,25 @@ class Scheduler:
 
         It needs a slot, a first chunk that fits the budget, and pages for all its tokens. One page more for each
         running request stays in reserve: without it an admission takes the page that the next decode step needs, and
-        is preempted right away (in simulations of a pool too small a third of all prefill was to no avail).
+        is preempted right away (in simulations of a pool too small a third of all prefill was wasted).
         """
         if not self._waiting or not self._free_slots:
             return None
         request = self._waiting[0]
         if len(request.tokens) < request.prefill_end:
-            return None  # preempted, and a token drawn for it has not arrived
+            return None  # preempted, and a token that was drawn for it has not arrived yet
         cached = self._cached_pages(request)
         cached_tokens = len(cached) * PAGE_TOKENS
         needed = pages_for(request.prefill_end) - len(cached)
         fits = _chunk_size(request.prefill_end - cached_tokens, budget) > 0
-        if not fits or self.pool.available < needed + len(self._running):
+        pages = self.pool.allocate(needed) if fits and self.pool.available >= needed + len(self._running) else None
+        if pages is None:
             self.pool.release(cached)
             return None
         self._running.append(self._waiting.popleft())
         request.slot = self._free_slots.pop()
-        request.pages = cached + self.pool.allocate(needed)
-        request.offered = len(cached)
+        request.pages = cached + pages
+        request.registered = len(cached)
         request.computed = cached_tokens
         if request.cached_tokens is None:
             request.cached_tokens = cached_tokens
@@ -230,7 +234,7 @@ class Scheduler:
         return request
 
     def _reads_cache(self, request: Request) -> bool:
-        """Penalties count tokens on the device as they pass through prefill, so all of them have to pass."""
+        """With penalties, prefill counts the tokens on the device, so it has to see all of them."""
         return self._prefix_cache and not request.sampling.penalized
 
     def _cached_pages(self, request: Request) -> list[int]:
@@ -240,18 +244,18 @@ class Scheduler:
         extend_chain(request.digests, request.tokens)
         return self.pool.match(request.digests, (len(request.tokens) - 1) // PAGE_TOKENS)
 
-    def _offer(self, request: Request) -> None:
-        """Registers the pages whose tokens are all known and whose keys and values a scheduled step computes."""
+    def _register(self, request: Request) -> None:
+        """Makes the pages findable whose tokens are all known and whose keys and values a scheduled step computes."""
         full = min(len(request.tokens), request.computed) // PAGE_TOKENS
-        if not self._prefix_cache or full <= request.offered:
+        if not self._prefix_cache or full <= request.registered:
             return
         extend_chain(request.digests, request.tokens)
-        for index in range(request.offered, full):
+        for index in range(request.registered, full):
             self.pool.register(request.pages[index], request.digests[index])
-        request.offered = full
+        request.registered = full
 
     def _grow(self, request: Request) -> int | None:
-        """One more page for a running request, at the cost of the youngest ones; None if it gave way itself."""
+        """One more page for a running request, for which the youngest may be preempted; None if it was preempted."""
         while (pages := self.pool.allocate(1)) is None:
             youngest = self._running[-1]
             self._preempt(youngest)
@@ -263,7 +267,7 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         """Back to the head of the queue, to compute its prompt and all tokens drawn so far again later."""
         if request.computed >= request.prefill_end:
-            request.prefill_end = request.computed + 1  # with those that are drawn but have not arrived
+            request.prefill_end = request.computed + 1  # with the tokens that are drawn but have not arrived
         self._stop(request)
         self._waiting.appendleft(request)
         self.preemptions += 1
@@ -273,7 +277,7 @@ class Scheduler:
         self._running.remove(request)
         self._free_slots.append(request.slot)
         self.pool.release(request.pages)
-        request.slot, request.pages, request.offered, request.computed = NO_SLOT, [], 0, 0
+        request.slot, request.pages, request.registered, request.computed = NO_SLOT, [], 0, 0
 
     def _end(self, request: Request) -> None:
         """Forgets a request wherever it is: running, waiting, or preempted with tokens in flight."""
@@ -286,9 +290,9 @@ class Scheduler:
 
 
 def _chunk_size(left: int, budget: int) -> int:
-    """Tokens of a next chunk: all that are `left` if they fit the budget, else up to a page boundary, else 0.
+    """Tokens of the next chunk: all that are `left` if they fit the budget, else up to a page boundary, else 0.
 
-    Chunks start and end at boundaries of the request's own pages, so what else is in the step only decides how many
-    pages a chunk covers, and a page is never computed in two parts.
+    So chunks begin at page boundaries, and end there or with the prompt: a page's keys and values come from one chunk.
+    What else is in the step decides only how many pages a chunk covers.
     """
     return left if left <= budget else budget // PAGE_TOKENS * PAGE_TOKENS

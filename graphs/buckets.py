@@ -4,6 +4,8 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Literal
 
+Kind = Literal["decode", "prefill"]
+
 
 @dataclass(frozen=True)
 class Bucket:
@@ -13,7 +15,7 @@ class Bucket:
     prefill: up to `sequences` prompts (or chunks of prompts) packed into `tokens` tokens.
     """
 
-    kind: Literal["decode", "prefill"]
+    kind: Kind
     tokens: int
     sequences: int
 
@@ -34,6 +36,7 @@ class Buckets:
 
     @property
     def all(self) -> tuple[Bucket, ...]:
+        """In the order in which ranks number them."""
         return self.decode + self.prefill
 
     @property
@@ -43,9 +46,10 @@ class Buckets:
 
     @property
     def max_sequences(self) -> int:
+        """Tokens that a step draws at most."""
         return max(bucket.sequences for bucket in self.all)
 
-    def choose(self, kind: Literal["decode", "prefill"], tokens: int) -> Bucket:
+    def choose(self, kind: Kind, tokens: int) -> Bucket:
         """The smallest bucket of `kind` that holds `tokens`. Raises ValueError where none does."""
         shapes = self.decode if kind == "decode" else self.prefill
         index = bisect_left(shapes, tokens, key=lambda bucket: bucket.tokens)

@@ -1,77 +1,124 @@
 """One object that owns every tensor a captured step reads or writes between steps.
 
 Three kinds: key/value pages; state by slot (page table, sampling parameters, last token, token counts), which prefill
-installs and decode only names; and the packed words that cross between host and device, one block each way a step.
-Knows shapes, slots and pages; no requests, no weights.
+installs and decode only names; and the packed inputs and outputs that cross between host and device, one block each way
+a step. Knows shapes, slots and pages; no requests, no weights.
 """
 
-from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Generic, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from conf.limits import BIAS_ENTRIES, MAX_TOP_LOGPROBS, PAGE_TOKENS, SCRATCH_PAGE
 from graphs.buckets import Bucket, Buckets
-from graphs.plan import NO_PAGE, DecodeStep, PrefillStep, Step
+from graphs.plan import NO_PAGE, Chunk, DecodeStep, PrefillStep, Step
+from kernels.ops import Array, SamplingState
 
-# One request's sampling parameters: the shape and dtype of a slot's row, on the host, in the packed words and by slot.
-SAMPLING = {
-    "temperature": ((), "float32"),
-    "top_k": ((), "int32"),
-    "top_p": ((), "float32"),
-    "min_p": ((), "float32"),
-    "repetition_penalty": ((), "float32"),
-    "frequency_penalty": ((), "float32"),
-    "presence_penalty": ((), "float32"),
-    "seed": ((2,), "int32"),  # low and high word
-    "prompt_tokens": ((), "int32"),
-    "bias_ids": ((BIAS_ENTRIES,), "int32"),
-    "bias_values": ((BIAS_ENTRIES,), "float32"),
-    "bias_until": ((BIAS_ENTRIES,), "int32"),  # the entry counts for tokens drawn before this position
-}
-SAMPLING_AS_GIVEN = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-)
-OUTPUT_WORDS = 2 + 2 * MAX_TOP_LOGPROBS  # token, its log probability, the ids and the values of the best
+HostArray = npt.NDArray[Any]  # int32 or float32
+Allocate = Callable[[tuple[int, ...], str], Array]  # (shape, dtype's name) -> an array
+OUTPUT_WORDS = 2 + 2 * MAX_TOP_LOGPROBS  # token, its log probability, the ids and the values of the likeliest
 
 
 class Sampled(NamedTuple):
     """What one step drew, by row, on the host."""
 
     tokens: list[int]
-    logprobs: np.ndarray  # [rows] float32
-    top_ids: np.ndarray  # [rows, MAX_TOP_LOGPROBS] int32
-    top_logprobs: np.ndarray  # [rows, MAX_TOP_LOGPROBS] float32
+    logprobs: npt.NDArray[np.float32]  # [rows]
+    top_ids: npt.NDArray[np.int32]  # [rows, MAX_TOP_LOGPROBS]
+    top_logprobs: npt.NDArray[np.float32]  # [rows, MAX_TOP_LOGPROBS]
 
 
-class Inputs(SimpleNamespace):
-    """The fields of a step's packed words, as views: numpy on the host, torch on the device.
+@dataclass(frozen=True)
+class DecodeInputs(Generic[Array]):
+    """The packed inputs of a decode step, all [rows] int32: numpy on the host, torch on the device."""
 
-    decode, all [rows]: slots, positions, new_pages.
-    prefill: tokens, positions, slots [tokens]; sequence_slots (the spare slot where there is no chunk), sample_slots
-    (the spare slot where the chunk draws no token), starts, last (index of the chunk's last token) [sequences];
-    page_table [sequences, pages of a context]; and SAMPLING [sequences, ...].
-    """
+    slots: Array
+    positions: Array
+    new_pages: Array
+
+    @classmethod
+    def allocate(cls, allocate: Allocate[Array], bucket: Bucket) -> "DecodeInputs[Array]":
+        rows = (bucket.tokens,)
+        return cls(allocate(rows, "int32"), allocate(rows, "int32"), allocate(rows, "int32"))
+
+
+@dataclass(frozen=True)
+class PrefillInputs(Generic[Array]):
+    """The packed inputs of a prefill step, int32 but for `sampling`: numpy on the host, torch on the device."""
+
+    tokens: Array  # [tokens]
+    positions: Array  # [tokens]
+    slots: Array  # [tokens]
+    sequence_slots: Array  # [sequences], the padding slot where there is no chunk
+    sample_slots: Array  # [sequences], the padding slot where the chunk draws no token
+    starts: Array  # [sequences], position of the chunk's first token
+    last: Array  # [sequences], index of the chunk's last token
+    page_table: Array  # [sequences, pages of a context]
+    sampling: SamplingState[Array]  # a row a sequence
+
+    @classmethod
+    def allocate(cls, allocate: Allocate[Array], bucket: Bucket, context_pages: int) -> "PrefillInputs[Array]":
+        def ints(*shape: int) -> Array:
+            return allocate(shape, "int32")
+
+        return cls(
+            tokens=ints(bucket.tokens),
+            positions=ints(bucket.tokens),
+            slots=ints(bucket.tokens),
+            sequence_slots=ints(bucket.sequences),
+            sample_slots=ints(bucket.sequences),
+            starts=ints(bucket.sequences),
+            last=ints(bucket.sequences),
+            page_table=ints(bucket.sequences, context_pages),
+            sampling=sampling_state(allocate, bucket.sequences),
+        )
+
+
+Inputs = DecodeInputs[Array] | PrefillInputs[Array]
+
+
+def sampling_state(allocate: Allocate[Array], rows: int) -> SamplingState[Array]:
+    """Sampling parameters of `rows` rows, in the arrays that `allocate` gives."""
+
+    def each(dtype: str, *columns: int) -> Array:
+        return allocate((rows, *columns), dtype)
+
+    return SamplingState(
+        temperature=each("float32"),
+        top_k=each("int32"),
+        top_p=each("float32"),
+        min_p=each("float32"),
+        repetition_penalty=each("float32"),
+        frequency_penalty=each("float32"),
+        presence_penalty=each("float32"),
+        seed=each("int32", 2),
+        prompt_tokens=each("int32"),
+        bias_ids=each("int32", BIAS_ENTRIES),
+        bias_values=each("float32", BIAS_ENTRIES),
+        bias_until=each("int32", BIAS_ENTRIES),
+    )
+
+
+SAMPLING_FIELDS = tuple(field.name for field in fields(SamplingState))
 
 
 class Staging(NamedTuple):
     """The host's end of a step's transfers, pinned where there is a GPU."""
 
-    words: Tensor  # int32
-    inputs: dict[Bucket, Inputs]
+    words: Tensor  # int32, the packed inputs
+    inputs: dict[Bucket, Inputs[HostArray]]  # the same, by field
     outputs: Tensor  # [rows, OUTPUT_WORDS] int32
 
 
 class Buffers:
+    """The device's tensors, and the way into and out of them for the host."""
+
     def __init__(
         self,
         *,
@@ -85,54 +132,53 @@ class Buffers:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """`pages` counts the scratch page; kv_heads are this rank's."""
+        """`pages` counts the scratch page; kv_heads are this rank's; dtype is that of keys and values."""
         slots = buckets.max_rows + 1
         self.buckets = buckets
-        self.spare_slot = buckets.max_rows
+        self.padding_slot = buckets.max_rows
         self.context_pages = max_context // PAGE_TOKENS
         self.device = device
         shape = (layers, pages, kv_heads, PAGE_TOKENS, head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
-        self.page_table = torch.zeros(slots, self.context_pages, dtype=torch.int32, device=device)
-        self.last_token = torch.zeros(slots, dtype=torch.int32, device=device)
-        self.output_counts = torch.zeros(slots, vocab, dtype=torch.int32, device=device)
-        self.in_prompt = torch.zeros(slots, vocab, dtype=torch.uint8, device=device)
-        self.sampling = SimpleNamespace(
-            **{
-                name: torch.zeros(slots, *shape, dtype=getattr(torch, dtype), device=device)
-                for name, (shape, dtype) in SAMPLING.items()
-            }
-        )
-        self._fields = {bucket: self._fields_of(bucket) for bucket in buckets.all}
-        self._words = {bucket: sum(size for *_, size in _sizes(fields)) for bucket, fields in self._fields.items()}
+        self.page_table = self._zeros((slots, self.context_pages), "int32")
+        self.last_token = self._zeros((slots,), "int32")
+        self.output_counts = self._zeros((slots, vocab), "int32")
+        self.in_prompt = self._zeros((slots, vocab), "uint8")
+        self.sampling: SamplingState[Tensor] = sampling_state(self._zeros, slots)
+        self._words = {bucket: self._count_words(bucket) for bucket in buckets.all}
         self.max_words = max(self._words.values())
-        self.words = torch.zeros(self.max_words, dtype=torch.int32, device=device)
-        self.inputs = {bucket: _carve(self.words, fields) for bucket, fields in self._fields.items()}
-        self.outputs = torch.zeros(buckets.max_sequences, OUTPUT_WORDS, dtype=torch.int32, device=device)
+        self.words = self._zeros((self.max_words,), "int32")
+        self.inputs: dict[Bucket, Inputs[Tensor]] = {
+            bucket: self._inputs(_views(self.words, torch), bucket) for bucket in buckets.all
+        }
+        self.outputs = self._zeros((buckets.max_sequences, OUTPUT_WORDS), "int32")
 
     @staticmethod
     def page_bytes(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        """Bytes of a page's keys and values in all layers of a rank."""
         return 2 * layers * kv_heads * PAGE_TOKENS * head_dim * dtype.itemsize
 
-    def _fields_of(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], str]]:
-        tokens, sequences = (bucket.tokens,), (bucket.sequences,)
+    def _zeros(self, shape: tuple[int, ...], dtype: str) -> Tensor:
+        return torch.zeros(shape, dtype=getattr(torch, dtype), device=self.device)
+
+    def _inputs(self, allocate: Allocate[Array], bucket: Bucket) -> Inputs[Array]:
         if bucket.kind == "decode":
-            return dict.fromkeys(("slots", "positions", "new_pages"), (tokens, "int32"))
-        by_sequence = ("sequence_slots", "sample_slots", "starts", "last")
-        return {
-            **dict.fromkeys(("tokens", "positions", "slots"), (tokens, "int32")),
-            **dict.fromkeys(by_sequence, (sequences, "int32")),
-            "page_table": ((bucket.sequences, self.context_pages), "int32"),
-            **{name: (sequences + shape, dtype) for name, (shape, dtype) in SAMPLING.items()},
-        }
+            return DecodeInputs.allocate(allocate, bucket)
+        return PrefillInputs.allocate(allocate, bucket, self.context_pages)
+
+    def _count_words(self, bucket: Bucket) -> int:
+        sizes: list[int] = []
+        self._inputs(lambda shape, dtype: sizes.append(math.prod(shape)), bucket)
+        return sum(sizes)
 
     # On the host -----------------------------------------------------------------------------------------------------
 
     def staging(self) -> Staging:
+        """Host memory for one step in flight."""
         pinned = self.device.type == "cuda"
         words = torch.zeros(self.max_words, dtype=torch.int32, pin_memory=pinned)
-        inputs = {bucket: _carve(words.numpy(), fields) for bucket, fields in self._fields.items()}
+        inputs = {bucket: self._inputs(_views(words.numpy(), np), bucket) for bucket in self.buckets.all}
         outputs = torch.zeros(self.outputs.shape, dtype=torch.int32, pin_memory=pinned)
         return Staging(words, inputs, outputs)
 
@@ -141,21 +187,23 @@ class Buffers:
         return self._words[bucket]
 
     def fill(self, step: Step, bucket: Bucket, staging: Staging) -> None:
-        """Pack a step into the host's words. Raises ValueError where it does not fit the bucket."""
+        """Pack a step's inputs. Raises ValueError where it does not fit the bucket."""
         inputs = staging.inputs[bucket]
         if isinstance(step, DecodeStep):
-            rows = len(step.slots)
-            if bucket.kind != "decode" or rows > bucket.tokens:
+            rows = step.tokens
+            if not isinstance(inputs, DecodeInputs) or rows > bucket.tokens:
                 raise ValueError(f"{rows} decode rows do not fit {bucket}")
-            inputs.slots[:rows], inputs.slots[rows:] = step.slots, self.spare_slot
+            inputs.slots[:rows], inputs.slots[rows:] = step.slots, self.padding_slot
             inputs.positions[:rows], inputs.positions[rows:] = step.positions, 0
             inputs.new_pages[:rows], inputs.new_pages[rows:] = step.new_pages, NO_PAGE
         else:
-            self._fill_prefill(step, bucket, inputs)
+            if not isinstance(inputs, PrefillInputs) or step.tokens > bucket.tokens:
+                raise ValueError(f"{step.tokens} tokens of a prefill do not fit {bucket}")
+            if len(step.chunks) > bucket.sequences:
+                raise ValueError(f"{len(step.chunks)} chunks do not fit {bucket}")
+            self._fill_prefill(step, inputs)
 
-    def _fill_prefill(self, step: PrefillStep, bucket: Bucket, inputs: Inputs) -> None:
-        if bucket.kind != "prefill" or step.tokens > bucket.tokens or len(step.chunks) > bucket.sequences:
-            raise ValueError(f"{len(step.chunks)} chunks of {step.tokens} tokens do not fit {bucket}")
+    def _fill_prefill(self, step: PrefillStep, inputs: PrefillInputs[HostArray]) -> None:
         end = 0
         inputs.page_table[:] = SCRATCH_PAGE
         for row, chunk in enumerate(step.chunks):
@@ -164,21 +212,21 @@ class Buffers:
             inputs.positions[begin:end] = np.arange(chunk.start, chunk.start + len(chunk.tokens))
             inputs.slots[begin:end] = chunk.slot
             inputs.sequence_slots[row] = chunk.slot
-            inputs.sample_slots[row] = chunk.slot if chunk.samples else self.spare_slot
+            inputs.sample_slots[row] = chunk.slot if chunk.samples else self.padding_slot
             inputs.starts[row] = chunk.start
             inputs.last[row] = end - 1
             inputs.page_table[row, : len(chunk.pages)] = chunk.pages
-            _fill_sampling(inputs, row, chunk)
-        inputs.tokens[end:], inputs.positions[end:], inputs.slots[end:] = 0, 0, self.spare_slot
-        spare = slice(len(step.chunks), None)
-        inputs.sequence_slots[spare] = inputs.sample_slots[spare] = self.spare_slot
-        inputs.starts[spare], inputs.last[spare] = 0, 0
-        for name in SAMPLING:
-            getattr(inputs, name)[spare] = 0
+            _fill_sampling(inputs.sampling, row, chunk)
+        inputs.tokens[end:], inputs.positions[end:], inputs.slots[end:] = 0, 0, self.padding_slot
+        padding = slice(len(step.chunks), None)
+        inputs.sequence_slots[padding] = inputs.sample_slots[padding] = self.padding_slot
+        inputs.starts[padding], inputs.last[padding] = 0, 0
+        for name in SAMPLING_FIELDS:
+            getattr(inputs.sampling, name)[padding] = 0
 
     @staticmethod
     def sampled(staging: Staging, rows: int) -> Sampled:
-        """What a finished step left in the host's words."""
+        """What a finished step left in the host's memory."""
         columns = staging.outputs.numpy()[:rows]
         split = 2 + MAX_TOP_LOGPROBS
         return Sampled(
@@ -190,46 +238,49 @@ class Buffers:
 
     # On the device, inside the captured step -------------------------------------------------------------------------
 
-    def install(self, inputs: Inputs) -> None:
+    def install(self, inputs: PrefillInputs[Tensor]) -> None:
         """Prefill: write each chunk's page table row, sampling parameters and token counts to its slot."""
-        rows, state = inputs.sequence_slots, self.sampling
+        rows = inputs.sequence_slots
         self.page_table[rows] = inputs.page_table
-        for name in SAMPLING:
-            getattr(state, name)[rows] = getattr(inputs, name)
+        for name in SAMPLING_FIELDS:
+            getattr(self.sampling, name)[rows] = getattr(inputs.sampling, name)
         fresh = (inputs.starts == 0).unsqueeze(1)  # the first chunk forgets who had the slot before
         self.output_counts[rows] = self.output_counts[rows].masked_fill(fresh, 0)
         self.in_prompt[rows] = self.in_prompt[rows].masked_fill(fresh, 0)
-        prompt = inputs.positions < state.prompt_tokens[inputs.slots]
+        prompt = inputs.positions < self.sampling.prompt_tokens[inputs.slots]
         at = inputs.slots.long() * self.in_prompt.shape[1] + inputs.tokens
         self.in_prompt.view(-1).scatter_reduce_(0, at, prompt.byte(), "amax")
         self.output_counts.view(-1).scatter_add_(0, at, (~prompt).int())
 
 
-def _fill_sampling(inputs: Inputs, row: int, chunk) -> None:
+def _fill_sampling(state: SamplingState[HostArray], row: int, chunk: Chunk) -> None:
     sampling = chunk.sampling
-    for name in SAMPLING_AS_GIVEN:
-        getattr(inputs, name)[row] = getattr(sampling, name)
-    inputs.seed[row] = np.array([sampling.seed], np.uint64).view(np.int32)
-    inputs.prompt_tokens[row] = chunk.prompt_tokens
+    state.temperature[row] = sampling.temperature
+    state.top_k[row] = sampling.top_k
+    state.top_p[row] = sampling.top_p
+    state.min_p[row] = sampling.min_p
+    state.repetition_penalty[row] = sampling.repetition_penalty
+    state.frequency_penalty[row] = sampling.frequency_penalty
+    state.presence_penalty[row] = sampling.presence_penalty
+    state.seed[row] = np.array([sampling.seed], np.uint64).view(np.int32)
+    state.prompt_tokens[row] = chunk.prompt_tokens
+    # SamplingParams holds at most MAX_LOGIT_BIAS and MAX_STOP_TOKENS of these, whose sum is BIAS_ENTRIES.
     entries = [(token, value, np.iinfo(np.int32).max) for token, value in sampling.logit_bias.items()]
     if sampling.min_tokens > 0:
         first_stop = chunk.prompt_tokens + sampling.min_tokens
         entries += [(token, -np.inf, first_stop) for token in sampling.stop_token_ids]
-    inputs.bias_ids[row] = inputs.bias_values[row] = inputs.bias_until[row] = 0
+    state.bias_ids[row] = state.bias_values[row] = state.bias_until[row] = 0
     for index, (token, value, until) in enumerate(entries):
-        inputs.bias_ids[row, index], inputs.bias_values[row, index] = token, value
-        inputs.bias_until[row, index] = until
+        state.bias_ids[row, index], state.bias_values[row, index], state.bias_until[row, index] = token, value, until
 
 
-def _sizes(fields: dict) -> Iterator[tuple[str, tuple[int, ...], str, int]]:
-    for name, (shape, dtype) in fields.items():
-        yield name, shape, dtype, int(np.prod(shape))
+def _views(words: Any, module: Any) -> Allocate[Any]:
+    """Hands out consecutive ranges of int32 words, a torch tensor or a numpy array (`module`), as 4-byte arrays."""
+    end = 0
 
+    def allocate(shape: tuple[int, ...], dtype: str) -> Any:
+        nonlocal end
+        begin, end = end, end + math.prod(shape)
+        return words[begin:end].view(getattr(module, dtype)).reshape(shape)
 
-def _carve(words, fields: dict) -> Inputs:
-    """Consecutive views into int32 words, a torch tensor or a numpy array, by field."""
-    module, views, offset = (torch if isinstance(words, Tensor) else np), {}, 0
-    for name, shape, dtype, size in _sizes(fields):
-        views[name] = words[offset : offset + size].view(getattr(module, dtype)).reshape(shape)
-        offset += size
-    return Inputs(**views)
+    return allocate

@@ -28,8 +28,6 @@ class Steps(Protocol):
         The staging must not be touched until the returned function has been called and has returned.
         """
 
-    def close(self) -> None: ...
-
 
 def steps_for(buffers: Buffers, cpu_threads: int) -> Steps:
     return GraphSteps(buffers) if buffers.device.type == "cuda" else EagerSteps(buffers, cpu_threads)
@@ -69,9 +67,6 @@ class EagerSteps:
         self._bodies[bucket]()
         staging.outputs[: bucket.sequences].copy_(self._buffers.outputs[: bucket.sequences])
 
-    def close(self) -> None:
-        self._stream.shutdown()
-
 
 class GraphSteps:
     """One CUDA graph a bucket, all in one memory pool: capture the largest first, so that the others fit in it."""
@@ -107,6 +102,3 @@ class GraphSteps:
             staging.outputs[: bucket.sequences].copy_(self._buffers.outputs[: bucket.sequences], non_blocking=True)
             done.record()
         return done.synchronize
-
-    def close(self) -> None:
-        self._stream.synchronize()

@@ -1,6 +1,6 @@
-"""The narrow seam between HTTP and the engine: `submit`, a stream, `abort` by closing it.
+"""The narrow seam between HTTP and the engine: submit a request, read its stream of Deltas, close the stream to abort.
 
-`Engine` is all that the routes know; tests put a fake in its place. `EngineClient` is the real one, over ipc sockets.
+The endpoints know only `Engine`; tests fake it. `EngineClient` is the real one, over ipc sockets.
 """
 
 import asyncio
@@ -13,11 +13,14 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from engine.messages import Abort, Delta, FromEngine, Ready, SamplingParams, Stats, Submit
+from engine.messages import Abort, Delta, FromEngine, Ready, Stats, Submit
+from graphs.plan import SamplingParams
 
 
-class Deltas(Protocol):
-    def __aiter__(self) -> "Deltas": ...
+class DeltaStream(Protocol):
+    """What the engine generates for one request."""
+
+    def __aiter__(self) -> "DeltaStream": ...
 
     async def __anext__(self) -> Delta: ...
 
@@ -26,26 +29,29 @@ class Deltas(Protocol):
 
 
 class Engine(Protocol):
+    """The engine as the endpoints see it."""
+
     @property
     def ready(self) -> Ready | None:
-        """What the engine said when it began to accept requests; None before."""
+        """The engine's message once it accepts requests; None before."""
 
     @property
     def failure(self) -> str | None:
         """Why the engine cannot go on: a rank died, or no step finished within the deadline. None while it can."""
 
     @property
-    def stats(self) -> Stats: ...
+    def stats(self) -> Stats:
+        """The engine's state after its latest step."""
 
     @property
     def outstanding(self) -> int:
         """Requests submitted and not finished."""
 
-    def submit(self, prompt: list[int], sampling: SamplingParams) -> Deltas:
-        """Start a request at once and stream what it brings; the last Delta has a finish_reason.
+    def submit(self, prompt: list[int], sampling: SamplingParams) -> DeltaStream:
+        """Start a request at once and stream its Deltas; the last one has a finish_reason.
 
-        Deltas that have piled up while the reader was away arrive merged into one. Raises EngineFailed, here or while
-        reading, once the engine is lost.
+        Deltas that arrive faster than they are read are merged into one. Raises EngineFailed, here or while reading,
+        once the engine is lost.
         """
 
 
@@ -57,7 +63,7 @@ class Stream:
     """One request's Deltas as they arrive; closing it early aborts the request."""
 
     def __init__(self, id: int, close: Callable[[int], None]) -> None:
-        self._id = id
+        self.id = id
         self._close = close
         self._deltas: list[Delta] = []
         self._failure: str | None = None
@@ -65,10 +71,12 @@ class Stream:
         self._ended = False
 
     def push(self, delta: Delta) -> None:
+        """A Delta has arrived."""
         self._deltas.append(delta)
         self._arrived.set()
 
     def fail(self, reason: str) -> None:
+        """The engine is lost; the Deltas that have arrived are read first."""
         self._failure = reason
         self._arrived.set()
 
@@ -91,7 +99,7 @@ class Stream:
 
     async def aclose(self) -> None:
         self._ended = True
-        self._close(self._id)
+        self._close(self.id)
 
 
 def merged(deltas: list[Delta]) -> Delta:
@@ -142,9 +150,9 @@ class EngineClient:
             raise EngineFailed(self.failure)
         if not self._streams:
             self._last_progress = time.monotonic()
-        stream = Stream(next(self._ids), self._forget)
-        self._streams[stream._id] = stream
-        self._send(Submit(stream._id, prompt, sampling))
+        stream = Stream(next(self._ids), self._abort)
+        self._streams[stream.id] = stream
+        self._send(Submit(stream.id, prompt, sampling))
         return stream
 
     def fail(self, reason: str) -> None:
@@ -155,17 +163,13 @@ class EngineClient:
         self._streams.clear()
 
     async def run(self) -> None:
-        """Deliver what the engine reports until it fails or this is cancelled. Returns with `failure` set."""
+        """Deliver the engine's reports until it fails or this is cancelled. Returns with `failure` set."""
         poll = max(0.05, min(1.0, self._deadline / 4))
         while not self.failure:
             if await self._reports.poll(1000 * poll):
                 self._receive(self._decode(await self._reports.recv()))
             elif self._streams and time.monotonic() - self._last_progress > self._deadline:
                 self.fail(f"no step finished within {self._deadline:g} s while {self.outstanding} requests wait")
-
-    def close(self) -> None:
-        self._requests.close()
-        self._reports.close()
 
     def _receive(self, message: FromEngine) -> None:
         self._last_progress = time.monotonic()
@@ -182,10 +186,10 @@ class EngineClient:
                 del self._streams[delta.id]
             stream.push(delta)
 
-    def _forget(self, id: int) -> None:
+    def _abort(self, id: int) -> None:
         if self._streams.pop(id, None) and not self.failure:
             self._send(Abort(id))
 
     def _send(self, message: Submit | Abort) -> None:
-        # Never blocks: the queue has no limit of its own, server.max_queue bounds what is outstanding.
+        # Never blocks: the queue has no limit of its own, server.max_queue bounds the outstanding requests.
         zmq.Socket.send(self._requests, self._encode(message), zmq.NOBLOCK)

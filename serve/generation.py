@@ -1,54 +1,61 @@
 """Requests on their way to the engine and back: admission, and the choices of one request merged into one sequence.
 
-Knows neither text nor the reply's format: a `Choice` turns what the engine says into parts.
+Knows neither text nor the reply's format: a `Choice` turns the engine's Deltas into those of the choice.
 """
 
 import asyncio
 import datetime
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, ParamSpec, Protocol, TypeVar
 
 import msgspec
 
 from conf.schema import ServerConfig
-from engine.messages import Delta, FinishReason, Ready, SamplingParams
-from serve.client import Deltas, Engine, EngineFailed
+from engine.messages import Delta, Ready
+from engine.tokenizer import Tokenizer
+from graphs.plan import SamplingParams
+from serve.client import DeltaStream, Engine, EngineFailed
 from serve.metrics import Meter, Metrics
-from serve.protocol import SEEDS, ApiError
-from serve.text import Tokenizer
+from serve.protocol import SEEDS, ApiError, JsonObject
 
-INLINE_BYTES = 32768  # bodies up to this encode in well under 10 ms; larger ones leave the event loop to the others
+INLINE_BYTES = 32768  # bodies up to this encode in well under 10 ms; larger ones are encoded in a thread
 RETRY = {"Retry-After": "1"}
-Result = TypeVar("Result")
 
 
-class AnyPart(Protocol):
-    """What one Delta adds to a choice."""
-
-    finish_reason: FinishReason | None  # set in the last
+class ChoiceDelta(Protocol):
+    """What one Delta of the engine adds to a choice: a struct that is encoded as it is."""
 
     @property
-    def tells(self) -> bool:
-        """Whether a client that streams is to hear of it."""
+    def finish_reason(self) -> str | None:
+        """Set in the last."""
+
+    @property
+    def has_output(self) -> bool:
+        """Whether it is worth an event of a stream."""
 
 
-Part = TypeVar("Part", bound=AnyPart)
+Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
+AnyDelta = TypeVar("AnyDelta", bound=ChoiceDelta)
+AnyDelta_co = TypeVar("AnyDelta_co", bound=ChoiceDelta, covariant=True)
 
 
-class Choice(Protocol[Part]):
+class Choice(Protocol[AnyDelta_co]):
+    """One answer, as it is read from the engine's Deltas. The counts are of tokens."""
+
     completion_tokens: int
     reasoning_tokens: int
     cached_tokens: int
 
-    def feed(self, delta: Delta) -> Part:
-        """What the client may see after `delta`. With a finish_reason it is the last."""
+    def feed(self, delta: Delta) -> AnyDelta_co:
+        """What `delta` adds that a client may see. Once it has a finish_reason, no other follows."""
 
 
 @dataclass(frozen=True)
 class Service:
-    """What every endpoint needs."""
+    """The objects that endpoints share, and the admission of requests."""
 
     engine: Engine
     server: ServerConfig
@@ -58,8 +65,8 @@ class Service:
     draining: Callable[[], bool]
     today: Callable[[], datetime.date]
 
-    def accepting(self, model: str | None = None) -> Ready:
-        """Raises ApiError 503 while no request can be taken, 404 for a `model` that is not served."""
+    def require_ready(self, model: str | None = None) -> Ready:
+        """The engine's figures. Raises ApiError 503 while no request can be taken, 404 for a `model` not served."""
         if self.engine.failure is not None:
             raise engine_failed(self.engine.failure)
         if self.draining():
@@ -72,25 +79,24 @@ class Service:
             )
         return self.engine.ready
 
-    async def encoded(self, size: int, work: Callable[..., Result], *args: Any) -> Result:
-        """`work(*args)`, beside the event loop where the body of `size` bytes makes it long."""
-        return work(*args) if size <= INLINE_BYTES else await asyncio.to_thread(work, *args)
-
     def submit(
-        self, prompts: list[tuple[list[int], SamplingParams]], n: int, choice: Callable[[int, int], Choice[Part]]
-    ) -> "Generation[Part]":
-        """Start `n` choices of each prompt; `choice(prompt index, index)` reads one. Choice i of a prompt draws with
-        seed + i. Raises ApiError 429 where the queue has no room for all of them, 503 where the engine failed."""
-        self.accepting()
-        waiting, wanted, limit = self.engine.outstanding, n * len(prompts), self.server.max_queue
-        if waiting + wanted > limit:
+        self, prompts: list[tuple[list[int], SamplingParams]], n: int, choice: Callable[[int, int], Choice[AnyDelta]]
+    ) -> "Generation[AnyDelta]":
+        """Start `n` choices of each prompt; `choice(index of the prompt, index of the choice)` reads one.
+
+        Choice i of a prompt draws with seed + i. Raises ApiError 429 where the queue has no room for all of them, 503
+        where the engine failed.
+        """
+        self.require_ready()
+        outstanding, new, limit = self.engine.outstanding, n * len(prompts), self.server.max_queue
+        if outstanding + new > limit:
             raise ApiError(
                 429,
-                f"{waiting} requests of at most {limit} are in progress, {wanted} more do not fit",
+                f"{outstanding} requests of at most {limit} are in progress, {new} more do not fit",
                 code="queue_full",
                 headers=RETRY,
             )
-        generation: Generation[Part] = Generation(n, sum(len(ids) for ids, _ in prompts))
+        generation: Generation[AnyDelta] = Generation(n, sum(len(ids) for ids, _ in prompts))
         try:
             for i, (ids, sampling) in enumerate(prompts):
                 for j in range(n):
@@ -103,33 +109,40 @@ class Service:
         return generation
 
 
+async def in_thread_if_large(
+    body_bytes: int, work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+) -> Result:
+    """`work(*args, **kwargs)`, which encodes a body of `body_bytes`; a large one does not hold up the event loop."""
+    return work(*args, **kwargs) if body_bytes <= INLINE_BYTES else await asyncio.to_thread(work, *args, **kwargs)
+
+
 def engine_failed(reason: object) -> ApiError:
     return ApiError(503, f"the engine failed: {reason}", code="engine_failed", headers=RETRY)
 
 
 @dataclass
-class Generation(Generic[Part]):
-    """The submitted choices of one request. Whoever holds it closes it, whatever happens."""
+class Generation(Generic[AnyDelta]):
+    """The submitted choices of one request. Its owner calls `aclose` in the end, whatever happens."""
 
-    n: int
+    n: int  # choices of each prompt
     prompt_tokens: int
-    streams: list[Deltas] = field(default_factory=list)
-    choices: list[Choice[Part]] = field(default_factory=list)
+    streams: list[DeltaStream] = field(default_factory=list)
+    choices: list[Choice[AnyDelta]] = field(default_factory=list)
     meters: list[Meter] = field(default_factory=list)
 
-    async def parts(self) -> AsyncIterator[tuple[int, Part]]:
-        """(index of the choice, part) as they come, until all have finished.
+    async def deltas(self) -> AsyncGenerator[tuple[int, AnyDelta], None]:
+        """(index of the choice, its delta) as they arrive, until all choices have finished.
 
         Raises ApiError where the engine reports an error or fails.
         """
         if len(self.streams) == 1:
-            async with aclosing(self._one(0)) as parts:
-                async for part in parts:
-                    yield 0, part
+            async with aclosing(self._read(0)) as deltas:
+                async for delta in deltas:
+                    yield 0, delta
             return
-        # As many places as choices: a reader that is slow leaves Deltas to pile up, and merge, in the engine's streams.
-        queue: asyncio.Queue[tuple[int, Part | Exception]] = asyncio.Queue(len(self.streams))
-        tasks = [asyncio.create_task(self._pull(index, queue)) for index in range(len(self.streams))]
+        # As many places as choices: where the client is slow, Deltas pile up, and merge, in the engine's streams.
+        queue: asyncio.Queue[tuple[int, AnyDelta | Exception]] = asyncio.Queue(len(self.streams))
+        tasks = [asyncio.create_task(self._forward(index, queue)) for index in range(len(self.streams))]
         unfinished = len(tasks)
         try:
             while unfinished:
@@ -144,11 +157,11 @@ class Generation(Generic[Part]):
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def aclose(self) -> None:
-        """Abort what has not finished."""
+        """Abort the choices that have not finished."""
         for stream in self.streams:
             await stream.aclose()
 
-    def usage(self) -> dict[str, Any]:
+    def usage(self) -> JsonObject:
         """The usage object; a prompt counts once, however many choices it has."""
         completion = sum(choice.completion_tokens for choice in self.choices)
         return {
@@ -159,15 +172,16 @@ class Generation(Generic[Part]):
             "completion_tokens_details": {"reasoning_tokens": sum(c.reasoning_tokens for c in self.choices)},
         }
 
-    async def _pull(self, index: int, queue: "asyncio.Queue[tuple[int, Part | Exception]]") -> None:
+    async def _forward(self, index: int, queue: "asyncio.Queue[tuple[int, AnyDelta | Exception]]") -> None:
         try:
-            async with aclosing(self._one(index)) as parts:
-                async for part in parts:
-                    await queue.put((index, part))
+            async with aclosing(self._read(index)) as deltas:
+                async for delta in deltas:
+                    await queue.put((index, delta))
         except Exception as error:
             await queue.put((index, error))
 
-    async def _one(self, index: int) -> AsyncIterator[Part]:
+    async def _read(self, index: int) -> AsyncGenerator[AnyDelta, None]:
+        """One choice's deltas. Closing it early aborts the choice."""
         stream, choice, meter = self.streams[index], self.choices[index], self.meters[index]
         reason = "abort"
         try:
@@ -176,10 +190,10 @@ class Generation(Generic[Part]):
                 if delta.finish_reason == "error":
                     reason = "error"
                     raise ApiError(500, delta.error or "the engine could not finish the request", code="engine_error")
-                part = choice.feed(delta)
-                reason = part.finish_reason or reason
-                yield part
-                if part.finish_reason:
+                addition = choice.feed(delta)
+                reason = addition.finish_reason or reason
+                yield addition
+                if addition.finish_reason:
                     return
         except EngineFailed as error:
             reason = "error"

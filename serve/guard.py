@@ -1,7 +1,7 @@
-"""What stands before every route: the API key, the body limit, and the last word on exceptions. Plain ASGI.
+"""The middleware before every route: API keys, the size of bodies, and the reply to every exception. Plain ASGI.
 
-Knows headers and bytes, no route but those that need no key. A body over the limit is refused while it streams in,
-whether or not its length was announced.
+Knows headers and bytes; of the routes only those that need no key. A body over the limit is refused while it streams
+in, whether or not its length was announced.
 """
 
 import hmac
@@ -17,7 +17,10 @@ log = logging.getLogger(__name__)
 
 
 def read_keys(path: str | None) -> tuple[bytes, ...]:
-    """The keys of a file, one a line; none where no file is given. Raises ValueError for a file without a key."""
+    """The keys of a file, one a line; none where no file is given.
+
+    Raises OSError for a file that cannot be read, ValueError for one without a key.
+    """
     if path is None:
         return ()
     keys = tuple(line.strip().encode() for line in Path(path).read_text().splitlines() if line.strip())
@@ -27,47 +30,50 @@ def read_keys(path: str | None) -> tuple[bytes, ...]:
 
 
 class Guard:
+    """ASGI middleware; an ApiError that leaves the application, or any other exception, becomes the error object."""
+
     def __init__(self, app: ASGIApp, keys: tuple[bytes, ...], max_body_bytes: int) -> None:
         self._app, self._keys, self._limit = app, keys, max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        started, received = False, 0
+        response_started, body_bytes = False, 0
 
-        async def counted() -> Message:
-            nonlocal received
+        async def limited_receive() -> Message:
+            nonlocal body_bytes
             message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._limit:
+            body_bytes += len(message.get("body", b""))
+            if body_bytes > self._limit:
                 raise self._too_large()
             return message
 
-        async def noted(message: Message) -> None:
-            nonlocal started
-            started = True
+        async def noted_send(message: Message) -> None:
+            nonlocal response_started
+            response_started = True
             await send(message)
 
         try:
             self._check(scope)
-            await self._app(scope, counted, noted)
+            await self._app(scope, limited_receive, noted_send)
         except ClientDisconnect:
-            pass  # before its body had arrived: nobody is left to answer
+            pass  # nobody is left to answer
         except Exception as error:
             if not isinstance(error, ApiError):
                 log.exception("%s %s failed", scope["method"], scope["path"])
                 error = ApiError(500, "internal error")
-            if not started:
+            if not response_started:
                 await respond(error, send)
 
     def _check(self, scope: Scope) -> None:
+        """Raises ApiError: 401 without a valid key, 413 for a body announced as too large."""
         headers = dict(scope["headers"])
         path = scope["path"]
         if self._keys and path != "/metrics" and path != "/health" and not path.startswith("/health/"):
             scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-            # Every key is compared, so that the time says nothing about which one came close.
-            known = sum(hmac.compare_digest(key.strip(), allowed) for allowed in self._keys)
-            if scheme.lower() != b"bearer" or not known:
+            # Every key is compared, so that the time does not reveal which one came close.
+            matches = sum(hmac.compare_digest(key.strip(), allowed) for allowed in self._keys)
+            if scheme.lower() != b"bearer" or not matches:
                 raise ApiError(
                     401,
                     "a valid API key is needed: Authorization: Bearer <key>",
@@ -83,6 +89,7 @@ class Guard:
 
 
 async def respond(error: ApiError, send: Send) -> None:
+    """Answer with the error object."""
     headers = {"content-type": "application/json", **error.headers}
     await send(
         {

@@ -2,14 +2,15 @@
 
 Knows roles, channels and recipients; nothing of HTTP, of stop strings or of the reply's JSON. The system message is
 rendered by OpenAI's library. Everything a client writes is rendered here, message by message, with the tokenizer that
-takes control tokens for text. The library's parsers raise on what real models say; `Parser` has no failing state.
+encodes control tokens in text as text. The library's parsers raise on output that real models produce; `Parser` accepts
+any tokens.
 """
 
 import datetime
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 from openai_harmony import (
     Conversation,
@@ -23,7 +24,8 @@ from openai_harmony import (
 )
 
 from conf.limits import CALL, CHANNEL, CONSTRAIN, END, ENDOFTEXT, FIRST_SPECIAL, MESSAGE, RETURN, START
-from serve.text import Tokenizer, utf8_decoder
+from engine.tokenizer import Tokenizer
+from serve.text import utf8_decoder
 
 FUNCTIONS = "functions."  # before a function's name where it is a recipient or an author
 
@@ -47,11 +49,11 @@ class Turn:
 
 
 class Function(NamedTuple):
-    """What the model may call."""
+    """A function that the model may call."""
 
     name: str
     description: str
-    parameters: dict[str, Any] | None  # JSON schema of an object
+    parameters: Mapping[str, object] | None  # JSON schema of an object
 
 
 def render(
@@ -64,13 +66,14 @@ def render(
 ) -> list[int]:
     """The prompt for the assistant's next message; it ends with `<|start|>assistant`.
 
-    System and developer turns become developer messages, as in OpenAI's chat template; functions are described in the
-    first of them. Reasoning of turns before the last user message is dropped: the model was trained to see only that of
-    the turn in progress, calls and their answers included. Rendering stops early with more than `limit` ids.
+    System and developer turns become developer messages, as in OpenAI's chat template. Functions are described in the
+    first message, or in a developer message before it. Reasoning before the last user message is dropped: the model was
+    trained to see only the reasoning since then, between its calls and their answers. Rendering stops early once there
+    are more than `limit` ids.
 
     Raises ValueError for functions that cannot be described.
     """
-    ids, tools = _begin(effort, today, tokenizer, functions)
+    ids, tools = _system_message(effort, today, tokenizer, functions)
     if tools and not (turns and turns[0].role in ("system", "developer")):
         ids += _message(tokenizer, limit, "developer", tools)
     last_user = max((i for i, turn in enumerate(turns) if turn.role == "user"), default=-1)
@@ -96,7 +99,7 @@ def render(
 
 
 def call_header(tokenizer: Tokenizer, name: str) -> list[int]:
-    """What makes a message of the assistant a call, up to its arguments."""
+    """The header of a call, which follows `<|start|>assistant`, up to the call's arguments."""
     return [
         CHANNEL,
         *tokenizer.encode(f"commentary to={FUNCTIONS}{name} "),
@@ -107,7 +110,7 @@ def call_header(tokenizer: Tokenizer, name: str) -> list[int]:
 
 
 def any_call_header(tokenizer: Tokenizer) -> list[int]:
-    """The same up to where the function's name begins, its dot included in how names are tokenised."""
+    """The header of a call up to the function's name; not its dot, which is part of the name's first token."""
     return [CHANNEL, *tokenizer.encode("commentary to=functions")]
 
 
@@ -116,10 +119,10 @@ def _message(tokenizer: Tokenizer, limit: int, role: str, content: str, channel:
     return [START, *tokenizer.encode(role), *header, MESSAGE, *tokenizer.encode(content, limit), END]
 
 
-def _begin(
+def _system_message(
     effort: str, today: datetime.date, tokenizer: Tokenizer, functions: Sequence[Function]
 ) -> tuple[list[int], str]:
-    """The system message, which says whether there are functions, and the functions' description for the model."""
+    """The system message, which mentions functions if there are any, and the text that describes them to the model."""
     system = SystemContent(
         reasoning_effort=ReasoningEffort(effort.capitalize()), conversation_start_date=today.isoformat()
     )
@@ -127,18 +130,21 @@ def _begin(
     if not functions:
         return encoding.render(message), ""
     try:
-        described = DeveloperContent.new().with_function_tools(
+        descriptions = DeveloperContent.new().with_function_tools(
             [ToolDescription.new(f.name, f.description, parameters=f.parameters) for f in functions]
         )
-        both = [message, Message.from_role_and_content(Role.DEVELOPER, described)]
+        messages = [message, Message.from_role_and_content(Role.DEVELOPER, descriptions)]
         ids = encoding.render_conversation(
-            Conversation.from_messages(both), RenderConversationConfig(auto_drop_analysis=False)
+            Conversation.from_messages(messages), RenderConversationConfig(auto_drop_analysis=False)
         )
-    except Exception as error:  # the library raises several kinds over a schema that is none
+    except Exception as error:  # the library raises several kinds for an invalid schema
         raise ValueError(str(error)) from error
     end = ids.index(END) + 1
-    text = encoding.decode(ids[end:])  # and back: whatever a description holds is text
+    text = encoding.decode(ids[end:])  # encoded again by `render`, so that control tokens in a description are text
     return ids[:end], text.partition("<|message|>")[2].removesuffix("<|end|>")
+
+
+SegmentKind = Literal["content", "reasoning", "call", "hidden"]
 
 
 @dataclass(frozen=True)
@@ -151,12 +157,12 @@ class Segment:
     content_type: str | None = None
 
     @property
-    def kind(self) -> str:
-        """Where its text goes: "content", "reasoning", "call", or "hidden" for what is not addressed to the user.
+    def kind(self) -> SegmentKind:
+        """What its text is to the client; "hidden" is not for the client at all.
 
         A preamble (commentary without a recipient) is content: the format describes it as written for the user. So is
-        text on an unknown channel or on none: the model said it, the client pays for it. A function is called on any
-        channel. A message to another tool is hidden, and so is one that the model invents for another role.
+        text on an unknown channel or without one: the client pays for it. A function may be called on any channel.
+        Messages to other tools are hidden, and messages that the model invents for other roles.
         """
         if self.role == "assistant" and self.function:
             return "call"
@@ -166,14 +172,16 @@ class Segment:
 
     @property
     def function(self) -> str:
-        """The name of the function that is called; empty where none is."""
+        """The name of the called function; empty where the message is no call of a function."""
         recipient = self.recipient or ""
         return recipient.removeprefix(FUNCTIONS) if recipient.startswith(FUNCTIONS) else ""
 
 
 class Event(NamedTuple):
-    """Text of a message. `start` and `stop`: the generated tokens it comes from, counted from 0; equal where it is the
-    rest of an earlier token."""
+    """Text of a message, and the range of generated tokens (counted from 0) that it comes from.
+
+    The range is empty where the text belongs to an earlier token.
+    """
 
     segment: Segment
     text: str
@@ -182,37 +190,38 @@ class Event(NamedTuple):
 
 
 _CHANNELS = ("analysis", "commentary", "final")
-_LIMIT = 128  # characters in one part of a header; a longer one is none
-# The parts of a header: after <|start|>; where the role goes without saying; after <|channel|>; after <|constrain|>.
-_STARTED = re.compile(
+_MAX_FIELD = 128  # characters; longer text without <|message|> is the text of a message
+# The fields of a header, by the token they follow: <|start|>; a message's end, or the prompt's `<|start|>assistant`;
+# <|channel|>; <|constrain|>. The role is optional after a message's end: it can only be the assistant's.
+_ROLE = re.compile(
     r"(?P<role>assistant|user|system|developer|(?:functions|browser|python)[\w.-]*)?(?:\s+to=(?P<recipient>\S*))?"
 )
-_IMPLIED = re.compile(r"(?:assistant)?(?:\s*to=(?P<recipient>\S*))?")
+_OPTIONAL_ROLE = re.compile(r"(?:assistant)?(?:\s*to=(?P<recipient>\S*))?")
 _CHANNEL = re.compile(
     r"\s*(?P<channel>analysis|commentary|final|[\w-]*)(?:\s+to=(?P<recipient>\S*)(?:\s+(?P<content_type>\S+))?)?"
 )
-_CONSTRAIN = re.compile(r"\s*(?P<content_type>\S*)")
+_CONTENT_TYPE = re.compile(r"\s*(?P<content_type>\S*)")
 _UNKNOWN_CHANNEL = re.compile(r"[\w-]+(\s+(t|to|to=\S*( +\S*)?)?)?")
 
 
 class Parser:
-    """A state machine over generated token ids, begun behind the prompt's `<|start|>assistant`.
+    """A state machine over generated token ids, which follow the prompt's `<|start|>assistant`.
 
     It is either in a header or in the text of a message, and every token is allowed in both:
     - <|start|> and <|channel|> end the message in progress, if any, and continue in a header.
     - <|end|>, <|return|>, <|call|> and <|endoftext|> end it too; the header that follows needs no <|start|>.
     - <|message|> ends the header; in a text it is ignored, as are all other control tokens.
-    - Text in a header that no header would contain is the text of a message whose <|message|> was left out.
+    - Text that cannot belong to a header is the text of a message whose <|message|> was left out.
     """
 
-    def __init__(self, tokenizer: Tokenizer, begun: Iterable[int] = ()) -> None:
-        """`begun`: tokens of the assistant's message that already stand in the prompt."""
+    def __init__(self, tokenizer: Tokenizer, prefilled: Iterable[int] = ()) -> None:
+        """`prefilled`: tokens of the assistant's message that already stand in the prompt."""
         self._token_bytes = tokenizer.token_bytes
         self._position = 0
         self._segment: Segment | None = None  # None: in a header
         self._decoder = utf8_decoder()
-        self._open_header(_IMPLIED)
-        for token in begun:
+        self._open_header(_OPTIONAL_ROLE)
+        for token in prefilled:
             self.feed(token)
         self._position = 0
 
@@ -222,7 +231,7 @@ class Parser:
         return self._segment
 
     def feed(self, token: int) -> Event | None:
-        """The next generated token. An event may carry no text yet, where a character is incomplete."""
+        """The next generated token. An event's text is empty while a character is incomplete."""
         position = self._position
         self._position += 1
         if token < FIRST_SPECIAL:
@@ -238,84 +247,67 @@ class Parser:
             return Event(self._segment, "", self._position, self._position)  # a call may have no text
         if token in (START, END, RETURN, CALL, ENDOFTEXT):
             event = self.finish()
-            self._open_header(_STARTED if token == START else _IMPLIED)
+            self._open_header(_ROLE if token == START else _OPTIONAL_ROLE)
             return event
         if token == CHANNEL:
             event = None
             if self._segment:
                 event = self.finish()
-                self._open_header(_IMPLIED)
-            self._next_part(_CHANNEL)
+                self._open_header(_OPTIONAL_ROLE)
+            self._open_field(_CHANNEL)
             return event
         if token == CONSTRAIN and not self._segment:
-            self._next_part(_CONSTRAIN)
+            self._open_field(_CONTENT_TYPE)
         return None
 
     def finish(self) -> Event | None:
-        """What is left when no token follows: half a character, or a header that was none."""
+        """The rest when no token follows: an incomplete character, or held-back text that is no header."""
         text = self._decoder.decode(b"", final=True)
         if self._segment:
             return Event(self._segment, text, self._position, self._position) if text else None
         self._text += text
-        rest = self._read_header()
-        if not rest.strip():
-            return None
-        return self._leave_header(rest, self._position)
+        rest = self._read_field()
+        return self._leave_header(rest, self._position) if rest.strip() else None
 
-    def _open_header(self, pattern: re.Pattern[str]) -> None:
+    def _open_header(self, field: re.Pattern[str]) -> None:
         self._segment = None
         self._fields: dict[str, str] = {}
-        self._text = ""
-        self._next_part(pattern)
+        self._open_field(field)
 
-    def _next_part(self, pattern: re.Pattern[str]) -> None:
+    def _open_field(self, field: re.Pattern[str]) -> None:
         self._decoder.reset()
-        self._pattern, self._text = pattern, ""
-        self._rest_from: int | None = None  # the token where text began that is no header's
+        self._field, self._text = field, ""
+        self._rest_start: int | None = None  # the token where text began that does not belong to the header
 
-    def _read_header(self) -> str:
-        """Keep what the header's current part says; returns what follows that is not of a header."""
-        match = self._pattern.match(self._text)
-        found = {name: value for name, value in match.groupdict().items() if value}
-        self._fields |= found
-        unknown = self._pattern is _CHANNEL and found.get("channel", "final") not in _CHANNELS
-        return self._text if unknown else self._text[match.end() :]
+    def _read_field(self) -> str:
+        """Store what the current field names; returns the text after the field."""
+        match = self._field.match(self._text)
+        assert match, "every field's pattern matches the empty text"
+        values = {name: value for name, value in match.groupdict().items() if value}
+        self._fields |= values
+        unknown_channel = self._field is _CHANNEL and values.get("channel", "final") not in _CHANNELS
+        return self._text if unknown_channel else self._text[match.end() :]
 
     def _header_text(self, text: str, position: int) -> Event | None:
+        """Text in a header: an event once it cannot belong to the header."""
         self._text += text
-        rest = self._read_header()
-        said = rest.strip()
-        if not said:
-            self._rest_from = None
-        elif self._rest_from is None:
-            self._rest_from = position
-        if len(self._text) > _LIMIT:
+        rest = self._read_field()
+        stripped = rest.strip()
+        if not stripped:
+            self._rest_start = None
+        elif self._rest_start is None:
+            self._rest_start = position
+        if len(self._text) > _MAX_FIELD:
             return self._leave_header(self._text, position + 1)
-        # "to=".startswith: nothing beyond the header, or what may become its recipient.
-        if "to=".startswith(said) or (
-            rest == self._text and self._pattern is _CHANNEL and _UNKNOWN_CHANNEL.fullmatch(said)
-        ):
-            return None
-        return self._leave_header(rest, position + 1)
+        may_name_recipient = "to=".startswith(stripped)  # or is empty
+        may_name_channel = rest == self._text and self._field is _CHANNEL and _UNKNOWN_CHANNEL.fullmatch(stripped)
+        return None if may_name_recipient or may_name_channel else self._leave_header(rest, position + 1)
 
     def _leave_header(self, rest: str, stop: int) -> Event:
-        """`rest` is the beginning of a message. Where that is all of the part, the part named nothing."""
+        """`rest` begins a message without <|message|>. Where it is all text of the current field, the field is void."""
         if rest == self._text:
-            for name in self._pattern.groupindex:
+            for name in self._field.groupindex:
                 self._fields.pop(name, None)
         self._segment = Segment(**self._fields)
-        start = stop if self._rest_from is None else self._rest_from
+        start = stop if self._rest_start is None else self._rest_start
         return Event(self._segment, rest, start, stop)
-
-
-def parse(tokens: Iterable[int], tokenizer: Tokenizer) -> list[tuple[Segment, str]]:
-    """All messages of a finished output, those without text left out."""
-    parser = Parser(tokenizer)
-    messages: list[tuple[Segment, str]] = []
-    for event in [*map(parser.feed, tokens), parser.finish()]:
-        if event and event.text:
-            if messages and messages[-1][0] is event.segment:
-                messages[-1] = (event.segment, messages[-1][1] + event.text)
-            else:
-                messages.append((event.segment, event.text))
-    return messages

@@ -1,7 +1,7 @@
-"""What /metrics says, under vLLM's names with the prefix `mini_vllm:`.
+"""Prometheus metrics, under vLLM's names with the prefix `mini_vllm:`.
 
-The engine's own counts are read from its latest `Stats` when somebody scrapes; times are observed here, in the HTTP
-process. Each `Metrics` has its own registry. Knows nothing of text or of requests' contents.
+The engine's own counts are read from its latest `Stats` at each scrape; times are measured here, in the HTTP process.
+Each `Metrics` has its own registry. Knows nothing of text or of requests' contents.
 """
 
 import time
@@ -15,13 +15,14 @@ from engine.messages import Delta, Ready
 from serve.client import Engine
 
 PREFIX = "mini_vllm:"
+# Upper bounds of histogram buckets, in seconds.
 _STEP = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5)
 _FIRST = (0.002, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 _REQUEST = (0.05, 0.1, 0.25, 0.5, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 3600)
 
 
 class EngineCollector(Collector):
-    """The engine's `Stats` as metrics. Cumulative counts come out as counters."""
+    """The engine's `Stats` as metrics: gauges for its state, counters for cumulative counts."""
 
     def __init__(self, engine: Engine, model_name: str) -> None:
         self._engine, self._model = engine, model_name
@@ -48,20 +49,24 @@ class EngineCollector(Collector):
             counter = CounterMetricFamily(PREFIX + name, help, labels=["model_name"])
             counter.add_metric([self._model], value)
             yield counter
-        for name, help, field in (
-            ("bucket_steps", "Steps replayed with a bucket.", "steps"),
-            ("bucket_rows_used", "Rows of those steps that held a request (prefill: a token).", "rows_used"),
-            ("bucket_rows_padded", "Rows of those steps that held nothing.", "rows_padded"),
+        for name, help, counts in (
+            ("bucket_steps", "Steps replayed with a bucket.", [b.steps for b in stats.buckets]),
+            (
+                "bucket_rows_used",
+                "Rows of those steps that held a request (prefill: a token).",
+                [b.rows_used for b in stats.buckets],
+            ),
+            ("bucket_rows_padded", "Rows of those steps that held nothing.", [b.rows_padded for b in stats.buckets]),
         ):
             counter = CounterMetricFamily(PREFIX + name, help, labels=["model_name", "kind", "size"])
-            for bucket in stats.buckets:
-                counter.add_metric([self._model, bucket.kind, str(bucket.size)], getattr(bucket, field))
+            for bucket, count in zip(stats.buckets, counts, strict=True):
+                counter.add_metric([self._model, bucket.kind, str(bucket.size)], count)
             yield counter
         if ready := self._engine.ready:
-            yield from self._start(ready)
+            yield from self._startup(ready)
 
-    def _start(self, ready: Ready) -> Iterator[Metric]:
-        """What never changes once the engine is ready."""
+    def _startup(self, ready: Ready) -> Iterator[Metric]:
+        """The figures that never change once the engine is ready."""
         for name, help, label, values in (
             ("startup_phase_seconds", "Time that each phase of the start took.", "phase", ready.phases),
             ("memory_bytes", "A rank's memory by use, when it became ready.", "use", ready.memory),
@@ -73,6 +78,8 @@ class EngineCollector(Collector):
 
 
 class Metrics:
+    """All metrics of one server."""
+
     def __init__(self, engine: Engine, model_name: str) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(EngineCollector(engine, model_name))
@@ -101,6 +108,7 @@ class Metrics:
         )
 
     def finished(self, reason: str) -> None:
+        """Count a request that ended; the reasons are those of `Meter.finish`."""
         self._finished.labels(self._model, reason).inc()
 
     def render(self) -> bytes:
@@ -109,15 +117,16 @@ class Metrics:
 
 
 class Meter:
-    """Observes one request on its way through the HTTP process."""
+    """Measures one request's latencies and counts its tokens."""
 
     def __init__(self, metrics: Metrics, prompt_tokens: int) -> None:
         self._metrics = metrics
-        self._begun = self._last = time.perf_counter()
+        self._start = self._last = time.perf_counter()
         self._tokens = 0
         metrics.prompt_tokens.inc(prompt_tokens)
 
     def observe(self, delta: Delta) -> None:
+        """A Delta has arrived."""
         if delta.queue_seconds is not None:
             self._metrics.queue.observe(delta.queue_seconds)
         if not delta.tokens:
@@ -126,12 +135,15 @@ class Meter:
         if self._tokens:
             self._metrics.inter_token.observe((now - self._last) / len(delta.tokens))
         else:
-            self._metrics.first_token.observe(now - self._begun)
+            self._metrics.first_token.observe(now - self._start)
         self._last = now
         self._tokens += len(delta.tokens)
 
     def finish(self, reason: str) -> None:
-        """`reason`: stop, tool_calls, length, error, or abort where the client went away or ran out of time."""
-        self._metrics.request.observe(time.perf_counter() - self._begun)
+        """The request has ended.
+
+        `reason`: stop, tool_calls, length, error, or abort where the client went away or ran out of time.
+        """
+        self._metrics.request.observe(time.perf_counter() - self._start)
         self._metrics.generation_tokens.inc(self._tokens)
         self._metrics.finished(reason)

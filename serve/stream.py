@@ -1,58 +1,67 @@
-"""Parts to bytes: the collected reply, server-sent events, deadlines, and a client that goes away.
+"""Replies to bytes: a JSON body, collected choices, server-sent events, deadlines, and a client that goes away.
 
-Knows ASGI and JSON, nothing of what the parts say.
+Knows ASGI and JSON, nothing of what a choice's deltas mean.
 """
 
 import asyncio
 import logging
 from collections.abc import Coroutine
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Generic, TypeVar
 
 import msgspec
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from serve.generation import Generation, Part
-from serve.protocol import ApiError
+from serve.generation import AnyDelta, ChoiceDelta, Generation
+from serve.protocol import ApiError, JsonObject
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result | None:
-    """The result of `work`; None when the client goes away first, and `work` is cancelled then."""
+def json_response(body: JsonObject, headers: dict[str, str] | None = None) -> Response:
+    """A reply with the status 200."""
+    return Response(msgspec.json.encode(body), media_type="application/json", headers=headers)
 
-    async def gone() -> None:
+
+async def unless_gone(receive: Receive, work: Coroutine[object, object, Result]) -> Result | None:
+    """The result of `work`; None when the client goes away first, which cancels `work`."""
+
+    async def client_gone() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    tasks = [asyncio.create_task(work), asyncio.create_task(gone())]
+    result, gone = asyncio.create_task(work), asyncio.create_task(client_gone())
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        return tasks[0].result() if tasks[0].done() else None
+        await asyncio.wait([result, gone], return_when=asyncio.FIRST_COMPLETED)
+        return result.result() if result.done() else None
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        result.cancel()
+        gone.cancel()
+        await asyncio.gather(result, gone, return_exceptions=True)
 
 
-async def collected(generation: Generation[Part], seconds: float, receive: Receive) -> list[list[Part]] | None:
-    """All parts by choice, or None when the client went away. Raises ApiError, 504 after `seconds`."""
+async def collected(generation: Generation[AnyDelta], seconds: float, receive: Receive) -> list[list[AnyDelta]]:
+    """All deltas by choice. Raises ApiError, 504 after `seconds`, and ClientDisconnect when the client goes away."""
 
-    async def collect() -> list[list[Part]]:
-        parts: list[list[Part]] = [[] for _ in generation.streams]
-        async with asyncio.timeout(seconds), aclosing(generation.parts()) as arriving:
-            async for index, part in arriving:
-                parts[index].append(part)
-        return parts
+    async def collect() -> list[list[AnyDelta]]:
+        by_choice: list[list[AnyDelta]] = [[] for _ in generation.streams]
+        async with asyncio.timeout(seconds), aclosing(generation.deltas()) as deltas:
+            async for index, delta in deltas:
+                by_choice[index].append(delta)
+        return by_choice
 
     try:
-        return await unless_gone(receive, collect())
+        by_choice = await unless_gone(receive, collect())
     except TimeoutError:
         raise timed_out(seconds) from None
     finally:
         await generation.aclose()
+    if by_choice is None:
+        raise ClientDisconnect
+    return by_choice
 
 
 def timed_out(seconds: float) -> ApiError:
@@ -60,36 +69,43 @@ def timed_out(seconds: float) -> ApiError:
 
 
 class EventFormat:
-    """The bytes of one request's events; what does not change is encoded once."""
+    """The bytes of one request's events; the fields that all of them have are encoded once."""
 
-    def __init__(self, constant: dict[str, Any], include_usage: bool) -> None:
+    def __init__(self, constant: JsonObject, include_usage: bool) -> None:
+        """`constant`: the fields before `choices`. `include_usage`: with `usage`, null in every event but the last."""
         self.include_usage = include_usage
         self._head = b"data: " + msgspec.json.encode(constant)[:-1] + b',"choices":['
-        self._usage = b',"usage":null' if include_usage else b""  # as OpenAI: null in every event but the last
+        self._usage = b',"usage":null' if include_usage else b""
         self._tail = b"]" + self._usage + b"}\n\n"
         self._encode = msgspec.json.Encoder().encode
 
-    def event(self, choice: msgspec.Struct, beside: dict[str, Any] | None = None) -> bytes:
-        """`beside`: fields next to `choices`."""
-        if beside:
-            return self._head + self._encode(choice) + b"]" + self._usage + b"," + self._encode(beside)[1:] + b"\n\n"
-        return self._head + self._encode(choice) + self._tail
+    def event(self, delta: ChoiceDelta, extra: JsonObject | None = None) -> bytes:
+        """The event of one choice's delta; `extra`: fields after `choices`."""
+        if extra:
+            return self._head + self._encode(delta) + b"]" + self._usage + b"," + self._encode(extra)[1:] + b"\n\n"
+        return self._head + self._encode(delta) + self._tail
 
-    def usage(self, usage: dict[str, Any]) -> bytes:
+    def usage(self, usage: JsonObject) -> bytes:
+        """The last event."""
         return self._head + b'],"usage":' + self._encode(usage) + b"}\n\n"
 
 
-class EventStream(Response):
+class EventStream(Response, Generic[AnyDelta]):
     """A response of server-sent events, lean because it runs once per token.
 
     A complete answer ends with `data: [DONE]`. One that fails midway ends with an event that holds the error object,
-    and without [DONE]: who sees [DONE] has everything. A client that goes away aborts the generation.
+    and without [DONE]. A client that goes away aborts the generation.
     """
 
     def __init__(
-        self, generation: Generation[Any], form: EventFormat, opening: bytes, seconds: float, headers: dict[str, str]
+        self,
+        generation: Generation[AnyDelta],
+        form: EventFormat,
+        opening: bytes,
+        seconds: float,
+        headers: dict[str, str],
     ) -> None:
-        """`opening`: events that stand before the first token; `seconds` until the stream ends with an error."""
+        """`opening`: the events before the first token. `seconds`: until the stream ends with an error."""
         self._generation, self._form, self._opening, self._seconds = generation, form, opening, seconds
         self.status_code, self.media_type, self.background = 200, "text/event-stream", None
         self.init_headers({"cache-control": "no-cache", **headers})
@@ -103,18 +119,18 @@ class EventStream(Response):
     async def _run(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
-            async with asyncio.timeout(self._seconds), aclosing(self._generation.parts()) as parts:
+            async with asyncio.timeout(self._seconds), aclosing(self._generation.deltas()) as deltas:
                 await send({"type": "http.response.body", "body": self._opening, "more_body": True})
-                async for _, part in parts:
-                    if part.tells:
-                        await send({"type": "http.response.body", "body": self._form.event(part), "more_body": True})
+                async for _, delta in deltas:
+                    if delta.has_output:
+                        await send({"type": "http.response.body", "body": self._form.event(delta), "more_body": True})
             last = self._form.usage(self._generation.usage()) if self._form.include_usage else b""
             last += b"data: [DONE]\n\n"
         except Exception as error:
-            last = b"data: " + self._told(error).body() + b"\n\n"
+            last = b"data: " + self._api_error(error).body() + b"\n\n"
         await send({"type": "http.response.body", "body": last})
 
-    def _told(self, error: Exception) -> ApiError:
+    def _api_error(self, error: Exception) -> ApiError:
         if isinstance(error, TimeoutError):
             return timed_out(self._seconds)
         if isinstance(error, ApiError):

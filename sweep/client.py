@@ -1,7 +1,8 @@
-"""Streams completions over HTTP and counts their tokens: the real `send` of `load`."""
+"""Streams completions over HTTP and counts their tokens: the `Send` with which a sweep loads a real server."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import aiohttp
 import msgspec
@@ -15,20 +16,23 @@ class Choice(msgspec.Struct):
 
 
 class Event(msgspec.Struct):
-    """As much of a stream's event as is read; the decoder skips the rest."""
+    """The fields of a stream's event that are read here; the decoder skips all others."""
 
     choices: list[Choice] = []
-    error: dict | None = None
+    error: dict[str, Any] | None = None
 
 
 @asynccontextmanager
 async def http_sender(url: str, model: str, temperature: float) -> AsyncIterator[Send]:
-    """A `Send` over keep-alive connections, as many as there are requests under way."""
+    """A `Send` over keep-alive connections, one for each request in progress.
+
+    It raises SendError for an HTTP error, a broken connection, an error event, and a stream without its end marker.
+    """
     decode = msgspec.json.Decoder(Event).decode
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None)) as session:
 
-        async def send(request: Request) -> AsyncIterator[int]:
+        async def send(request: Request) -> AsyncGenerator[int, None]:
             body = {
                 "model": model,
                 "prompt": request.prompt,

@@ -1,4 +1,4 @@
-"""A composed configuration as the shortest `serve.py` overrides that give it: what is started, and what to paste."""
+"""A composed configuration as the shortest `serve.py` overrides that give it: to start it, and for users to paste."""
 
 import hashlib
 import json
@@ -17,44 +17,44 @@ ADDRESS = ("server.host", "server.port")
 
 
 def overrides(config: Config, choices: dict[str, str]) -> list[str]:
-    """`choices`: the option of each group that Hydra composed with. The address is left out: a sweep's is its own.
+    """The overrides, without the address, which the sweep chooses.
 
-    Hydra must be initialised, as it is within a job.
+    `choices`: the option of each group that Hydra composed with. Hydra must be initialised, as it is within a job.
     """
-    made: list[str] = []
-    for group in GROUPS:  # the model comes first, it chooses buckets
-        if choices[group] != _composed(made).hydra.runtime.choices[group]:
-            made.append(f"{group}={choices[group]}")
-    base = _composed(made)
+    words: list[str] = []
+    for group in GROUPS:  # the model first: it decides which buckets are the default
+        if choices[group] != _composed(words).hydra.runtime.choices[group]:
+            words.append(f"{group}={choices[group]}")
+    base = _composed(words)
     plain = flat({key: base[key] for key in (*GROUPS, "tp")})
-    return made + [
+    return words + [
         f"{key}={literal(value)}"
         for key, value in flat(config).items()
         if plain[key] != value and key not in ADDRESS and (key, value) != ("tp", 1)
     ]
 
 
-def _composed(made: list[str]) -> DictConfig:
-    return compose("config", overrides=made, return_hydra_config=True)
+def _composed(words: list[str]) -> DictConfig:
+    return compose("config", overrides=words, return_hydra_config=True)
 
 
 def identity(config: Config) -> str:
-    """The same for configurations whose servers are the same."""
+    """A hash of the configuration without its address: equal for configurations whose servers are the same."""
     values = {key: value for key, value in flat(config).items() if key not in ADDRESS}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value, enumerations by name."""
+    """Dotted key -> value; enumerations by name."""
     values = asdict(config) if isinstance(config, Config) else config
-    found = {}
+    flattened: dict[str, Any] = {}
     for key, value in values.items():
         if hasattr(value, "items"):
-            found |= flat(value, f"{prefix}{key}.")
+            flattened |= flat(value, f"{prefix}{key}.")
         else:
             value = list(value) if not isinstance(value, str | None) and hasattr(value, "__iter__") else value
-            found[prefix + key] = value.name if isinstance(value, Enum) else value
-    return found
+            flattened[prefix + key] = value.name if isinstance(value, Enum) else value
+    return flattened
 
 
 def literal(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What changed between two sweeps beyond noise, row by row."""
+"""What changed between two sweeps by more than noise, row by row."""
 
 import math
 
@@ -8,7 +8,7 @@ WATCHED = ("ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "tpot_p99_ms", "tokens_p
 
 
 def changes(old: list[Row], new: list[Row]) -> list[str]:
-    """A line a row. Noise is the 95 % interval of the difference: the root of the sum of both intervals' squares."""
+    """One line a row. Noise is the 95 % interval of the difference: the root of the sum of the squared half-widths."""
     known = {(row["configuration"], row["load"]): row for row in old}
     lines = []
     for row in new:
@@ -21,18 +21,18 @@ def changes(old: list[Row], new: list[Row]) -> list[str]:
             lines.append(f"{name}: {before['status']} → {row['status']}")
         if "figures" not in before or "figures" not in row:
             continue
-        said = [found for figure in WATCHED if (found := _change(figure, before, row))]
+        changed = [change for figure in WATCHED if (change := _change(figure, before, row))]
         elsewhere = "" if before["device"] == row["device"] else f" (on {row['device']}, before on {before['device']})"
-        lines.append(f"{name}{elsewhere}: {', '.join(said) or 'nothing beyond noise'}")
+        lines.append(f"{name}{elsewhere}: {', '.join(changed) or 'nothing beyond noise'}")
     return lines + [f"{configuration} · {load}: no longer there" for configuration, load in known]
 
 
 def _change(figure: str, old: Row, new: Row) -> str | None:
-    was, now = old["figures"].get(figure), new["figures"].get(figure)
-    spread = [row["intervals"].get(figure) for row in (old, new)]
-    if None in (was, now, *spread) or not was or any(math.isnan(width) for width in spread):
-        return None  # without repeats nobody knows the noise
-    noise = math.hypot(*spread)
-    if abs(now - was) <= noise:
+    before, after = old["figures"].get(figure), new["figures"].get(figure)
+    widths = [row["intervals"].get(figure) for row in (old, new)]
+    if None in (before, after, *widths) or not before or any(math.isnan(width) for width in widths):
+        return None  # with a single repeat the noise is unknown
+    noise = math.hypot(*widths)
+    if abs(after - before) <= noise:
         return None
-    return f"{figure} {was:.4g} → {now:.4g} ({now / was - 1:+.1%}, noise ±{noise / was:.1%})"
+    return f"{figure} {before:.4g} → {after:.4g} ({after / before - 1:+.1%}, noise ±{noise / before:.1%})"

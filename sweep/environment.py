@@ -1,4 +1,4 @@
-"""What the figures were measured on: device, driver, versions, commit."""
+"""Where the figures were measured: device, driver, versions of packages, commit."""
 
 import hashlib
 import os
@@ -12,6 +12,7 @@ PACKAGES = ("torch", "triton", "numpy", "fastapi", "uvicorn", "aiohttp", "hydra-
 
 
 def environment(root: Path) -> dict[str, Any]:
+    """Everything about this machine and the checkout `root` that a report states."""
     gpus = gpu_list()
     return {
         "commit": commit(root),
@@ -20,19 +21,22 @@ def environment(root: Path) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "packages": {name: release for name in PACKAGES if (release := _version(name))},
     }
 
 
 def gpu_list() -> list[dict[str, Any]]:
-    """Asked of nvidia-smi: a CUDA context here would take memory from the server's."""
-    said = _run("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits")
-    rows = [[cell.strip() for cell in line.split(",")] for line in (said or "").splitlines()]
+    """Name, memory in bytes and driver of each GPU.
+
+    From nvidia-smi, because a CUDA context in this process would take memory from the server.
+    """
+    output = _run("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits")
+    rows = [[cell.strip() for cell in line.split(",")] for line in (output or "").splitlines()]
     return [{"name": name, "memory": int(mib) * 2**20, "driver": driver} for name, mib, driver in rows]
 
 
 def commit(root: Path) -> str | None:
-    """The commit, with a digest of what differs from it, new files too; None outside a git checkout."""
+    """The commit, with a digest of changed and new files if there are any; None outside a git checkout."""
     head = _run("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
     if head is None:
         return None

@@ -1,4 +1,4 @@
-"""Does a configuration fit the memory there is? An estimate from shapes, made before anything is loaded."""
+"""Whether a configuration fits the memory: an estimate from shapes, before anything is loaded."""
 
 import json
 from pathlib import Path
@@ -8,18 +8,21 @@ import torch
 
 from conf.limits import PAGE_TOKENS
 from conf.schema import Config, Device, Weights
-from demo.checkpoint import DEMO
-from engine.checkpoint import Architecture, CheckpointError, find_folder, tensor_specs
-from engine.core import GRAPH_RESERVE
+from demo.bundle import CONFIG
+from engine.architecture import Architecture, CheckpointError
+from engine.checkpoint import find_folder
+from engine.start import GRAPH_RESERVE, host_memory
+from engine.weights import tensor_specs
 from graphs.buffers import Buffers
 
 GIB = 2**30
 
 
 def misfit(config: Config, gpus: list[dict[str, Any]]) -> str | None:
-    """Why the configuration cannot run, or None where nothing speaks against it.
+    """Why the configuration cannot run; None if it seems to fit.
 
-    Of a GPU it asks for the weights, a full context of pages and the state by row; activations are not counted.
+    Counted are a rank's weights, the pages of one full context and the rows' sampling state, but no activations.
+    `gpus`: as `environment.gpu_list` returns them.
     """
     on_gpu = bool(gpus) and config.kernels.device is not Device.cpu
     if on_gpu and config.tp > len(gpus):
@@ -36,12 +39,14 @@ def misfit(config: Config, gpus: list[dict[str, Any]]) -> str | None:
     dtype = getattr(torch, config.kernels.dtype.name)
     page = Buffers.page_bytes(shape.layers, shape.kv_heads // config.tp, shape.head_dim, dtype)
     pages = (config.buckets.pages or config.buckets.max_context // PAGE_TOKENS + 1) * page
-    rows = (config.buckets.decode_rows[-1] + 1) * shape.vocab * 5  # penalties' counts and marks
+    rows = (
+        (config.buckets.decode_rows[-1] + 1) * shape.vocab * 5
+    )  # token counts (int32) and prompt flags (uint8) of the penalties
     needed = weights + pages + rows + (GRAPH_RESERVE if on_gpu else 0)
     if on_gpu:
         available, where = min(gpu["memory"] for gpu in gpus[: config.tp]), "a GPU"
     else:
-        available, where, needed = _available(), "this machine", needed * config.tp
+        available, where, needed = host_memory(), "this machine", needed * config.tp
     if needed <= available:
         return None
     return (
@@ -52,12 +57,8 @@ def misfit(config: Config, gpus: list[dict[str, Any]]) -> str | None:
 
 def _shape(config: Config) -> Architecture:
     if config.model.weights is Weights.demo:
-        return DEMO
+        return Architecture.from_config(CONFIG)
     if config.model.weights is Weights.random:
         return Architecture.from_random_shape(config.model.random_shape)
+    assert config.model.path is not None  # conf.schema.check
     return Architecture.from_config(json.loads((find_folder(Path(config.model.path)) / "config.json").read_text()))
-
-
-def _available() -> int:
-    with open("/proc/meminfo") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))

@@ -1,34 +1,35 @@
-"""The correctness gate: greedy tokens of fixed prompts must equal the baseline's, up to ties."""
+"""The correctness gate: greedy tokens of fixed prompts must equal the baseline's, except where two tokens tie."""
 
 from dataclasses import dataclass
 
 import httpx
 import numpy as np
 
-PROMPT_LENGTHS = (3, 40, 70, 150)  # within a page, across pages, more than the window
+PROMPT_LENGTHS = (3, 40, 70, 150)  # 3 and 40 within a page, 70 over two pages, 150 longer than the attention window
 
 
 @dataclass
 class Greedy:
-    """One prompt's answer."""
+    """The answer to one prompt."""
 
     tokens: list[int]
     logprobs: list[float]
 
 
 class GateFailed(RuntimeError):
-    """The prompts could not be answered at all."""
+    """The server did not answer a prompt; the message says why."""
 
 
 def prompts(vocab: int, context: int) -> list[list[int]]:
+    """Fixed random prompts of token ids below `vocab`, each at most half of `context` long."""
     draw = np.random.default_rng(0)
     return [draw.integers(0, vocab, min(length, context // 2)).tolist() for length in PROMPT_LENGTHS]
 
 
-def answers(url: str, model: str, asked: list[list[int]], tokens: int, seconds: float) -> list[Greedy]:
-    """Raises GateFailed."""
-    found = []
-    for prompt in asked:
+def answers(url: str, model: str, prompts: list[list[int]], tokens: int, seconds: float) -> list[Greedy]:
+    """The server's greedy answers of `tokens` tokens, each within `seconds`. Raises GateFailed."""
+    greedy = []
+    for prompt in prompts:
         body = {
             "model": model,
             "prompt": prompt,
@@ -45,24 +46,25 @@ def answers(url: str, model: str, asked: list[list[int]], tokens: int, seconds: 
         if reply.status_code != 200:
             raise GateFailed(f"the gate's prompt got HTTP {reply.status_code}: {reply.text[:200]}")
         choice = reply.json()["choices"][0]
-        found.append(Greedy(choice["token_ids"], choice["logprobs"]["token_logprobs"]))
-    return found
+        greedy.append(Greedy(choice["token_ids"], choice["logprobs"]["token_logprobs"]))
+    return greedy
 
 
-def difference(baseline: list[Greedy], found: list[Greedy], tie: float) -> str | None:
-    """Where the answers part company for no good reason, in words; None where they do not.
+def difference(baseline: list[Greedy], answers: list[Greedy], tie: float) -> str | None:
+    """A sentence about the first answer that differs by more than a tie; None if there is none.
 
-    At the first token that differs both models have seen the same: it is a tie if each token is as likely to its own
-    model as the other is, within `tie`. What follows has another past and is not compared.
+    Up to the first token that differs both servers have seen the same tokens. There it is a tie if the log
+    probabilities that the two servers give their own tokens differ by at most `tie`. Later tokens are not compared:
+    they follow different tokens.
     """
-    for number, (ours, theirs) in enumerate(zip(baseline, found, strict=True)):
-        if len(ours.tokens) != len(theirs.tokens):
-            return f"prompt {number}: {len(theirs.tokens)} tokens, {len(ours.tokens)} in the baseline"
-        pairs = zip(ours.tokens, theirs.tokens, strict=True)
+    for number, (expected, actual) in enumerate(zip(baseline, answers, strict=True)):
+        if len(expected.tokens) != len(actual.tokens):
+            return f"prompt {number}: {len(actual.tokens)} tokens, {len(expected.tokens)} in the baseline"
+        pairs = zip(expected.tokens, actual.tokens, strict=True)
         at = next((i for i, (one, other) in enumerate(pairs) if one != other), None)
-        if at is not None and (gap := abs(ours.logprobs[at] - theirs.logprobs[at])) > tie:
+        if at is not None and (gap := abs(expected.logprobs[at] - actual.logprobs[at])) > tie:
             return (
-                f"prompt {number}, token {at}: {theirs.tokens[at]}, the baseline has {ours.tokens[at]} "
+                f"prompt {number}, token {at}: {actual.tokens[at]}, the baseline has {expected.tokens[at]} "
                 f"(log probabilities {gap:.3f} apart)"
             )
     return None

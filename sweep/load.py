@@ -1,38 +1,38 @@
-"""Load: users who wait for their answers (closed loop), or arrivals that wait for nobody (open loop).
+"""Load: users who wait for their answers (closed loop), or arrivals at given times (open loop).
 
-Everything a figure needs is written down as it happens and computed afterwards, in `measure`. Does not know HTTP:
-`send` brings a request's tokens.
+Records the times from which `measure` computes figures afterwards. Does not know HTTP: a `Send` streams a request's
+tokens.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from sweep.workload import Request
 
-Send = Callable[[Request], AsyncIterator[int]]  # -> numbers of tokens, as they arrive
+Send = Callable[[Request], AsyncGenerator[int, None]]  # yields the number of tokens in each arrival
 
 
 class SendError(RuntimeError):
-    """A request that failed; the message says how."""
+    """A request that failed; the message says why."""
 
 
 @dataclass
 class Record:
     """One request; times are the event loop's, in seconds."""
 
-    intended: float  # when it was due. Latencies count from here: a late client must not flatter the server
+    intended: float  # when it was due. Latencies count from here, so that a client that sends late hides no delay
     sent: float
     arrivals: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)  # that came with each arrival
+    tokens: list[int] = field(default_factory=list)  # number of tokens in each arrival
     error: str | None = None
 
 
 @dataclass
 class Run:
-    """One repeat. Rates are taken over `begin` to `end`, while the load is whole: in a closed loop every user busy."""
+    """One repeat. Rates are taken from `begin` to `end`, the time of full load: in a closed loop all users are busy."""
 
     records: list[Record]
     begin: float
@@ -40,18 +40,24 @@ class Run:
 
 
 class OnDone(Protocol):
+    """Called with each record once its request has ended."""
+
     def __call__(self, record: Record) -> None: ...
 
 
 async def closed(send: Send, requests: list[Request], users: int, seconds: float, stall: float, on_done: OnDone) -> Run:
-    """`users` take the next request as soon as their last is answered, until none is left or `seconds` are over."""
+    """Each user sends the next request as soon as the last one has ended, until none is left or `seconds` are over.
+
+    A request that brings nothing for `stall` seconds has failed.
+    """
     now = asyncio.get_running_loop().time
-    begin, left, records = now(), iter(requests), []
+    begin, remaining = now(), iter(requests)
+    records: list[Record] = []
     end: float | None = None
 
     async def user() -> None:
         nonlocal end
-        while now() < begin + seconds and (request := next(left, None)):
+        while now() < begin + seconds and (request := next(remaining, None)):
             records.append(record := Record(now(), now()))
             await _follow(send, request, record, stall)
             on_done(record)
@@ -62,9 +68,10 @@ async def closed(send: Send, requests: list[Request], users: int, seconds: float
 
 
 async def opened(send: Send, requests: list[Request], arrivals: list[float], stall: float, on_done: OnDone) -> Run:
-    """Each request at its time, however many are under way."""
+    """Each request is sent at its time (seconds from the start), however many are in progress."""
     now = asyncio.get_running_loop().time
-    begin, records = now(), []
+    begin = now()
+    records: list[Record] = []
 
     async def one(request: Request, due: float) -> None:
         await asyncio.sleep(due - now())
@@ -76,21 +83,21 @@ async def opened(send: Send, requests: list[Request], arrivals: list[float], sta
     return Run(records, begin, max((record.arrivals or [record.sent])[-1] for record in records))
 
 
-async def _together(tasks: list) -> None:
+async def _together(coroutines: list[Coroutine[Any, Any, None]]) -> None:
     async with asyncio.TaskGroup() as group:
-        for task in tasks:
-            group.create_task(task)
+        for coroutine in coroutines:
+            group.create_task(coroutine)
 
 
 async def _follow(send: Send, request: Request, record: Record, stall: float) -> None:
-    """Write down what a request brings. An error is its record's, never the load's."""
+    """Record a request's arrivals. Its failure is noted in the record and ends nothing else."""
     now = asyncio.get_running_loop().time
     try:
-        async with asyncio.timeout(stall) as patience, aclosing(send(request)) as stream:
+        async with asyncio.timeout(stall) as timeout, aclosing(send(request)) as stream:
             async for tokens in stream:
                 record.arrivals.append(now())
                 record.tokens.append(tokens)
-                patience.reschedule(now() + stall)
+                timeout.reschedule(now() + stall)
         if sum(record.tokens) != request.output_tokens:
             record.error = f"{sum(record.tokens)} tokens came, {request.output_tokens} were asked for"
     except TimeoutError:

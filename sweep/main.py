@@ -1,4 +1,4 @@
-"""The entry of a sweep: Hydra around `runner`, signals, exit status."""
+"""A sweep from its command line: Hydra around `runner`, signals, exit status."""
 
 import os
 import signal
@@ -14,18 +14,18 @@ from conf.schema import ConfigError
 from sweep import settings
 from sweep.runner import Sweep
 
-INTERRUPTED = 130  # what shells say of a Ctrl-C
+INTERRUPTED = 130  # the exit status that shells give a Ctrl-C
 
 
 def main(server: tuple[str, ...]) -> None:
-    """Run what the command line says; `server` starts a server, given overrides."""
+    """Run the sweep that the command line describes. `server`: the command that starts a server, without overrides."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing a report of its own
     settings.register()
-    # The last override varies fastest: the loads of a server follow each other, whatever order they were given in.
+    # The last override varies fastest. With those of `sweep.` last, all loads of one server follow each other.
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument.startswith("sweep."))
     interrupted = False
 
-    def interrupt(*_) -> None:
+    def interrupt(*_: object) -> None:
         nonlocal interrupted
         interrupted = True
         raise KeyboardInterrupt
@@ -41,7 +41,7 @@ def main(server: tuple[str, ...]) -> None:
 
             job()
     except (Exception, KeyboardInterrupt) as error:
-        if interrupted:  # whatever it became: OmegaConf trips over what an interrupt left half made
+        if interrupted:  # whatever the exception became: OmegaConf raises its own when it is interrupted
             sys.exit(INTERRUPTED)
         if isinstance(error, ConfigError | HydraException | OmegaConfBaseException):
             sys.exit(f"configuration: {error}")

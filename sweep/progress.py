@@ -1,4 +1,4 @@
-"""The sweep on the terminal: a table that fills while it runs, or a line a row where there is no terminal."""
+"""The sweep on the terminal: a table that grows while it runs; without a terminal, one line a row."""
 
 import math
 
@@ -23,14 +23,17 @@ STYLES = {"ok": "green", "limits": "yellow", "wrong": "red", "failed": "red"}
 
 
 def number(value: float | None, form: str) -> str:
+    """The value formatted; a dash if there is none."""
     return "-" if value is None or math.isnan(value) else format(value, form)
 
 
 class Progress:
+    """Shows the rows that are finished and what is being done."""
+
     def __init__(self, console: Console) -> None:
         self._console = console
         self._rows: list[Row] = []
-        self._doing = ""
+        self._activity = ""
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4)
 
     def __enter__(self) -> "Progress":
@@ -38,22 +41,24 @@ class Progress:
             self._live.start()
         return self
 
-    def __exit__(self, *_) -> None:
-        self._doing = ""
+    def __exit__(self, *_: object) -> None:
+        self._activity = ""
         if self._console.is_terminal:
             self._live.stop()
 
-    def doing(self, what: str) -> None:
-        self._doing = what
+    def doing(self, activity: str) -> None:
+        """Show what the sweep does now."""
+        self._activity = activity
 
     def add(self, row: Row, reused: bool) -> None:
+        """Show a finished row; `reused`: it was measured by an earlier run."""
         self._rows.append(row)
         if not self._console.is_terminal:
-            found = row.get("figures", {})
-            said = ", ".join(f"{name.removesuffix('_ms')} {number(found.get(name), form)}" for _, name, form in SHOWN)
+            figures = row.get("figures", {})
+            cells = (f"{name.removesuffix('_ms')} {number(figures.get(name), form)}" for _, name, form in SHOWN)
             self._console.print(
                 f"{row['configuration']} · {row['load']}: {row['status']}"
-                f"{' (measured before)' if reused else ''} · {row.get('reason') or said}",
+                f"{' (measured before)' if reused else ''} · {row.get('reason') or ', '.join(cells)}",
                 soft_wrap=True,
                 highlight=False,
             )
@@ -67,7 +72,7 @@ class Progress:
             table.add_column(heading if on_gpu else heading.replace("/GPU", " in all"), justify="right")
         table.add_column("")
         for row in self._rows:
-            found = row.get("figures", {})
-            cells = [number(found.get(name), form) for _, name, form in SHOWN]
+            figures = row.get("figures", {})
+            cells = [number(figures.get(name), form) for _, name, form in SHOWN]
             table.add_row(row["configuration"], row["load"], *cells, Text(row["status"], STYLES[row["status"]]))
-        return Group(table, Text(self._doing, "dim"))
+        return Group(table, Text(self._activity, "dim"))

@@ -1,12 +1,13 @@
-"""The report: tables and a verdict in Markdown, the same page as self-contained HTML, and files to use as they are."""
+"""The report: verdict and tables in Markdown, the same page as self-contained HTML, and files ready for use."""
 
 import base64
+import math
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from markdown_it import MarkdownIt
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from sweep import compare, plots, verdict
@@ -15,9 +16,9 @@ from sweep.store import Row, Store, read_rows, write_csv
 from sweep.verdict import value
 
 CAPTIONS = {
-    "pareto.png": "What a user gets against what the hardware gives. Each point is one load; up and right is better.",
-    "latency.png": "Latency against load. A knee is ringed where the loads reach beyond it.",
-    "buckets.png": "Each captured shape's step on its own, without HTTP.",
+    "pareto.png": "Speed for one user against total throughput. Each point is one load; up and right is better.",
+    "latency.png": "Latency against load. The knee is ringed if the loads reach beyond it.",
+    "buckets.png": "The step of each bucket alone, without HTTP.",
 }
 CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 80rem; margin: 2rem auto; padding: 0 1rem }
@@ -32,70 +33,76 @@ h1, h2, h3 { line-height: 1.2 } h2 { margin-top: 2.2rem }
 
 
 def write_report(
-    store: Store, rows: list[Row], asked: SweepConfig, environment: dict[str, Any], console: Console
+    store: Store, rows: list[Row], options: SweepConfig, environment: dict[str, Any], console: Console
 ) -> None:
-    """Everything in the sweep's folder that is not a row; the verdict on the console as well."""
+    """Write everything in the sweep's folder but the rows, and print the verdict."""
     folder, steps = store.folder, store.noted("steps.json") or {}
     write_csv(folder / "results.csv", rows)
     pictures = plots.draw(folder, rows, steps)
-    changed = compare.changes(read_rows(Path(asked.compare)), rows) if asked.compare else None
-    page = markdown(rows, asked, environment, steps, pictures, changed)
+    changed = compare.changes(read_rows(Path(options.compare)), rows) if options.compare else None
+    page = markdown(rows, options, environment, steps, pictures, changed)
     store.note("report.md", page)
-    store.note("report.html", html(page, folder, asked.name))
-    for old in folder.glob("choice-*"):
-        old.unlink()
+    store.note("report.html", html(page, folder, options.name))
+    for outdated in folder.glob("choice-*"):
+        outdated.unlink()
     for number, row in enumerate(verdict.choices(rows), 1):
         store.note(f"choice-{number}.buckets.yaml", verdict.buckets_yaml(row))
         store.note(f"choice-{number}.values.yaml", verdict.kubernetes_values(row))
-    said = verdict.words(rows) + ([] if changed is None else [f"Against {asked.compare}:", *changed])
+    lines = verdict.words(rows) + ([] if changed is None else [f"Against {options.compare}:", *changed])
     console.print(
-        "", *said, f"Report: {folder / 'report.html'}", sep="\n", highlight=False, markup=False, soft_wrap=True
+        "", *lines, f"Report: {folder / 'report.html'}", sep="\n", highlight=False, markup=False, soft_wrap=True
     )
 
 
 def markdown(
     rows: list[Row],
-    asked: SweepConfig,
+    options: SweepConfig,
     environment: dict[str, Any],
     steps: dict[str, Any],
     pictures: list[str],
     changed: list[str] | None,
 ) -> str:
+    """The report's page. `steps`: the content of steps.json; `changed`: lines of `compare.changes`, if asked for."""
     shared = plots.in_common([row["configuration"] for row in rows])
-    parts = [f"# Sweep: {asked.name}", _conditions(asked, environment), "## Verdict", *_verdict(rows)]
+    sections: list[str | None] = [
+        f"# Sweep: {options.name}",
+        _conditions(options, environment),
+        "## Verdict",
+        *_verdict(rows),
+    ]
     if shared:
-        parts.append(f"All configurations have `{'`, `'.join(sorted(shared))}`, which names below leave out.")
+        sections.append(f"All configurations have `{'`, `'.join(sorted(shared))}`, left out of the names below.")
     if changed is not None:
-        parts += [f"## Against {asked.compare}", "\n".join(f"- {line}" for line in changed)]
+        sections += [f"## Against {options.compare}", "\n".join(f"- {line}" for line in changed)]
     for name in pictures:
-        parts += [f"![{name}]({name})", f"*{CAPTIONS[name]}*"]
-    parts += [
+        sections += [f"![{name}]({name})", f"*{CAPTIONS[name]}*"]
+    sections += [
         "## Latency and throughput",
         "Milliseconds and tokens/s; ± is half of the 95 % interval over the repeats. TTFT counts from when a "
         "request was due. Goodput is requests/s within the limits.",
         _figures(rows),
     ]
-    if said := [row for row in rows if row.get("reason") or row.get("error")]:
-        parts += [
+    if faulty := [row for row in rows if row.get("reason") or row.get("error")]:
+        sections += [
             "### What went wrong",
             "\n".join(
                 f"- {row['configuration']}, {row['load']}: {row['status']}, "
                 f"{'; '.join(filter(None, (row.get('reason'), row.get('error'))))}"
-                for row in said
+                for row in faulty
             ),
         ]
-    parts += ["## Start and memory", _starts(rows), "## Buckets", *_buckets(rows, steps)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    sections += ["## Start and memory", _starts(rows), "## Buckets", *_buckets(rows, steps)]
+    return "\n\n".join(section for section in sections if section) + "\n"
 
 
 def html(page: str, folder: Path, title: str) -> str:
-    """One file without references: pictures are inside."""
-    body = MarkdownIt("commonmark").enable("table").render(page)
+    """The page as one file that refers to no other: pictures are embedded."""
+    body: str = MarkdownIt("commonmark").enable("table").render(page)
 
-    def inside(found: re.Match) -> str:
-        return f'src="data:image/png;base64,{base64.b64encode((folder / found[1]).read_bytes()).decode()}"'
+    def embedded(source: re.Match[str]) -> str:
+        return f'src="data:image/png;base64,{base64.b64encode((folder / source[1]).read_bytes()).decode()}"'
 
-    body = re.sub(r'src="([\w.]+\.png)"', inside, body)
+    body = re.sub(r'src="([\w.]+\.png)"', embedded, body)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         f'content="width=device-width"><title>Sweep: {title}</title><style>{CSS}</style></head><body>'
@@ -103,45 +110,38 @@ def html(page: str, folder: Path, title: str) -> str:
     )
 
 
-def _conditions(asked: SweepConfig, environment: dict[str, Any]) -> str:
+def _conditions(options: SweepConfig, environment: dict[str, Any]) -> str:
     device = environment["device"]
     if environment["gpus"]:
         device = f"{len(environment['gpus'])} x {device}, driver {environment['gpus'][0]['driver']}"
     else:
         device += f", {environment['cores']} cores"
-    versions = ", ".join(f"{name} {found}" for name, found in environment["packages"].items())
-    lengths = f"Prompts of {asked.prompt_tokens} tokens and answers of {asked.output_tokens}"
-    lengths = f"Prompts from `{asked.prompts}`" if asked.prompts else lengths
+    versions = ", ".join(f"{name} {release}" for name, release in environment["packages"].items())
+    lengths = f"Prompts of {options.prompt_tokens} tokens and answers of {options.output_tokens}"
+    lengths = f"Prompts from `{options.prompts}`" if options.prompts else lengths
     drawn = [
         f"{name} drawn lognormal with sigma {sigma:g}"
-        for name, sigma in (("prompts", asked.prompt_sigma), ("answers", asked.output_sigma))
+        for name, sigma in (("prompts", options.prompt_sigma), ("answers", options.output_sigma))
         if sigma
     ]
-    limits = {
-        name: limit
-        for name, limit in OmegaConf.to_container(OmegaConf.structured(asked.limits)).items()
-        if limit is not None
-    }
+    limits = {name: limit for name, limit in asdict(options.limits).items() if limit is not None}
     return (
         f"{device}; commit {environment['commit']}; Python {environment['python']}, {versions}. "
         f"{'; '.join([lengths, *drawn])}; "
-        f"{asked.repeats} repeat{'s' * (asked.repeats != 1)} of at most {asked.seconds:g} s; seed {asked.seed}; "
-        f"limits: {', '.join(f'{name} {limit:g}' for name, limit in limits.items())}."
+        f"{options.repeats} repeat{'s' * (options.repeats != 1)} of at most {options.seconds:g} s; "
+        f"seed {options.seed}; limits: {', '.join(f'{name} {limit:g}' for name, limit in limits.items())}."
     )
 
 
 def _verdict(rows: list[Row]) -> list[str]:
     chosen = verdict.choices(rows)
-    said = "\n".join(f"{n}. {line}" for n, line in enumerate(verdict.words(rows), 1)) if chosen else None
-    return (
-        [
-            said,
-            "The same as files: `choice-N.buckets.yaml` goes to `conf/buckets/`, `choice-N.values.yaml` holds a "
-            "container's arguments and GPUs for Kubernetes.",
-        ]
-        if chosen
-        else verdict.words(rows)
-    )
+    if not chosen:
+        return verdict.words(rows)
+    return [
+        "\n".join(f"{n}. {line}" for n, line in enumerate(verdict.words(rows), 1)),
+        "The same as files: `choice-N.buckets.yaml` goes to `conf/buckets/`, `choice-N.values.yaml` holds a "
+        "container's arguments and GPUs for Kubernetes.",
+    ]
 
 
 def _names(rows: list[Row]) -> dict[str, str]:
@@ -158,7 +158,7 @@ def _table(heading: list[str], lines: list[list[str]]) -> str:
 
 
 def _number(number: float | None, form: str = "#.3g") -> str:
-    """Three digits, or all where there are more before the point; counts as they are."""
+    """Three significant digits, or all digits before the point if there are more; counts in full."""
     if number is None:
         return "-"
     if isinstance(number, int) or (form.endswith("g") and abs(number) >= 99.95):
@@ -167,14 +167,14 @@ def _number(number: float | None, form: str = "#.3g") -> str:
 
 
 def _with_interval(row: Row, name: str) -> str:
-    spread = row.get("intervals", {}).get(name)
-    spread = None if spread is None or spread != spread else spread
-    return _number(value(row, name)) + (f" ± {_number(spread)}" if spread is not None else "")
+    width = row.get("intervals", {}).get(name)
+    known = width is not None and not math.isnan(width)
+    return _number(value(row, name)) + (f" ± {_number(width)}" if known else "")
 
 
 def _figures(rows: list[Row]) -> str:
-    plain = ("ttft_p50_ms", "ttft_p90_ms", "ttft_p99_ms", "tpot_p50_ms")
-    later = ("itl_p50_ms", "itl_p99_ms", "e2e_p50_ms", "e2e_p99_ms")
+    before = ("ttft_p50_ms", "ttft_p90_ms", "ttft_p99_ms", "tpot_p50_ms")
+    after = ("itl_p50_ms", "itl_p99_ms", "e2e_p50_ms", "e2e_p99_ms")
     heading = [
         "configuration",
         "load",
@@ -199,9 +199,9 @@ def _figures(rows: list[Row]) -> str:
         [
             names[row["configuration"]],
             row["load"],
-            *(_number(value(row, name)) for name in plain),
+            *(_number(value(row, name)) for name in before),
             _with_interval(row, "tpot_p99_ms"),
-            *(_number(value(row, name)) for name in later),
+            *(_number(value(row, name)) for name in after),
             _number(value(row, "tokens_per_s_per_user")),
             _with_interval(row, "tokens_per_s_per_gpu"),
             _number(value(row, "goodput_per_s")),
@@ -233,10 +233,10 @@ def _starts(rows: list[Row]) -> str | None:
 
 
 def _buckets(rows: list[Row], steps: dict[str, Any]) -> list[str]:
-    """A table a configuration: the step alone, and how the loads used it."""
-    parts = [
-        "A step alone, back to back, and what all loads together made of it. “Saves” is the time that the bucket "
-        "spares a step that would take the next larger one otherwise, and in brackets over all its steps."
+    """A table for each configuration: the step of each bucket alone, and how the loads used the bucket."""
+    sections = [
+        "The step of each bucket alone, back to back, and its use by all loads together. “Saves” is how much "
+        "faster its step is than that of the next larger bucket; in brackets, the same times the number of its steps."
     ]
     names = _names(rows)
     for configuration, group in plots.by_configuration([row for row in rows if row.get("buckets")]).items():
@@ -249,19 +249,19 @@ def _buckets(rows: list[Row], steps: dict[str, Any]) -> list[str]:
                 for index, name in enumerate(("steps", "rows_used", "rows_padded")):
                     counts[index] += bucket[name]
         lines = []
-        for at, (taken, filled, padded) in sorted(used.items()):
-            step = timed.get(at, {})
-            larger = min((key for key in timed if key[0] == at[0] and key[1] > at[1]), default=None)
+        for (kind, size), (taken, filled, padded) in sorted(used.items()):
+            step = timed.get((kind, size), {})
+            larger = min((key for key in timed if key[0] == kind and key[1] > size), default=None)
             saved = timed[larger]["ms"] - step["ms"] if larger and step else None
             saving = "-" if saved is None else f"{_number(saved)} ms ({_number(saved * taken / 1e3)} s)"
-            share, size = step.get("share_of_floor"), step.get("bytes")
+            read = step.get("bytes")
             lines.append(
                 [
-                    f"{at[0]} {at[1]}",
+                    f"{kind} {size}",
                     _number(step.get("ms")),
                     _number(step.get("tokens_per_s")),
-                    _number(size / 1e9 if size else None),
-                    _number(share, ".0%"),
+                    _number(read / 1e9 if read else None),
+                    _number(step.get("share_of_floor"), ".0%"),
                     f"{taken:,}",
                     _number(filled / (filled + padded) if taken else None, ".0%"),
                     f"{padded:,}",
@@ -269,10 +269,10 @@ def _buckets(rows: list[Row], steps: dict[str, Any]) -> list[str]:
                 ]
             )
         rate = known.get("read_bandwidth")
-        parts += [
+        sections += [
             f"### {names[configuration]}",
             f"Read bandwidth {rate / 1e12:.2f} TB/s." if rate else "",
             f"The steps could not be timed: {known['reason']}" if known.get("reason") else "",
             _table(["bucket", "ms", "tokens/s", "GB", "of floor", "steps", "rows used", "rows padded", "saves"], lines),
         ]
-    return parts if len(parts) > 1 else []
+    return sections if len(sections) > 1 else []

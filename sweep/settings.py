@@ -1,6 +1,6 @@
-"""What a sweep is told: the typed `sweep` group of the configuration and its checks.
+"""The typed `sweep` group of the configuration and its checks.
 
-Times are milliseconds where they are latencies and seconds where they are budgets; the names say which.
+Latencies are in milliseconds and time budgets in seconds; the names say which.
 """
 
 from dataclasses import dataclass, field
@@ -10,12 +10,12 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.schema import Config, ConfigError
+from conf.schema import Composed, ConfigError
 
 
 @dataclass
 class Limits:
-    """A request that breaks one is not goodput; a load whose 99th percentile breaks one has an infinite objective."""
+    """Latency limits. A request over one is not goodput; a load whose p99 is over one has an infinite objective."""
 
     ttft_ms: float | None = None
     tpot_ms: float | None = None
@@ -25,53 +25,59 @@ class Limits:
 
 @dataclass
 class SweepConfig:
+    """What to measure and how; a sweep's axes are overrides of these and of serve.py's keys."""
+
     name: str = "sweep"
     folder: str = "sweeps/${sweep.name}"
-    concurrency: Any = field(default_factory=lambda: [1, 4])  # closed loop: users that each wait for their answer
-    rate: Any = field(default_factory=list)  # open loop: requests a second, Poisson
-    prompt_tokens: int = 256  # the median where lengths are drawn
+    concurrency: Any = field(default_factory=lambda: [1, 4])  # closed loop: users, each waiting for its answer
+    rate: Any = field(default_factory=list)  # open loop: requests a second, as a Poisson process
+    prompt_tokens: int = 256  # the median, if prompt_sigma is not 0
     output_tokens: int = 64
-    prompt_sigma: float = 0.0  # lognormal spread of the lengths; 0: fixed
+    prompt_sigma: float = 0.0  # sigma of the lognormal distribution of lengths; 0: all alike
     output_sigma: float = 0.0
-    prompts: str | None = None  # JSONL of {"prompt": text or token ids, "output_tokens": optional}, in place of draws
+    prompts: str | None = (
+        None  # file with lines of {"prompt": text or ids, "output_tokens": optional}; null: random ids
+    )
     temperature: float = 1.0
     seed: int = 0
     repeats: int = 3
-    requests: int = 8  # by user and repeat, at most, in a closed loop
-    seconds: float = 20.0  # budget of a repeat: no request is begun after it
-    warmup: int = 1  # requests by user before the first repeat, not counted
-    start_seconds: float = 600.0  # until a server must be ready
-    stall_seconds: float = 60.0  # a request that brings nothing for so long has failed
+    requests: int = 8  # of each user in each repeat of a closed loop, at most
+    seconds: float = 20.0  # of a repeat: after this no request is sent
+    warmup: int = 1  # requests of each user before the first repeat, not counted
+    start_seconds: float = 600.0  # within which a server must be ready
+    stall_seconds: float = 60.0  # a request that brings no token for so long has failed
     limits: Limits = field(default_factory=Limits)
-    objective: str = "tpot_p99_ms"  # a column of results.csv; with a minus in front, higher is better
-    gate: bool = True  # greedy tokens must equal the first configuration's, up to ties
+    objective: str = "tpot_p99_ms"  # a figure of results.csv; with a minus in front, higher is better
+    gate: bool = True  # greedy tokens must equal the first configuration's, except at ties
     gate_tokens: int = 16
-    gate_tie: float = 0.125  # log probability by which two tokens may differ and still be a tie: a bfloat16 step
-    steps: bool = True  # time every bucket's step, in a process of its own before the server starts
-    steps_context: int = 1024  # tokens before each row of a timed decode step, where the context allows
-    dry_run: bool = False  # print what would run, how long it takes and what does not fit
-    fresh: bool = False  # measure again what has been measured
-    compare: str | None = None  # folder of an older sweep
+    gate_tie: float = 0.125  # two tokens tie if their log probabilities differ by at most this: a step of bfloat16
+    steps: bool = True  # time the step of every bucket, in a separate process before the server starts
+    steps_context: int = 1024  # context of each row of a timed decode step, unless max_context is less
+    dry_run: bool = False  # print what would run, how long it would take and what does not fit
+    fresh: bool = False  # measure again even what has been measured at this commit
+    compare: str | None = None  # folder of an earlier sweep to compare with
 
 
 @dataclass
-class SweepRun(Config):
-    """serve.py's configuration and the sweep's."""
+class SweepRun(Composed):
+    """The configuration of serve.py, and the sweep's group."""
 
     sweep: SweepConfig = field(default_factory=SweepConfig)
 
 
 def register() -> None:
-    """In place of serve.py's own base, so that conf/config.yaml builds on it as it is."""
+    """Register SweepRun with Hydra under the name of serve.py's schema, so that conf/config.yaml needs no change."""
     ConfigStore.instance().store("schema", SweepRun)
 
 
 def load(composed: Any) -> SweepConfig:
     """The `sweep` group of a composed configuration, checked. Raises ConfigError with one line."""
     try:
-        settings: SweepConfig = OmegaConf.to_object(composed).sweep
+        run = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or 'sweep'}: {str(error).splitlines()[0]}") from error
+    assert isinstance(run, SweepRun)
+    settings = run.sweep
     settings.concurrency = _numbers("concurrency", settings.concurrency, int)
     settings.rate = _numbers("rate", settings.rate, float)
 
@@ -97,9 +103,9 @@ def load(composed: Any) -> SweepConfig:
     return settings
 
 
-def _numbers(key: str, given: Any, kind: type) -> list:
-    """One number or several -> a list of positive ones."""
-    listed = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
-    if not all(isinstance(n, int | float) and not isinstance(n, bool) and n > 0 and kind(n) == n for n in listed):
+def _numbers(key: str, given: Any, kind: type[int] | type[float]) -> list[Any]:
+    """A positive number or several -> a list. Raises ConfigError."""
+    numbers = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
+    if not all(isinstance(n, int | float) and not isinstance(n, bool) and n > 0 and kind(n) == n for n in numbers):
         raise ConfigError(f"sweep.{key}: got {given!r}, allowed: positive numbers, one or a list")
-    return [kind(n) for n in listed]
+    return [kind(n) for n in numbers]

@@ -21,9 +21,9 @@ from hydra import compose, initialize_config_module
 
 from conf.limits import PAGE_TOKENS
 from conf.schema import Config, Device, load, register
-from engine.checkpoint import Architecture
-from engine.core import Engine, build
+from engine.architecture import Architecture
 from engine.parallel import Ranks
+from engine.start import Engine, start
 from graphs.buckets import Bucket
 from graphs.buffers import Staging
 from graphs.capture import prepare_cpu_process
@@ -76,12 +76,12 @@ def step_ms(built: Engine, bucket: Bucket, context: int, launches: int = 40, sam
         padding = bucket.tokens - slots * context  # tokens of no prompt
         inputs.tokens[:] = torch.randint(0, vocab, (bucket.tokens,)).numpy()
         inputs.positions[:] = list(range(context)) * slots + [0] * padding
-        inputs.slots[:] = [slot for slot in range(slots) for _ in range(context)] + [buffers.spare_slot] * padding
-        inputs.sequence_slots[:] = inputs.sample_slots[:] = buffers.spare_slot
+        inputs.slots[:] = [slot for slot in range(slots) for _ in range(context)] + [buffers.padding_slot] * padding
+        inputs.sequence_slots[:] = inputs.sample_slots[:] = buffers.padding_slot
         inputs.sequence_slots[:slots] = inputs.sample_slots[:slots] = range(slots)
         inputs.page_table[:slots, :width] = buffers.page_table[:slots, :width].cpu().numpy()
         inputs.last[:slots] = [context * (n + 1) - 1 for n in range(slots)]
-        inputs.repetition_penalty[:] = inputs.top_p[:] = 1
+        inputs.sampling.repetition_penalty[:] = inputs.sampling.top_p[:] = 1
     synchronize(built)
     if bucket.kind == "decode":
         buffers.sampling.repetition_penalty.fill_(1)
@@ -113,7 +113,7 @@ def measure(config: Config, ranks: Ranks, device: torch.device, context: int) ->
 
         rate, effort = read_bandwidth(), (20, 5)
         torch.cuda.empty_cache()
-    built = build(config, ranks, device)
+    built = start(config, ranks, device)
     shape, pages = built.model.architecture, built.ready.pages - 1
     built.buffers.keys.normal_()
     built.buffers.values.normal_()

@@ -1,4 +1,4 @@
-"""A sweep's folder: rows as they come, one line of JSON each, so that what is there is valid whenever it ends."""
+"""A sweep's folder. Rows are appended as lines of JSON, so that the file is valid whenever the sweep ends."""
 
 import csv
 import hashlib
@@ -7,30 +7,32 @@ import math
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
-COLUMNS = ("configuration", "load", "status")  # first in results.csv, then the figures
+Row = dict[str, Any]  # one load of one configuration; `runner` writes the keys
+COLUMNS = ("configuration", "load", "status")  # the first columns of results.csv, before the figures
 
 
 class Store:
+    """The folder of one sweep, which may hold the rows of an earlier run."""
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._path = folder / "results.jsonl"
         self._known = {row["key"]: row for row in read_rows(folder)}
 
     def finished(self, key: str) -> Row | None:
-        """A row measured before under the same key, if it was not a failure."""
+        """The row that was measured earlier under this key, unless it failed."""
         row = self._known.get(key)
         return row if row and row["status"] != "failed" else None
 
     def add(self, row: Row) -> None:
-        """A later row of the same key takes the place of an earlier one when they are read."""
+        """Append a row. When rows are read, the last one of a key counts."""
         self._known[row["key"]] = row
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._path.open("a") as file:
             file.write(json.dumps(_plain(row)) + "\n")
 
     def note(self, name: str, value: Any) -> None:
-        """A file of its own beside the results, whole or not at all."""
+        """Write a file beside the results: text as it is, anything else as JSON. It appears complete, by a rename."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / name
         partial = path.with_suffix(".partial")
@@ -38,13 +40,15 @@ class Store:
         partial.replace(path)
 
     def noted(self, name: str) -> Any:
+        """The content of a JSON file that `note` wrote; None if there is none."""
         path = self.folder / name
         return json.loads(path.read_text()) if path.exists() else None
 
 
 def read_rows(folder: Path) -> list[Row]:
-    """The last row of each key, in the order in which the keys first came. A line cut short by a crash is left out."""
-    path, rows = folder / "results.jsonl", {}
+    """The last row of each key, in the order of the keys' first rows. A line cut short by a crash is skipped."""
+    path = folder / "results.jsonl"
+    rows: dict[str, Row] = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             row = json.loads(line)
@@ -55,29 +59,30 @@ def read_rows(folder: Path) -> list[Row]:
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:
-    """One line a row: configuration, load, figures and the half-widths of their intervals."""
+    """One line a row: configuration, load, status, figures and the half-widths of their intervals."""
     figures = list(dict.fromkeys(name for row in rows for name in row.get("figures", ())))
     with path.open("w", newline="") as file:
         out = csv.writer(file)
         out.writerow([*COLUMNS, *figures, *(f"{name}_ci95" for name in figures), "reason"])
         for row in rows:
-            found, spread = row.get("figures", {}), row.get("intervals", {})
+            values, widths = row.get("figures", {}), row.get("intervals", {})
             out.writerow(
                 [
                     *(row[column] for column in COLUMNS),
-                    *(found.get(name) for name in figures),
-                    *(spread.get(name) for name in figures),
+                    *(values.get(name) for name in figures),
+                    *(widths.get(name) for name in figures),
                     row.get("reason"),
                 ]
             )
 
 
 def key_of(*parts: Any) -> str:
+    """A short hash of values that JSON can hold."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no nan and no infinity: null."""
+    """The value with nan and infinity replaced by null, since JSON has neither."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):

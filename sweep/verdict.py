@@ -1,6 +1,6 @@
-"""Which configuration for which latency target: the rows that nothing beats, in words, as YAML and as values.
+"""Which configuration for which latency target: the Pareto front of the rows, as sentences and as files.
 
-Pure functions over rows; only a row without fault can win.
+Pure functions over rows. Only rows with status "ok" are recommended.
 """
 
 import math
@@ -11,52 +11,61 @@ from omegaconf import OmegaConf
 
 from sweep.store import Row
 
-ALIKE = 1.02  # costs this near are the same: what gains more there is the better choice
-WORTH = 1.05  # a choice that costs more gains at least this
+ALIKE = 1.02  # costs within this factor count as equal: of two such rows the one with more throughput is chosen
+WORTH = 1.05  # a choice that costs more has at least this factor more throughput
 
 
 def front(rows: list[Row], cost: str = "tpot_p99_ms", gain: str = "tokens_per_s_per_gpu") -> list[Row]:
-    """Rows that no other beats in both, from the least cost to the greatest gain."""
-    able = [row for row in rows if row["status"] == "ok" and None not in (value(row, cost), value(row, gain))]
-    best, found = -math.inf, []
-    for row in sorted(able, key=lambda row: (value(row, cost), -value(row, gain))):
-        if value(row, gain) > best:
-            best = value(row, gain)
-            found.append(row)
-    return found
+    """The Pareto front: rows that no other row beats in both figures, from the least cost to the greatest gain."""
+    candidates = [row for row in rows if row["status"] == "ok" and None not in (value(row, cost), value(row, gain))]
+    best: float = -math.inf
+    front_rows = []
+    for row in sorted(candidates, key=lambda row: (figure(row, cost), -figure(row, gain))):
+        if figure(row, gain) > best:
+            best = figure(row, gain)
+            front_rows.append(row)
+    return front_rows
 
 
 def choices(rows: list[Row]) -> list[Row]:
-    """Of the front in p99 TPOT those between which a user would choose, from the least p99 TPOT."""
-    found: list[Row] = []
-    least = -math.inf  # cost of the last choice and of what it took the place of
+    """The rows of the front that differ enough to choose between, from the least p99 TPOT to the most throughput."""
+    chosen: list[Row] = []
+    least = -math.inf  # the least cost among the last choice and the rows that it replaced
     for row in front(rows):
-        cost, gain = value(row, "tpot_p99_ms"), value(row, "tokens_per_s_per_gpu")
+        cost, gain = figure(row, "tpot_p99_ms"), figure(row, "tokens_per_s_per_gpu")
         if cost <= ALIKE * least:
-            found[-1] = row
-        elif not found or gain >= WORTH * value(found[-1], "tokens_per_s_per_gpu"):
-            found.append(row)
+            chosen[-1] = row
+        elif not chosen or gain >= WORTH * figure(chosen[-1], "tokens_per_s_per_gpu"):
+            chosen.append(row)
             least = cost
-    return found
+    return chosen
 
 
 def knee(rows: list[Row]) -> Row | None:
-    """Of one configuration's loads the one with the most throughput by delay: Kleinrock's power (1979)."""
-    able = [row for row in rows if value(row, "e2e_mean_ms")]
-    return max(able, key=lambda row: value(row, "tokens_per_s") / value(row, "e2e_mean_ms"), default=None)
+    """The load of one configuration with the greatest throughput divided by delay: Kleinrock's power (1979)."""
+    candidates = [row for row in rows if value(row, "e2e_mean_ms")]
+    return max(candidates, key=lambda row: figure(row, "tokens_per_s") / figure(row, "e2e_mean_ms"), default=None)
 
 
 def value(row: Row, name: str) -> float | None:
-    found = row.get("figures", {}).get(name)
-    return None if found is None or math.isnan(found) else found
+    """A figure of the row; None if it has none, or nan."""
+    number = row.get("figures", {}).get(name)
+    return None if number is None or math.isnan(number) else number
+
+
+def figure(row: Row, name: str) -> float:
+    """A figure of a row that has it. Raises KeyError."""
+    number: float = row["figures"][name]
+    return number
 
 
 def command(row: Row) -> str:
+    """The command line that starts the row's server."""
     return shlex.join(["python", "serve.py", *row["overrides"]])
 
 
 def words(rows: list[Row]) -> list[str]:
-    """The verdict, a sentence each."""
+    """The verdict: one sentence a choice, or one that says why there is none."""
     chosen = choices(rows)
     if not chosen:
         return [
@@ -67,38 +76,40 @@ def words(rows: list[Row]) -> list[str]:
             )
         ]
     return [
-        f"For p99 TPOT ≤ {round_up(value(row, 'tpot_p99_ms'))} ms: `{command(row)}` with {row['load']} "
+        f"For p99 TPOT ≤ {round_up(figure(row, 'tpot_p99_ms'))} ms: `{command(row)}` with {row['load']} "
         f"({value(row, 'tokens_per_s_per_user'):.4g} tokens/s a user, {value(row, 'tokens_per_s_per_gpu'):.4g} "
-        f"{per_gpu(row)}, p99 TTFT {round_up(value(row, 'ttft_p99_ms'))} ms)."
+        f"{per_gpu(row)}, p99 TTFT {round_up(figure(row, 'ttft_p99_ms'))} ms)."
         for row in chosen
     ]
 
 
 def per_gpu(row: Row) -> str:
+    """The unit of `tokens_per_s_per_gpu` after "tokens/s": a CPU counts as one device."""
     return "a GPU" if row["on_gpu"] else "in all"
 
 
 def round_up(number: float, digits: int = 3) -> str:
-    """Never below what was measured."""
+    """The number with that many digits, rounded up: a target that was met."""
     scale = 10 ** (digits - 1 - math.floor(math.log10(number))) if number > 0 else 1
     return f"{math.ceil(number * scale - 1e-9) / scale:.6g}"
 
 
 def buckets_yaml(row: Row) -> str:
     """The row's bucket group as a file for conf/buckets/."""
-    given = {key: item for key, item in row["buckets_config"].items() if item is not None}
-    return f"# {about(row)}\n" + OmegaConf.to_yaml(given)
+    keys = {key: item for key, item in row["buckets_config"].items() if item is not None}
+    return f"# {about(row)}\n" + OmegaConf.to_yaml(keys)
 
 
 def kubernetes_values(row: Row) -> str:
-    """Container arguments and GPUs; the server must listen beyond its own host there."""
-    made: dict[str, Any] = {"args": ["server.host=0.0.0.0", *row["overrides"]]}
+    """Container arguments and GPUs for Kubernetes, where the server must listen on all addresses."""
+    values: dict[str, Any] = {"args": ["server.host=0.0.0.0", *row["overrides"]]}
     if row["on_gpu"]:
-        made["resources"] = {"limits": {"nvidia.com/gpu": row["gpus"]}}
-    return f"# {about(row)}\n" + OmegaConf.to_yaml(made)
+        values["resources"] = {"limits": {"nvidia.com/gpu": row["gpus"]}}
+    return f"# {about(row)}\n" + OmegaConf.to_yaml(values)
 
 
 def about(row: Row) -> str:
+    """Where the row's figures come from, for the comment at the top of a file."""
     return (
         f"{row['load']} on {row['device']}: p99 TPOT {value(row, 'tpot_p99_ms'):.4g} ms, "
         f"{value(row, 'tokens_per_s_per_gpu'):.4g} tokens/s {per_gpu(row)}"

@@ -1,6 +1,6 @@
-"""Requests to send: prompts and lengths, fixed, drawn or read; the same for the same seed.
+"""The requests of a load: prompts and lengths, fixed, random or read from a file; the same for the same seed.
 
-Knows token ids and numbers; not how they are sent.
+Knows token ids and numbers, not how requests are sent.
 """
 
 import json
@@ -10,56 +10,61 @@ from typing import Any
 
 import numpy as np
 
+from conf.limits import FIRST_SPECIAL
 from conf.schema import Config, ConfigError, Weights
 from sweep.settings import SweepConfig
-
-FIRST_CONTROL_TOKEN = 199998  # of the published vocabulary
 
 
 @dataclass(frozen=True)
 class Request:
+    """One completion to ask for."""
+
     prompt: str | list[int]
     output_tokens: int
     seed: int
 
 
 class Workload:
-    """An endless supply of requests; `stream` tells one load's or repeat's from another's, so that none shares pages.
+    """Draws requests. Different `stream` numbers give different prompts, so that no load or repeat finds another's
+    pages in the prefix cache.
 
-    Raises ConfigError for a prompts file that cannot be used.
+    Raises ConfigError for a prompts file that cannot be used, and for lengths that the context cannot hold.
     """
 
     def __init__(self, settings: SweepConfig, config: Config) -> None:
         self._settings = settings
         self._context = config.buckets.max_context
-        vocab = config.model.random_shape.vocab_size if config.model.weights is Weights.random else FIRST_CONTROL_TOKEN
-        self.vocab = min(vocab, FIRST_CONTROL_TOKEN)
-        self._given = _read(Path(settings.prompts)) if settings.prompts else None
+        vocab = config.model.random_shape.vocab_size if config.model.weights is Weights.random else FIRST_SPECIAL
+        self.vocab = min(vocab, FIRST_SPECIAL)
+        self._lines = _read(Path(settings.prompts)) if settings.prompts else None
         longest = settings.prompt_tokens + settings.output_tokens
-        if self._given is None and longest > self._context:
+        if self._lines is None and longest > self._context:
             raise ConfigError(
                 f"sweep.prompt_tokens + sweep.output_tokens: got {longest}, allowed: at most "
                 f"buckets.max_context = {self._context}"
             )
 
     def requests(self, count: int, *stream: int) -> list[Request]:
-        settings, made = self._settings, []
+        """`count` requests, the same for the same seed and stream."""
+        settings = self._settings
+        requests: list[Request] = []
         draw = np.random.default_rng([settings.seed, *stream])
         for _ in range(count):
             output = self._length(draw, settings.output_tokens, settings.output_sigma, self._context // 2)
             seed = int(draw.integers(2**31))
-            if self._given is None:
+            if self._lines is None:
                 length = self._length(draw, settings.prompt_tokens, settings.prompt_sigma, self._context - output)
                 prompt = draw.integers(0, self.vocab, length).tolist()
             else:
-                line = self._given[int(draw.integers(len(self._given)))]
+                line = self._lines[int(draw.integers(len(self._lines)))]
                 prompt, output = line["prompt"], line.get("output_tokens", output)
-            made.append(Request(prompt, output, seed))
-        return made
+            requests.append(Request(prompt, output, seed))
+        return requests
 
     def arrivals(self, rate: float, *stream: int) -> list[float]:
-        """Seconds from the start at which an open loop sends: a Poisson process over the budget, at least one."""
-        draw, times, now = np.random.default_rng([self._settings.seed, 1, *stream]), [], 0.0
+        """When an open loop sends, in seconds from the start: a Poisson process over `sweep.seconds`, at least once."""
+        draw, now = np.random.default_rng([self._settings.seed, 1, *stream]), 0.0
+        times: list[float] = []
         while now < self._settings.seconds:
             times.append(now)
             now += float(draw.exponential(1 / rate))

@@ -7,11 +7,12 @@ import msgspec
 import torch
 
 from engine.core import Core
-from engine.messages import SamplingParams, Submit
+from engine.messages import Submit
 from engine.pages import PagePool
 from engine.scheduler import Scheduler
 from graphs.buckets import Buckets
 from graphs.buffers import Buffers
+from graphs.plan import SamplingParams
 
 STEPS = 2000
 

@@ -3,7 +3,8 @@
 import asyncio
 from collections.abc import Callable
 
-from engine.messages import Delta, Ready, SamplingParams, Stats, TokenLogprobs
+from engine.messages import Delta, Ready, Stats, TokenLogprobs
+from graphs.plan import SamplingParams
 from serve.client import EngineFailed
 
 Script = Callable[[list[int], SamplingParams], list[int]]

@@ -9,16 +9,18 @@ import torch
 
 from conf.schema import RandomShape
 from engine import checkpoint
+from engine.architecture import Architecture
 from engine.core import Core
-from engine.messages import Abort, Delta, SamplingParams, StepReport, Submit
+from engine.messages import Abort, Delta, StepReport, Submit
 from engine.model import Model
 from engine.pages import PagePool
 from engine.parallel import Ranks
 from engine.scheduler import Scheduler
+from engine.weights import random_weights
 from graphs.buckets import Buckets
 from graphs.buffers import Buffers
 from graphs.capture import steps_for
-from graphs.plan import Chunk, PrefillStep
+from graphs.plan import Chunk, PrefillStep, SamplingParams
 from kernels import reference
 from kernels.ops import TokenPlaces
 
@@ -36,7 +38,7 @@ class InProcess:
 
     def __init__(
         self,
-        source: Path | checkpoint.Architecture,
+        source: Path | Architecture,
         *,
         dtype=torch.float32,
         decode_rows=(1, 2, 4, 8),
@@ -51,8 +53,8 @@ class InProcess:
         ranks=ALONE,
     ) -> None:
         shard = ranks.rank, ranks.size, device, dtype
-        if isinstance(source, checkpoint.Architecture):
-            self.shape, weights = source, checkpoint.random_weights(source, *shard)
+        if isinstance(source, Architecture):
+            self.shape, weights = source, random_weights(source, *shard)
         else:
             self.shape, weights = checkpoint.load(source, *shard)
         self.buckets = Buckets.of(list(decode_rows), list(prefill_tokens), sequences)
@@ -142,7 +144,7 @@ class InProcess:
         return torch.cat(out)
 
 
-FULL_SIZE = checkpoint.Architecture.from_random_shape(RandomShape())
+FULL_SIZE = Architecture.from_random_shape(RandomShape())
 FULL_WIDTH = replace(FULL_SIZE, layers=2, windows=(128, None))
 SMALL = replace(
     FULL_SIZE,

@@ -1,5 +1,5 @@
-# Where to build and where to deploy: source this, after credentials.sh. Every value gives way to one already in the
-# environment. What is particular to AWS is here and nowhere else; another cloud needs a file like this one.
+# Where to build and where to deploy: source this after credentials.sh. A variable that is already set is kept.
+# Everything that is specific to AWS is in this file; another cloud needs a file like it.
 # shellcheck shell=bash
 
 export AWS_REGION="${AWS_REGION:-us-east-1}"
@@ -15,8 +15,8 @@ export REGISTRY_PASSWORD_COMMAND="${REGISTRY_PASSWORD_COMMAND-aws ecr get-login-
 export NAMESPACE="${NAMESPACE:-hyperpod-ns-inference}"
 export NODE_SELECTOR="${NODE_SELECTOR-node.kubernetes.io/instance-type=ml.p5.48xlarge}"
 
-# The checkpoints: a persistent volume claim, mounted read-only at /mnt/fsx, and a folder below that which has one for
-# each model. MODEL_PATH, where it is set, is a checkpoint that lies elsewhere.
+# The checkpoints: a persistent volume claim, mounted read-only at /mnt/fsx, and the folder in it that holds a folder
+# for each model. MODEL_PATH, if set, is the path of a checkpoint elsewhere.
 export MODEL="${MODEL:-gpt-oss-20b}" # or gpt-oss-120b
 export MODEL_CLAIM="${MODEL_CLAIM:-fsx-claim}"
 export MODEL_FOLDER="${MODEL_FOLDER:-/mnt/fsx/inference/models}"

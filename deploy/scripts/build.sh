@@ -11,7 +11,7 @@ usage: build.sh essentials|cuda|server|all [--local] [--allow-dirty] [--dry-run]
   server         the image, tagged with the commit and pushed; the other stages come from the cache
   all            the three of them in turn
   --local        build with this machine's Docker, not in the cluster
-  --allow-dirty  build what is not committed too; the tag then ends in -dirty
+  --allow-dirty  build with uncommitted changes; the tag then ends in -dirty
   --dry-run      print the commands, run none
 
 Settings come from the environment: source deploy/aws/env.sh first.
@@ -23,7 +23,7 @@ fail() {
     exit 1
 }
 
-# Written for bash 3.2 too, which macOS has.
+# Runs under bash 3.2 too, the version of macOS.
 say() {
     printf '+'
     printf ' %q' "$@"
@@ -56,7 +56,7 @@ image=$REGISTRY/$REPOSITORY
 cd "$(dirname "$0")/../.."
 tag=$(git rev-parse --short=12 HEAD)
 if [[ -n $(git status --porcelain) ]]; then
-    [[ -n $allow_dirty ]] || fail "the working tree has changes that no commit holds: commit them, or pass --allow-dirty"
+    [[ -n $allow_dirty ]] || fail "the working tree has uncommitted changes: commit them, or pass --allow-dirty"
     tag+=-dirty
 fi
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
@@ -80,11 +80,11 @@ else
         --driver-opt "namespace=${BUILD_NAMESPACE:?source deploy/aws/env.sh first}"
         --driver-opt "requests.cpu=${BUILD_CPU:-8}" --driver-opt "requests.memory=${BUILD_MEMORY:-32Gi}"
     )
-    # An option is a line of comma-separated values: what holds commas of its own needs quotes.
+    # An option is a list separated by commas: a value that contains commas needs quotes.
     [[ -z ${BUILD_NODE_SELECTOR:-} ]] || create+=(--driver-opt "\"nodeselector=$BUILD_NODE_SELECTOR\"")
 fi
 if [[ -n $dry_run ]]; then
-    echo "# unless there is a builder of that name:"
+    echo "# unless a builder of that name exists:"
     run "${create[@]}"
 elif ! docker buildx inspect "$builder" >/dev/null 2>&1; then
     run "${create[@]}" || fail "cannot create the builder $builder"
@@ -96,7 +96,7 @@ for stage in "${stages[@]}"; do
         arguments+=(--cache-from "type=registry,ref=$image:cache-$cached")
         [[ $cached != "$stage" ]] || break
     done
-    # Some registries take a cache only in the shape of an image.
+    # Some registries accept a cache only in the form of an image.
     arguments+=(--cache-to "type=registry,ref=$image:cache-$stage,mode=max,image-manifest=true,oci-mediatypes=true")
     if [[ $stage == server ]]; then
         arguments+=(--build-arg "REVISION=$tag" --build-arg "VERSION=$version" --tag "$image:$tag" --push)

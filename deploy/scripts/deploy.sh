@@ -6,7 +6,7 @@ usage() {
     cat <<'END'
 usage: deploy.sh tp1|tp2|tp8 [apply|status|logs|delete|diff]
 
-  apply    (if nothing is said) deploy the commit's image, wait until it serves, print each pod's health
+  apply    (the default) deploy the commit's image, wait until it serves, print each pod's health
   status   the deployment, its pods and their health
   logs     of all pods, following
   delete   everything that apply made; the Secret with the API keys stays
@@ -39,7 +39,7 @@ k() {
 selector() {
     local pair out=''
     IFS=, read -ra pairs <<<"$1"
-    for pair in ${pairs[@]+"${pairs[@]}"}; do # an empty list is unset to bash 3.2
+    for pair in ${pairs[@]+"${pairs[@]}"}; do # bash 3.2 treats an empty array as unset
         [[ $pair == ?*=* ]] || fail "NODE_SELECTOR: got '$pair', allowed: label=value, several with commas"
         out+="${out:+, }\"${pair%%=*}\": \"${pair#*=}\""
     done
@@ -80,19 +80,19 @@ END
     patch: '[{"op": "replace", "path": "/spec/replicas", "value": $REPLICAS}]'
 END
     fi
-    if [[ -n ${AUTOSCALE:-} ]]; then # within the overlay, for its name and its label
+    if [[ -n ${AUTOSCALE:-} ]]; then # inside the overlay, so that it gets the overlay's name and label
         echo 'components: [../../components/autoscale]' >>"$work/k8s/overlays/$overlay/kustomization.yaml"
     fi
     kubectl kustomize "$work/k8s" >"$work/manifest.yaml" || fail "the manifests do not render"
 }
 
-# Names of the pods that are to serve: one that is being replaced drains, and says so, for a while yet.
+# Names of the pods that should serve, without those being replaced, which still drain for a while.
 pods() {
     k get pods --selector "app=$name" --output \
         'go-template={{range .items}}{{if not .metadata.deletionTimestamp}}{{.metadata.name}}{{"\n"}}{{end}}{{end}}'
 }
 
-# What each pod's server says of itself, asked from inside: the network policy need not let us in.
+# The health of each pod's server, asked from inside the pod, since the network policy may not admit this machine.
 health() {
     local pod answer unhealthy=0 all
     all=$(pods) || fail "cannot list the pods of $name"
@@ -110,7 +110,7 @@ except e.HTTPError as error: raise SystemExit(error.read().decode())" </dev/null
     return $unhealthy
 }
 
-# Everything that is likely to say why a rollout failed; no step of it may hide the next.
+# What may explain why a rollout failed. A step that fails must not keep the next ones from running.
 reasons() {
     echo "--- pods"
     k get pods --selector "app=$name" --output wide || true
@@ -148,7 +148,7 @@ case $action in
         ;;
     diff)
         render
-        k diff --filename "$work/manifest.yaml" # 1 where there are differences, as diff says it
+        k diff --filename "$work/manifest.yaml" # exits with 1 if there are differences, like diff
         ;;
     *) usage >&2 && fail "no such action: $action" ;;
 esac

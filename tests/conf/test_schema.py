@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from conf.schema import GPT_OSS_20B, GPT_OSS_120B, ConfigError, Weights, check, compose
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -39,7 +41,7 @@ def test_a_models_buckets_give_way_to_those_asked_for():
     ("arguments", "words"),
     [
         (["tpp=2"], ["tpp"]),
-        (["+tpp=2"], ["tpp", "not in 'Config'"]),
+        (["+tpp=2"], ["tpp", "not in 'Composed'"]),
         (["model.weigths=random"], ["model.weigths"]),
         (["server.port=abc"], ["server.port", "'abc'", "Integer"]),
         (["server.port=99999"], ["server.port", "99999", "1 to 65535"]),
@@ -62,3 +64,65 @@ def test_what_cannot_run_stops_the_start_with_one_line(arguments, words):
     (line,) = result.stderr.strip().splitlines()
     for word in words:
         assert word in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks"), [([], 1), (["tp=null"], 1), (["tp=2"], 2), (["+tp=2"], 2), (["++tp=2"], 2)], ids=str
+)
+def test_a_loaded_configuration_has_a_number_of_ranks(overrides, ranks):
+    tp = compose(overrides).tp
+    assert type(tp) is int
+    assert tp == ranks
+
+
+def test_no_ranks_are_not_one_rank():
+    with pytest.raises(ConfigError, match="tp: got 0, allowed: 1, 2, 4 or 8"):
+        compose(["tp=0"])
+
+
+@pytest.mark.parametrize(("name", "shape"), [("gpt-oss-20b", GPT_OSS_20B), ("gpt-oss-120b", GPT_OSS_120B)])
+def test_the_published_models_have_their_shapes(name, shape):
+    assert compose([f"model={name}", "model.weights=random"]).model.random_shape == shape
+
+
+CHECKPOINT = ["model=gpt-oss-120b", "model.path=/x"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.path=/x"], ["model.path: got '/x'", "model.weights=demo"]),
+        (["model=gpt-oss-20b", "model.weights=random", "model.path=/x"], ["model.path: got '/x'", "random"]),
+        (["model.random_shape.hidden_size=64"], ["model.random_shape: got", "hidden_size=64", "model.weights=demo"]),
+        ([*CHECKPOINT, "model.random_shape.head_dim=32"], ["model.random_shape: got", "head_dim=32", "checkpoint"]),
+        (["buckets.pages=9", "buckets.page_memory=0.5"], ["buckets.page_memory: got 0.5", "buckets.pages=9"]),
+        (["kernels=hopper", "kernels.dtype=float32"], ["kernels.dtype: got float32", "bfloat16", "hopper"]),
+        (["kernels=hopper", "kernels.device=cpu"], ["kernels.device: got cpu", "kernels.name=hopper"]),
+    ],
+    ids=str,
+)
+def test_a_key_that_the_rest_leaves_without_effect_stops_the_start(overrides, words):
+    with pytest.raises(ConfigError) as error:
+        compose(overrides)
+    assert all(word in str(error.value) for word in words)
+    assert "\n" not in str(error.value)
+
+
+def test_keys_that_do_have_an_effect_pass():
+    compose(CHECKPOINT)
+    compose(["model=gpt-oss-120b", "model.weights=random", "model.random_shape.num_hidden_layers=2"])
+    compose(["buckets.page_memory=0.5"])
+    compose(["kernels=reference", "kernels.dtype=float32"])
+
+
+def test_weights_of_a_folder_take_the_place_of_others():
+    config = compose(["buckets.pages=9"]).with_checkpoint(Path("/somewhere"))
+    assert (config.model.weights, config.model.path) == (Weights.checkpoint, "/somewhere")
+    assert config.buckets.pages == 9
+    check(config)
+
+
+def test_what_hydra_refuses_is_a_configuration_error_of_one_line():
+    with pytest.raises(ConfigError, match="gpt-oss-21b") as error:
+        compose(["model=gpt-oss-21b"])
+    assert "\n" not in str(error.value)

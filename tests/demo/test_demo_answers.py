@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from demo.bundle import demo_folder
-from demo.data import STOPS, document, evaluation
-from demo.evaluate import read, right
-from demo.skills import SKILLS
+from demo.training.data import STOPS, document, evaluation
+from demo.training.evaluate import read, right
+from demo.training.skills import SKILLS
 from tests.engine.test_model import theirs
 from tests.harness import InProcess
 from tests.served import Served

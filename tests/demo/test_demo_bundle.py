@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from conf.schema import RandomShape
-from demo import bundle, model
-from demo.checkpoint import DEMO
-from demo.data import STOPS
-from engine.checkpoint import Architecture, CheckpointError
+from conf.schema import ConfigError, RandomShape
+from demo import bundle
+from demo.checkpoint import DEMO, config_json
+from demo.training import model, packing
+from demo.training.data import STOPS
+from engine.architecture import Architecture
 from tests.harness import InProcess
 
 ROOT = Path(__file__).parents[2]
@@ -27,23 +28,23 @@ SHAPE = {
     "num_key_value_heads": 1,
 }
 SMALL = Architecture.from_random_shape(RandomShape(**SHAPE))
+CONFIG = config_json(SMALL, "huggingface")
 TOKENS = [*range(300), 200002]
 
 # A process that makes the small model's folder, says when it writes, takes its time, and may die before it is done.
 MAKE = f"""
 import os, sys, time
 from pathlib import Path
-from conf.schema import RandomShape
+import safetensors.torch
 from demo import bundle
-from engine.checkpoint import Architecture
-bundle.DEMO = Architecture.from_random_shape(RandomShape(**{SHAPE}))
-save = bundle.save_file
+bundle.CONFIG = {CONFIG}
+save = safetensors.torch.save_file
 def reporting(*args, **options):
     print("writing", flush=True)
     save(*args, **options)
     time.sleep(0.5)
     if "crash" in sys.argv: os._exit(3)
-bundle.save_file = reporting
+safetensors.torch.save_file = reporting
 print(bundle.demo_folder(Path(sys.argv[1])))
 """
 
@@ -51,7 +52,7 @@ print(bundle.demo_folder(Path(sys.argv[1])))
 @pytest.fixture(scope="module")
 def shipped(tmp_path_factory):
     path = tmp_path_factory.mktemp("shipped") / "model.safetensors"
-    bundle.write(path, model.initial(SMALL, len(TOKENS) + 1, 0, "cpu"), TOKENS)
+    packing.write(path, model.initial(SMALL, len(TOKENS) + 1, 0, "cpu"), TOKENS)
     return path
 
 
@@ -65,7 +66,7 @@ def copy(shipped, tmp_path):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(bundle, "DEMO", SMALL)
+    monkeypatch.setattr(bundle, "CONFIG", CONFIG)
     return tmp_path / "cache" / "mini-vllm"
 
 
@@ -84,10 +85,23 @@ def start(shipped, cache, *words):
 
 
 def test_what_ships_is_whole_and_of_the_demo_architecture():
-    w, tokens = bundle.unpacked(bundle.read(bundle.SHIPPED, bundle.digest_of(bundle.SHIPPED)))
+    w, tokens = packing.unpack(bundle.read(bundle.SHIPPED, bundle.digest_of(bundle.SHIPPED)))
     expected = model.initial(DEMO, len(tokens) + 1, 0, "cpu")
     assert {name: p.shape for name, p in w.items()} == {name: p.shape for name, p in expected.items()}
     assert {*STOPS} <= {*tokens}
+
+
+def test_the_config_is_what_the_checkpoint_writer_writes_for_its_architecture():
+    assert config_json(DEMO, "huggingface") == bundle.CONFIG
+
+
+def test_the_bundle_needs_neither_the_engine_nor_training_nor_torch():
+    code = "import sys, demo.bundle; print(*sys.modules)"
+    made = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in made.stdout.split()}
+    assert "conf" in loaded
+    assert not loaded & {"engine", "graphs", "kernels", "serve", "torch"}
+    assert "demo.training" not in made.stdout.split()
 
 
 def test_the_folder_is_made_once_and_served(shipped, cache):
@@ -102,7 +116,7 @@ def test_the_folder_is_made_once_and_served(shipped, cache):
 
 def test_another_model_is_another_folder(shipped, cache, tmp_path):
     other = tmp_path / "model.safetensors"
-    bundle.write(other, model.initial(SMALL, len(TOKENS) + 1, 1, "cpu"), TOKENS)
+    packing.write(other, model.initial(SMALL, len(TOKENS) + 1, 1, "cpu"), TOKENS)
     assert bundle.demo_folder(shipped) != bundle.demo_folder(other)
     assert len(contents(cache)) == 2
 
@@ -132,7 +146,7 @@ def test_a_damaged_bundle_is_named_and_leaves_nothing(copy, cache, damage):
     else:
         data[-100] ^= damage == "changed"
         copy.write_bytes(data[: {"cut": len(data) // 2, "empty": 0}.get(damage)])
-    with pytest.raises(CheckpointError, match=f"{copy}: found"):
+    with pytest.raises(ConfigError, match=f"{copy}: found"):
         bundle.demo_folder(copy)
     assert contents(cache) == []
 
@@ -144,7 +158,7 @@ def test_a_damaged_hash_is_named(copy, cache, damage):
         beside.unlink()
     else:
         beside.write_text("" if damage == "empty" else hashlib.sha256(b"").hexdigest()[:-1] + "?")
-    with pytest.raises(CheckpointError, match=f"{beside}: found"):
+    with pytest.raises(ConfigError, match=f"{beside}: found"):
         bundle.demo_folder(copy)
     assert contents(cache) == []
 
@@ -153,7 +167,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(shipped, cache):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
     try:
-        with pytest.raises(CheckpointError, match=rf"{cache}/demo-\w+\.partial: .*needs about 220 MB there"):
+        with pytest.raises(ConfigError, match=rf"{cache}/demo-\w+\.partial: .*needs about 220 MB there"):
             bundle.demo_folder(shipped)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -166,7 +180,7 @@ def test_serving_needs_only_what_serving_installs(shipped, cache):
     assert {"babel", "pytest", "httpx"} <= absent
     missing = f"import sys; sys.modules |= dict.fromkeys({sorted(absent)})"  # as if they were not installed
     made = subprocess.run(
-        [sys.executable, "-c", f"{missing}\nimport serve.app, engine.core\n{MAKE}", str(shipped)],
+        [sys.executable, "-c", f"{missing}\nimport serve.app, engine.llm, engine.rank\n{MAKE}", str(shipped)],
         text=True,
         cwd=ROOT,
         capture_output=True,

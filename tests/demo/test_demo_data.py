@@ -6,10 +6,10 @@ from random import Random
 import numpy as np
 import pytest
 
-from demo import skills, sums
-from demo.data import ROW, STOPS, document, evaluation, held_out, index_of, rows, tokenizer, training
-from demo.evaluate import read, right
-from demo.skills import SKILLS, example
+from demo.training import skills, sums
+from demo.training.data import ROW, STOPS, document, evaluation, held_out, index_of, rows, tokenizer, training
+from demo.training.evaluate import read, right
+from demo.training.skills import SKILLS, example
 from serve.harmony import END, START
 
 
@@ -32,7 +32,7 @@ def test_what_is_evaluated_is_never_trained_on(skill):
 
 def test_training_holds_nothing_that_is_held_out(monkeypatch):
     made = []
-    monkeypatch.setattr("demo.data.document", lambda e: made.append(e) or document(e))
+    monkeypatch.setattr("demo.training.data.document", lambda e: made.append(e) or document(e))
     take(training(5), 400)
     assert {e.skill for e in made} == set(SKILLS)
     assert not any(held_out(e.keys + e.before) for e in made)

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from demo.data import document, evaluation, tokenizer
-from demo.evaluate import ServerError, report, served
-from demo.skills import SKILLS
+from demo.training.data import document, evaluation, tokenizer
+from demo.training.evaluate import ServerError, report, served
+from demo.training.skills import SKILLS
 from serve.harmony import RETURN
 from tests.fakes import FakeEngine
 from tests.serve.conftest import MODEL, TODAY

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from conf.schema import RandomShape
-from demo import bundle, model, mxfp4
+from demo import bundle
 from demo.checkpoint import config_json
-from demo.data import STOPS, index_of, rows, training
-from demo.train import Muon, is_matrix
-from engine.checkpoint import Architecture
+from demo.training import model, mxfp4, packing
+from demo.training.data import STOPS, index_of, rows, training
+from demo.training.train import Muon, is_matrix
+from engine.architecture import Architecture
 from engine.model import rope_tables
 from kernels.reference import dequantize
 from tests.harness import InProcess
@@ -49,13 +50,13 @@ def weights(tokens):
 @pytest.fixture(scope="module")
 def packed(weights, tokens, tmp_path_factory):
     path = tmp_path_factory.mktemp("bundle") / "model.safetensors"
-    return path, bundle.write(path, weights, tokens)
+    return path, packing.write(path, weights, tokens)
 
 
 @pytest.fixture(scope="module")
 def engine(packed, tmp_path_factory):
     folder = tmp_path_factory.mktemp("expanded")
-    bundle.expand(bundle.read(*packed), SMALL.vocab, config_json(SMALL, "huggingface"), folder)
+    bundle.expand(bundle.read(*packed), config_json(SMALL, "huggingface"), folder)
     return InProcess(folder)
 
 
@@ -88,15 +89,15 @@ def test_the_gradient_passes_the_rounding():
 
 
 def test_a_bundle_gives_back_what_was_packed(packed, weights, tokens):
-    unpacked, same_tokens = bundle.unpacked(bundle.read(*packed))
+    unpacked, same_tokens = packing.unpack(bundle.read(*packed))
     assert same_tokens == tokens
     for name, p in weights.items():
-        expected = mxfp4.rounded(p) if name.endswith(bundle.EXPERTS) else p.bfloat16().float()
+        expected = mxfp4.rounded(p) if name.endswith(packing.EXPERTS) else p.bfloat16().float()
         assert torch.equal(unpacked[name], expected), name
 
 
 def test_training_and_engine_compute_the_same_logits(packed, tokens, engine):
-    weights, _ = bundle.unpacked(bundle.read(*packed))
+    weights, _ = packing.unpack(bundle.read(*packed))
     cos, sin = rope_tables(SMALL, 512, CPU)
     compact, documents, _ = next(rows(training(7), index_of(tokens)))
     row, numbers = torch.tensor(compact)[None].long(), torch.tensor(documents)[None]
@@ -111,7 +112,7 @@ def test_training_and_engine_compute_the_same_logits(packed, tokens, engine):
 
 
 def test_training_and_engine_say_the_same(packed, tokens, engine):
-    weights, _ = bundle.unpacked(bundle.read(*packed))
+    weights, _ = packing.unpack(bundle.read(*packed))
     cos, sin = rope_tables(SMALL, 512, CPU)
     made, index = training(8), index_of(tokens)
     prompts = list(islice((prompt for prompt, _ in made if set(prompt) <= {*tokens}), 4))

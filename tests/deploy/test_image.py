@@ -46,16 +46,35 @@ def copies(stage):
     return [(words[:-1], words[-1]) for words in lines]
 
 
+def in_context(path):
+    """Whether .dockerignore leaves this file in the build context: of the lines that match it, the last one decides."""
+    kept = True
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        pattern = line.removeprefix("!")
+        if line and not line.startswith("#") and _matches(path, pattern):
+            kept = line.startswith("!")
+    return kept
+
+
+def _matches(path, pattern):
+    """As Docker does: a pattern names a file or a folder with all that it holds; `**/` is any folder, also none."""
+    above = [*path.parents][:-1]
+    expression = re.escape(pattern).replace(r"\*\*/", "(.*/)?").replace(r"\*", "[^/]*")
+    return any(re.fullmatch(expression, part.as_posix()) for part in (path, *above))
+
+
 def copy_stage(stage, to):
-    """What the stage's COPY lines bring, less what .dockerignore leaves out of all folders."""
-    ignored = shutil.ignore_patterns("__pycache__", "*.md", "cubins")
+    """The files that the stage's COPY lines bring from the build context."""
     for sources, destination in copies(stage):
         for source in sources:
-            path = ROOT / source
-            if path.is_dir():
-                shutil.copytree(path, to / destination, ignore=ignored)
-            else:
-                target = to / destination / path.name if destination.endswith("/") else to / destination
+            folder = to / destination if (ROOT / source).is_dir() else None
+            for path in sorted((folder and (ROOT / source).rglob("*")) or [ROOT / source]):
+                if not path.is_file() or not in_context(path.relative_to(ROOT)):
+                    continue
+                if folder:
+                    target = folder / path.relative_to(ROOT / source)
+                else:
+                    target = to / destination / path.name if destination.endswith("/") else to / destination
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(path, target)
 
@@ -111,10 +130,17 @@ def test_what_is_copied_is_what_the_build_context_holds():
     assert all((ROOT / source).exists() for source in wanted)
 
 
-def test_every_package_is_in_the_image():
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    copied = {source for sources, _ in copies("server") for source in sources}
-    assert {package.split(".")[0] for package in packages} <= copied
+def test_the_image_has_every_package_and_nothing_that_only_tests_trains_or_documents(tmp_path):
+    copy_stage("server", tmp_path)
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
+    assert {"conf", "demo", "engine", "graphs", "kernels", "serve", "sweep"} <= packages
+    assert packages <= {path.parent.name for path in tmp_path.glob("*/__init__.py")}
+    files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"demo/model.safetensors", "demo/bundle.py", "serve.py", "README.md", "conf/config.yaml"} <= files
+    assert {name for name in files if name.endswith(".cu")}
+    left_out = ("tests", "docs", "benchmarks", "demo/training", "kernels/cubins", ".git")
+    assert not [name for name in files for folder in left_out if name.startswith(f"{folder}/")]
+    assert {name for name in files if name.endswith(".md")} == {"README.md"}
 
 
 def test_the_dependencies_that_essentials_installs_are_those_of_the_server():

@@ -13,16 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from conf.schema import RandomShape
 from demo.checkpoint import config_json, write_checkpoint
-from engine.checkpoint import (
-    Architecture,
-    CheckpointError,
-    LayerWeights,
-    ModelWeights,
-    load,
-    random_tensor,
-    random_weights,
-    tensor_specs,
-)
+from engine.architecture import Architecture, CheckpointError
+from engine.checkpoint import load
+from engine.weights import LayerWeights, ModelWeights, random_tensor, random_weights, tensor_specs
 
 SHAPE = RandomShape(
     num_hidden_layers=2,

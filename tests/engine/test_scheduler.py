@@ -10,11 +10,11 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from conf.limits import PAGE_TOKENS, SCRATCH_PAGE
-from engine.messages import Delta, SamplingParams, Submit, TokenLogprobs
+from engine.messages import Delta, Submit, TokenLogprobs
 from engine.pages import PagePool, pages_for
 from engine.scheduler import NO_SLOT, Scheduled, Scheduler
 from graphs.buckets import Buckets
-from graphs.plan import NO_PAGE, Chunk, DecodeStep, PrefillStep, Step
+from graphs.plan import NO_PAGE, Chunk, DecodeStep, PrefillStep, SamplingParams, Step
 
 VOCAB = 97
 

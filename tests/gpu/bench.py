@@ -21,12 +21,14 @@ import torch
 import triton
 
 from conf.schema import BucketsConfig, Config, KernelsConfig, ModelConfig, RandomShape, Weights
-from engine.checkpoint import Architecture
-from engine.core import Core, build
-from engine.messages import SamplingParams, Submit
+from engine.architecture import Architecture
+from engine.core import Core
+from engine.messages import Submit
 from engine.pages import PagePool
 from engine.parallel import Ranks
 from engine.scheduler import Scheduler
+from engine.start import start
+from graphs.plan import SamplingParams
 from sweep.bandwidth import read_bandwidth, seconds
 from sweep.steps import decode_bytes, step_ms
 from tests.ranks import together
@@ -48,7 +50,7 @@ def engine(shape, decode_rows, prefill_tokens, max_context, ranks, device):
         kernels=KernelsConfig(),
         tp=ranks.size,
     )
-    built = build(config, ranks, device)
+    built = start(config, ranks, device)
     built.buffers.keys.normal_()
     built.buffers.values.normal_()
     return built

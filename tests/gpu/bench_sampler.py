@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from graphs.buffers import SAMPLING
+from graphs.buffers import sampling_state
 from kernels.hopper.sampler import sample
 from kernels.ops import Peers, SamplingState, TokenCounts, TokenPlaces
 from tests.gpu.timing import BANDWIDTH, microseconds
@@ -26,12 +26,7 @@ MODES = {
 
 
 def state_of(rows: int, options: dict) -> SamplingState[torch.Tensor]:
-    state = SamplingState(
-        **{
-            name: torch.zeros(rows, *shape, dtype=getattr(torch, kind), device="cuda")
-            for name, (shape, kind) in SAMPLING.items()
-        }
-    )
+    state = sampling_state(lambda shape, kind: torch.zeros(shape, dtype=getattr(torch, kind), device="cuda"), rows)
     for name, value in {"top_p": 1.0, "repetition_penalty": 1.0, **options}.items():
         getattr(state, name).fill_(value)
     return state

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conf.limits import BIAS_ENTRIES
-from graphs.buffers import SAMPLING
+from graphs.buffers import sampling_state
 from kernels import reference
 from kernels.hopper.sampler import sample
 from kernels.ops import Peers, SamplingState, TokenCounts, TokenPlaces
@@ -54,9 +54,7 @@ def case(vocab, names, dtype=torch.float32, spread=3.0, bias=True):
     """Arguments of `draw` for one row an option name, in shuffled slots; the last slot is the padding slot, zeros."""
     rows = len(names)
     chance = torch.Generator().manual_seed(vocab + rows)
-    state = SamplingState(
-        **{name: torch.zeros(rows + 1, *shape, dtype=getattr(torch, kind)) for name, (shape, kind) in SAMPLING.items()}
-    )
+    state = sampling_state(lambda shape, kind: torch.zeros(shape, dtype=getattr(torch, kind)), rows + 1)
     slots = torch.randperm(rows, generator=chance).int()
     for slot, option in zip(slots.tolist(), names, strict=True):
         for name, value in {**NEUTRAL, **OPTIONS[option]}.items():

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from engine.messages import SamplingParams
 from graphs.buckets import Bucket, Buckets
 from graphs.buffers import Buffers
-from graphs.plan import NO_PAGE, Chunk, DecodeStep, PrefillStep
+from graphs.plan import NO_PAGE, Chunk, DecodeStep, PrefillStep, SamplingParams
 from kernels import reference
 from kernels.ops import KvPages, TokenPlaces
 

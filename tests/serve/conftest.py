@@ -5,7 +5,7 @@ import datetime
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import httpx
@@ -16,8 +16,9 @@ from fastapi import FastAPI
 from hypothesis import settings
 
 from conf.schema import ServerConfig
+from engine.tokenizer import Tokenizer
 from serve.app import create_app
-from serve.text import Tokenizer
+from serve.harmony import Parser, Segment
 from tests.fakes import FakeEngine
 
 # A busy machine makes no example wrong.
@@ -50,6 +51,19 @@ class Live:
         while not holds():
             assert time.monotonic() < end, "it never came about"
             time.sleep(0.005)
+
+
+def parse(tokens: Iterable[int], tokenizer: Tokenizer) -> list[tuple[Segment, str]]:
+    """All messages of a finished output, those without text left out."""
+    parser = Parser(tokenizer)
+    messages: list[tuple[Segment, str]] = []
+    for event in [*map(parser.feed, tokens), parser.finish()]:
+        if event and event.text:
+            if messages and messages[-1][0] is event.segment:
+                messages[-1] = (event.segment, messages[-1][1] + event.text)
+            else:
+                messages.append((event.segment, event.text))
+    return messages
 
 
 Serve = Callable[..., Live]

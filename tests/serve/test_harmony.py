@@ -18,8 +18,9 @@ from openai_harmony import (
     ToolDescription,
 )
 
-from serve.harmony import Call, Function, Parser, Segment, Turn, any_call_header, call_header, parse, render
-from serve.text import Tokenizer
+from engine.tokenizer import Tokenizer
+from serve.harmony import Call, Function, Parser, Segment, Turn, any_call_header, call_header, render
+from tests.serve.conftest import parse
 
 TOKENIZER = Tokenizer()
 TODAY = datetime.date(2025, 6, 28)

@@ -54,7 +54,7 @@ def error(response, status: int) -> dict:
         ("stop", ["a", ""]),
         ("stop", ["a"] * 17),
         ("stop", "a" * 257),
-        ("stop_token_ids", [1] * 17),
+        ("stop_token_ids", [1] * 18),
         ("stop_token_ids", [-1]),
         ("stop_token_ids", [201088]),
         ("logit_bias", {"201088": 1}),

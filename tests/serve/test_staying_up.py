@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from engine.tokenizer import Tokenizer
 from serve.client import EngineFailed
-from serve.text import Tokenizer
 from tests.fakes import FakeEngine
 from tests.serve.conftest import Live
 

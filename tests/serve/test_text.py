@@ -7,11 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.messages import Delta
-from serve.chat import ChatChoice
-from serve.completions import TextChoice
-from serve.harmony import parse
+from engine.tokenizer import RUN, SLICE, Tokenizer, slices
+from serve.endpoints.completions import TextChoice
+from serve.message import ChatChoice
 from serve.protocol import ChatRequest, CompletionRequest
-from serve.text import RUN, SLICE, StopStrings, StopWatch, Tokenizer, slices
+from serve.text import StopMatcher, StopStrings
+from tests.serve.conftest import parse
 
 TOKENIZER = Tokenizer()
 # Few letters, so that stop strings occur and overlap; characters of one to four bytes.
@@ -63,11 +64,11 @@ def test_stop_strings_are_found_across_tokens_and_never_shown(text, cuts, stops)
 
 @given(text=LETTERS, cuts=st.lists(st.integers(0, 40), max_size=8), stops=STOPS)
 def test_only_what_may_become_a_stop_string_is_held_back(text, cuts, stops):
-    watch, shown, seen = StopWatch(StopStrings(stops)), "", ""
+    matcher, shown, seen = StopMatcher(StopStrings(stops)), "", ""
     for piece in cut(text, cuts):
-        shown += watch.feed(piece)
+        shown += matcher.feed(piece)
         seen += piece
-        if watch.stopped:
+        if matcher.stopped:
             break
         held = seen[len(shown) :]
         assert seen.startswith(shown)

@@ -91,6 +91,35 @@ def test_an_open_loop_sends_on_time_and_counts_from_when_a_request_was_due():
     assert [measure.ttft(record) for record in done.records] == pytest.approx([1000, 1900, 2800, 3700])
 
 
+def test_latencies_of_a_client_that_falls_behind_count_from_when_requests_were_due():
+    fake = Fake(first=0.5)
+
+    def busy(record):  # the client computes for two seconds, in which it sends nothing
+        asyncio.get_running_loop()._clock.now += 2.0
+
+    done = run(load.opened(fake.send, requests(2, 1), [0.0, 1.0], 60, busy))
+    assert fake.asked == pytest.approx([0.0, 2.5])
+    assert [measure.ttft(record) for record in done.records] == pytest.approx([500, 2000])
+
+
+def test_an_open_loop_ends_with_its_last_arrival_or_with_a_request_that_brought_nothing():
+    async def send(request):
+        if request.seed:
+            raise load.SendError("HTTP 500: broken")
+        yield 1
+
+    two = [Request([1], 1, seed) for seed in (0, 1)]
+    done = run(load.opened(send, two, [0.0, 3.0], 60, lambda record: None))
+    assert done.end - done.begin == pytest.approx(3)
+    assert measure.figures(done, Limits(), 1)["requests_per_s"] == pytest.approx(1 / 3)
+
+
+def test_only_the_time_without_a_token_counts_as_a_stall():
+    done = closed(Fake(first=20, step=20), 1, 1, stall=30)
+    assert done.records[0].error is None
+    assert sum(done.records[0].tokens) == 11
+
+
 def test_a_client_that_is_late_does_not_flatter_the_server():
     record = load.Record(intended=1.0, sent=3.0, arrivals=[3.5, 4.5], tokens=[1, 1])
     assert (measure.ttft(record), measure.e2e(record), measure.tpot(record)) == (2500, 3500, 1000)
@@ -121,17 +150,20 @@ def test_a_request_that_stalls_fails_or_ends_early_is_an_error_of_its_own():
             raise load.SendError("HTTP 500: broken")
         if request.seed != 2:
             yield 1
+        if request.seed == 3:
+            yield 1
 
-    four = [Request([1], 2, seed) for seed in range(4)]
-    done = run(load.closed(send, four, 1, 1e9, 30, lambda record: None))
+    five = [Request([1], 2, seed) for seed in range(5)]
+    done = run(load.closed(send, five, 1, 1e9, 30, lambda record: None))
     assert [record.error for record in done.records] == [
         "nothing came for 30 s",
         "HTTP 500: broken",
         "1 tokens came, 2 were asked for",
+        "3 tokens came, 2 were asked for",
         None,
     ]
     found = measure.figures(done, Limits(), 1)
-    assert (found["requests"], found["errors"]) == (4, 3)
+    assert (found["requests"], found["errors"]) == (5, 4)
 
 
 def test_intervals_are_students():
@@ -139,6 +171,18 @@ def test_intervals_are_students():
     assert means == {"x": 12.0, "requests": 6}
     assert widths["x"] == pytest.approx(4.3027 * 2 / math.sqrt(3), rel=1e-4)
     assert math.isnan(measure.over_repeats([{"x": 1.0}])[1]["x"])
+
+
+def test_a_repeat_without_a_figure_does_not_spoil_the_others():
+    means, widths = measure.over_repeats([{"x": x} for x in (10.0, math.nan, 14.0)])
+    assert means == {"x": 12.0}
+    assert widths["x"] == pytest.approx(12.7062 * 2.8284 / math.sqrt(2), rel=1e-4)
+
+
+def test_what_ends_after_the_full_load_counts_in_no_rate():
+    records = [load.Record(0.0, 0.0, [1.0, last], [1, 1]) for last in (2.0, 9.0)]
+    values = measure.figures(load.Run(records, 0.0, 2.0), Limits(), 1)
+    assert (values["tokens_per_s"], values["requests_per_s"], values["goodput_per_s"]) == (1.5, 0.5, 0.5)
 
 
 def test_a_broken_limit_makes_the_objective_infinite():
@@ -157,6 +201,9 @@ def test_a_broken_limit_makes_the_objective_infinite():
     assert measure.objective(means, "tpot_p99_ms", Limits(ttft_ms=99, **lenient)) == math.inf
     assert measure.broken(means, Limits(ttft_ms=99)) == ["p99 TTFT 100 ms > 99 ms", "errors 1.0% > 0.0%"]
     assert measure.objective(means | {"tpot_p99_ms": math.nan}, "tpot_p99_ms", Limits(**lenient)) == math.inf
+    assert measure.broken(means | {"e2e_p99_ms": math.nan}, Limits(e2e_ms=1000, **lenient)) == [
+        "p99 E2E nan ms > 1000 ms"
+    ]
 
 
 def config(**buckets):
@@ -167,6 +214,7 @@ def config(**buckets):
 def test_a_workload_repeats_for_its_seed_and_differs_between_streams():
     work = Workload(SweepConfig(prompt_sigma=0.5, output_sigma=0.5), config())
     assert work.requests(20, 1) == work.requests(20, 1) != work.requests(20, 2)
+    assert work.requests(20, 1, 0) != work.requests(20, 1, 1)  # two repeats of one load
     drawn = Workload(SweepConfig(prompt_sigma=0.5, prompt_tokens=100), config()).requests(2000, 0)
     lengths = [len(request.prompt) for request in drawn]
     assert np.median(lengths) == pytest.approx(100, rel=0.1)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from conf.schema import RandomShape
-from engine.checkpoint import Architecture
+from engine.architecture import Architecture
 from sweep.steps import decode_bytes
 from tests.served import ROOT
 

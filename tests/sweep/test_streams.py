@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 import pytest
 from aiohttp import web
 
+from conf.limits import END_OF_TURN
 from sweep import gate
 from sweep.client import http_sender
 from sweep.load import SendError, closed
@@ -49,7 +50,7 @@ def test_tokens_are_counted_as_they_arrive_and_the_request_is_what_was_asked(ser
     ((prompt, sampling),) = live.engine.submitted
     assert prompt == [5, 6, 7]
     assert (sampling.max_tokens, sampling.seed, sampling.temperature) == (10, 42, 0.5)
-    assert not {200002, 199999, 200012} & set(sampling.stop_token_ids)
+    assert not {*END_OF_TURN} & set(sampling.stop_token_ids)
 
 
 def test_refusals_errors_and_broken_streams_are_told(serve):
@@ -116,9 +117,17 @@ def test_the_gate_reads_tokens_and_log_probabilities(serve):
     found = gate.answers(f"http://127.0.0.1:{live.port}", MODEL, [[1, 2], [3]], 4, 60)
     assert found == [gate.Greedy(TOKENS[:4], [-0.5] * 4)] * 2
     assert {sampling.temperature for _, sampling in live.engine.submitted} == {0}
+    assert not {*END_OF_TURN} & {id for _, sampling in live.engine.submitted for id in sampling.stop_token_ids}
     live.engine.break_after = 2
     with pytest.raises(gate.GateFailed, match="out of pages"):
         gate.answers(f"http://127.0.0.1:{live.port}", MODEL, [[1, 2]], 4, 60)
+
+
+def test_the_gates_prompts_leave_room_for_an_answer_and_are_always_the_same():
+    assert gate.prompts(1000, 64) == gate.prompts(1000, 64)
+    assert [len(prompt) for prompt in gate.prompts(1000, 1024)] == list(gate.PROMPT_LENGTHS)
+    assert max(len(prompt) for prompt in gate.prompts(1000, 64)) == 32
+    assert max(token for prompt in gate.prompts(10, 1024) for token in prompt) == 9
 
 
 def test_the_gate_lets_ties_pass_and_nothing_else():
@@ -129,6 +138,9 @@ def test_the_gate_lets_ties_pass_and_nothing_else():
 
     assert said([1, 2, 3], [-0.1, -0.7, -0.2]) is None
     assert said([1, 9, 8], [-0.1, -0.75, -5.0]) is None
+    assert said([1, 9, 8], [-0.1, -0.2, -0.2]) == (
+        "prompt 0, token 1: 9, the baseline has 2 (log probabilities 0.500 apart)"
+    )
     assert said([1, 9, 3], [-0.1, -1.5, -0.2]) == (
         "prompt 0, token 1: 9, the baseline has 2 (log probabilities 0.800 apart)"
     )

@@ -70,6 +70,16 @@ def test_the_front_is_what_nothing_without_fault_beats():
     ]
 
 
+def test_of_rows_alike_in_cost_or_in_gain_only_the_better_is_on_the_front():
+    rows = [row("a", 1, 2.0, 500), row("b", 1, 2.0, 600), row("c", 1, 3.0, 600), row("d", 1, 4.0, 601)]
+    assert [point["key"] for point in verdict.front(rows)] == ["b1", "d1"]
+
+
+def test_small_steps_in_cost_do_not_add_up_to_a_choice_that_costs_more():
+    rows = [row("a", 1, 2.0, 500), row("b", 1, 2.03, 510), row("c", 1, 2.06, 520)]
+    assert [choice["key"] for choice in verdict.choices(rows)] == ["b1"]
+
+
 def test_choices_differ_by_enough_to_choose_between_them():
     rows = [row("a", 1, 2.0, 500), row("b", 1, 2.03, 510), row("a", 8, 4.0, 530), row("a", 16, 8.0, 700)]
     assert len(verdict.front(rows)) == 4
@@ -85,10 +95,11 @@ def test_the_verdict_names_a_target_and_a_command():
 
 
 @pytest.mark.parametrize(
-    ("number", "said"), [(4.001, "4.01"), (4.0, "4"), (12.34, "12.4"), (1234.5, "1240"), (0.01234, "0.0124")]
+    ("number", "target"),
+    [(4.001, "4.01"), (4.0, "4"), (1.1, "1.1"), (12.34, "12.4"), (1234.5, "1240"), (0.01234, "0.0124")],
 )
-def test_a_target_is_never_below_what_was_measured(number, said):
-    assert verdict.round_up(number) == said
+def test_a_target_is_never_below_what_was_measured(number, target):
+    assert verdict.round_up(number) == target
 
 
 def test_the_knee_has_the_most_throughput_by_delay():
@@ -124,7 +135,7 @@ def test_a_comparison_tells_what_lies_beyond_noise():
     assert said[0] == (
         "a · 1 users: tpot_p50_ms 10 → 9 (-10.0%, noise ±1.4%), tpot_p99_ms 10 → 9 (-10.0%, noise ±1.4%)"
     )
-    assert said[1] == "b · 1 users: nothing beyond noise"
+    assert said[1] == "b · 1 users: nothing beyond noise"  # 0.13, within the root of 0.1² + 0.1²
     assert said[2] == "c · 1 users: ok → failed"
     assert said[-2:] == ["e · 1 users: new", "d · 1 users: no longer there"]
     once = [row("a", 1, 10, spread=math.nan)]  # one repeat: nobody knows its noise
@@ -216,4 +227,5 @@ def test_what_cannot_fit_is_known_before_it_starts():
     assert fits(tp=2) == "tp=2 needs 2 GPUs, there are 1"
     assert fits(experts=256).startswith("needs 80.9 GiB (weights 79.1, ")
     assert fits(experts=256).endswith("a GPU has 80.0")
+    assert fits(tp=2, gpus=2) is None
     assert fits(tp=2, gpus=2, experts=256) is None

@@ -1,6 +1,6 @@
 """Examples to tokens: the server's own rendering, the split by hash, rows of packed documents, the vocabulary.
 
-What is learned of a conversation is the assistant's next message, its analysis and control tokens included.
+Of a conversation the model learns the assistant's next message with its analysis and control tokens.
 """
 
 import hashlib
@@ -14,21 +14,21 @@ from typing import NamedTuple
 import numpy as np
 
 from conf.limits import CALL, CHANNEL, END, ENDOFTEXT, FIRST_SPECIAL, MESSAGE, RETURN, START, VOCABULARY
-from demo import facts
-from demo.skills import Example, example, sentence
+from demo.training import facts
+from demo.training.skills import Example, example, sentence
+from engine.tokenizer import Tokenizer
 from serve.harmony import any_call_header, call_header, render
-from serve.text import Tokenizer
 
 ROW = 512  # tokens
 STOPS = (RETURN, CALL, ENDOFTEXT)
-HELD_OUT = 20  # one key in so many
+HELD_OUT = 20  # one key in this many is kept from training
 POOL = 512  # documents packed together
 
 tokenizer = cache(Tokenizer)
 
 
 class Document(NamedTuple):
-    """Token ids: what is given, and what is learned, its stop token included."""
+    """Token ids: the prompt, and the completion to learn, with its stop token."""
 
     prompt: list[int]
     completion: list[int]
@@ -51,61 +51,62 @@ def document(e: Example) -> Document:
     if not e.call:
         return Document(prompt, [*completion, CHANNEL, *t.encode("final"), MESSAGE, *t.encode(e.final), RETURN])
     header = call_header(t, e.call.name)
-    if not e.analysis:  # a call was demanded: its header stands in the prompt
-        begun = any_call_header(t)
-        prompt, header = prompt + begun, header[len(begun) :]
+    if not e.analysis:  # tool_choice demands a call: its header is prefilled in the prompt
+        prefilled = any_call_header(t)
+        prompt, header = prompt + prefilled, header[len(prefilled) :]
     return Document(prompt, [*completion, *header, *t.encode(e.call.arguments), CALL])
 
 
 def junk(rng: Random) -> str:
-    """Words of any language and kind, by tokens."""
+    """A few random tokens as text, of any language."""
     t = tokenizer()
     tokens = [rng.randrange(FIRST_SPECIAL) for _ in range(rng.randint(1, 4))]
     return b"".join(map(t.token_bytes, tokens)).decode("utf-8", "ignore").strip() or "?"
 
 
 def training(seed: int, with_junk: bool = True) -> Iterator[Document]:
-    """Documents without end, the same for the same seed."""
+    """Endless documents, the same for the same seed."""
     rng = Random(seed)
     while True:
         e = example(rng, partial(junk, rng) if with_junk else None)
         if not held_out(e.keys + e.before):
-            made = document(e)
-            if len(made.prompt) + len(made.completion) <= ROW:
-                yield made
+            d = document(e)
+            if len(d.prompt) + len(d.completion) <= ROW:
+                yield d
 
 
 def evaluation(skill: str, count: int, seed: int = 0) -> list[Example]:
     """Examples of one of SKILLS that each ask for something held out, all different; fewer than `count` if rare."""
-    rng, found, seen = Random(f"{skill} {seed}"), [], set()
+    rng, seen = Random(f"{skill} {seed}"), set[str]()
+    examples: list[Example] = []
     for _ in range(2000 * count):
         e = example(rng, None, "tools" if skill.startswith("tool") else skill)
         if e.skill == skill and held_out(e.keys) and str(e) not in seen:
-            made = document(e)
-            if len(made.prompt) + len(made.completion) <= ROW:
+            d = document(e)
+            if len(d.prompt) + len(d.completion) <= ROW:
                 seen.add(str(e))
-                found.append(e)
-        if len(found) == count:
+                examples.append(e)
+        if len(examples) == count:
             break
-    return found
+    return examples
 
 
 def rows(documents: Iterator[Document], index: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Packed rows without end: compact tokens, document numbers, and whether a token is learned; [ROW] each.
+    """Endless packed rows: compact tokens, document numbers, and whether a token is learned; [ROW] each.
 
-    `index`: compact token by token. A pool of documents goes into rows, the longest first, each where it fits first.
+    `index`: compact token by token. A pool of documents is packed first-fit, the longest first.
     """
     while True:
         pool = sorted((next(documents) for _ in range(POOL)), key=lambda d: -len(d.prompt) - len(d.completion))
         bins: list[list[Document]] = []
         room: list[int] = []
-        for made in pool:
-            size = len(made.prompt) + len(made.completion)
+        for d in pool:
+            size = len(d.prompt) + len(d.completion)
             place = next((n for n, free in enumerate(room) if free >= size), len(bins))
             if place == len(bins):
                 bins.append([])
                 room.append(ROW)
-            bins[place].append(made)
+            bins[place].append(d)
             room[place] -= size
         for held in bins:
             tokens, numbers, learned = np.zeros(ROW, np.int16), np.full(ROW, -1, np.int16), np.zeros(ROW, bool)
@@ -119,7 +120,7 @@ def rows(documents: Iterator[Document], index: np.ndarray) -> Iterator[tuple[np.
 
 
 def _tokens_of(seed: int, count: int) -> set[int]:
-    return {token for made in islice(training(seed, with_junk=False), count) for part in made for token in part}
+    return {token for made in islice(training(seed, with_junk=False), count) for field in made for token in field}
 
 
 def vocabulary(count: int = 60000) -> list[int]:
@@ -130,19 +131,19 @@ def vocabulary(count: int = 60000) -> list[int]:
     texts += [form.format(c) for c in letters for form in ("{}", " {}", "-{}", "{}'s", '"{}')]
     texts += [*" .,:;?!'\"()-+*/=<>°%$#&\n×÷−", "\n\n", *(f" {sign}" for sign in "→×÷-+*/=−")]
     texts += [form.format(w) for w in facts.WORDS for form in ("{}", " {}", '"{}"', "-{}", "{}s", " {}s")]
-    names = [part for c in facts.countries() for part in (*c, c.name.removeprefix("the "))]
+    names = [name for c in facts.countries() for name in (*c, c.name.removeprefix("the "))]
     for name in [*names, *facts.CITIES, *facts.NAMES, *facts.COLORS, *facts.ANIMALS, *facts.DAYS, *facts.MONTHS]:
         texts += [name, f" {name}", f'"{name}"', f"{name}'s", name.lower(), f" {name.lower()}", sentence(name)]
-    found = {START, END, MESSAGE, CHANNEL, RETURN, CALL, ENDOFTEXT}
+    tokens = {START, END, MESSAGE, CHANNEL, RETURN, CALL, ENDOFTEXT}
     for text in texts:
-        found.update(t.encode(text))
+        tokens.update(t.encode(text))
     with multiprocessing.get_context("spawn").Pool() as pool:
-        parts = pool.starmap(_tokens_of, [(1000 + n, count // 32) for n in range(32)])
-    found.update(*parts)
-    spare = iter(sorted({*range(VOCABULARY)} - found))
-    while (len(found) + 1) % 64:  # with the row for all others a size that matrix products like
-        found.add(next(spare))
-    return sorted(found)
+        sets = pool.starmap(_tokens_of, [(1000 + n, count // 32) for n in range(32)])
+    tokens.update(*sets)
+    spare = iter(sorted({*range(VOCABULARY)} - tokens))
+    while (len(tokens) + 1) % 64:  # with the row for all others a size that matrix products like
+        tokens.add(next(spare))
+    return sorted(tokens)
 
 
 def index_of(tokens: list[int]) -> np.ndarray:

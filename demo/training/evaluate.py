@@ -1,9 +1,9 @@
-"""Held-out exact match by skill: what a running server answers, or whatever else answers examples.
+"""Exact match on held-out examples, by skill: of a running server, or of anything else that answers examples.
 
-    python -m demo.evaluate --url http://127.0.0.1:8000 --count 20
+    python -m demo.training.evaluate --url http://127.0.0.1:8000 --count 20
 
-A server is asked as clients ask: chats with tools, reasoning effort and instructions; plain text to continue. Only what
-depends on the date goes as token ids, since a server dates its chats itself.
+A server gets the requests that clients send: chats with tools, reasoning effort and instructions; plain text to
+continue. Only examples that depend on the date are sent as token ids, since a server dates its chats itself.
 """
 
 import argparse
@@ -19,46 +19,47 @@ from rich.console import Console
 from rich.progress import track
 
 from conf.limits import CALL, ENDOFTEXT, RETURN
-from demo.data import ROW, document, evaluation, tokenizer
-from demo.skills import EFFORTS, SKILLS, Example
+from demo.training.data import ROW, document, evaluation, tokenizer
+from demo.training.skills import EFFORTS, SKILLS, Example
 from serve.harmony import Call, Parser, Turn, any_call_header
 
 
 class Answer(NamedTuple):
-    """What the assistant said in its turn."""
+    """The assistant's message."""
 
     content: str
     reasoning: str = ""
     calls: tuple[Call, ...] = ()
-    valid: bool = False  # it can be read, says or calls something, and ended by itself
+    valid: bool = False  # it parses, has content or a call, and ended by itself
 
 
 Ask = Callable[[list[Example]], Iterable[Answer]]
 
 
 def right(e: Example, answer: Answer) -> bool:
-    """Whether content and calls are the wanted ones; arguments are compared as JSON, the reasoning is free."""
-    wanted = [(e.call.name, json.loads(e.call.arguments))] if e.call else []
+    """Whether content and calls are the expected ones. Arguments are compared as JSON; reasoning is not compared."""
+    expected = [(e.call.name, json.loads(e.call.arguments))] if e.call else []
     try:
         called = [(call.name, json.loads(call.arguments)) for call in answer.calls]
     except ValueError:
         return False
-    return called == wanted and answer.content == (e.text[1] or e.final)
+    return called == expected and answer.content == (e.text[1] or e.final)
 
 
-def read(e: Example, said: list[int]) -> Answer:
+def read(e: Example, tokens: list[int]) -> Answer:
     """The answer in the token ids that follow the prompt of `document(e)`, its stop token included."""
     t = tokenizer()
     if e.text[0]:
-        return Answer(t.decode(said, skip_special=True), valid=said[-1:] == [ENDOFTEXT])
-    begun = any_call_header(t) if e.call and not e.analysis else []
+        return Answer(t.decode(tokens, skip_special=True), valid=tokens[-1:] == [ENDOFTEXT])
+    prefilled = any_call_header(t) if e.call and not e.analysis else []
     try:
-        t.encoding.parse_messages_from_completion_tokens([*begun, *said], Role.ASSISTANT)
-        valid = said[-1:] in ([RETURN], [CALL])
+        t.encoding.parse_messages_from_completion_tokens([*prefilled, *tokens], Role.ASSISTANT)
+        valid = tokens[-1:] in ([RETURN], [CALL])
     except Exception:  # the library raises several kinds
         valid = False
-    parser, texts, calls = Parser(t, begun), {"content": "", "reasoning": ""}, {}
-    for event in [*map(parser.feed, said), parser.finish()]:
+    parser, texts = Parser(t, prefilled), {"content": "", "reasoning": ""}
+    calls: dict[int, Any] = {}
+    for event in [*map(parser.feed, tokens), parser.finish()]:
         if event and event.segment.kind == "call":
             _, arguments = calls.get(id(event.segment), (None, ""))
             calls[id(event.segment)] = (event.segment, arguments + event.text)
@@ -77,19 +78,19 @@ class Report(NamedTuple):
 def report(ask: Ask, count: int, seed: int = 0) -> Report:
     """Asks `count` held-out examples of each skill."""
     examples = [e for skill in SKILLS for e in evaluation(skill, count, seed)]
-    judged = [(e, answer, right(e, answer)) for e, answer in zip(examples, ask(examples), strict=True)]
+    results = [(e, answer, right(e, answer)) for e, answer in zip(examples, ask(examples), strict=True)]
     lines = ["| skill | held-out examples | right | valid |", "|---|---|---|---|"]
     for name in (*SKILLS, "all"):
-        of = [(correct, answer.valid) for e, answer, correct in judged if name in (e.skill, "all")]
-        shares = [f"{100 * sum(values) / len(of):.1f} %" for values in zip(*of, strict=True)]
-        lines.append(f"| {name} | {len(of)} | {' | '.join(shares)} |")
+        flags = [(correct, answer.valid) for e, answer, correct in results if name in (e.skill, "all")]
+        shares = [f"{100 * sum(values) / len(flags):.1f} %" for values in zip(*flags, strict=True)]
+        lines.append(f"| {name} | {len(flags)} | {' | '.join(shares)} |")
     lengths = []
     for effort in EFFORTS:
-        of = [len(answer.reasoning) for e, answer, _ in judged if e.effort == effort and not e.text[0]]
-        lengths.append(f"{effort} {sum(of) / max(len(of), 1):.0f}")
+        sizes = [len(answer.reasoning) for e, answer, _ in results if e.effort == effort and not e.text[0]]
+        lengths.append(f"{effort} {sum(sizes) / max(len(sizes), 1):.0f}")
     lines += ["", f"Characters of analysis by reasoning effort: {', '.join(lengths)}."]
-    wrong = [(e, answer) for e, answer, correct in judged if not (correct and answer.valid)]
-    return Report("\n".join(lines), wrong, sum(correct for _, _, correct in judged) / len(judged))
+    wrong = [(e, answer) for e, answer, correct in results if not (correct and answer.valid)]
+    return Report("\n".join(lines), wrong, sum(correct for _, _, correct in results) / len(results))
 
 
 def mistakes(wrong: list[tuple[Example, Answer]], each: int) -> str:
@@ -97,16 +98,17 @@ def mistakes(wrong: list[tuple[Example, Answer]], each: int) -> str:
     out = []
     for skill in SKILLS:
         for e, answer in [pair for pair in wrong if pair[0].skill == skill][:each]:
-            asked = e.text[0] or " / ".join(turn.content or str(turn.calls) for turn in e.turns)
-            said = f"{answer.reasoning!r} {answer.calls or answer.content!r}{'' if answer.valid else ', invalid'}"
+            question = e.text[0] or " / ".join(turn.content or str(turn.calls) for turn in e.turns)
+            actual = f"{answer.reasoning!r} {answer.calls or answer.content!r}{'' if answer.valid else ', invalid'}"
             out.append(
-                f"[{skill}] {asked}\n  said:   {said}\n  wanted: {e.analysis!r} {e.call or e.text[1] or e.final!r}"
+                f"[{skill}] {question}\n  actual:   {actual}\n"
+                f"  expected: {e.analysis!r} {e.call or e.text[1] or e.final!r}"
             )
     return "\n".join(out)
 
 
 class ServerError(RuntimeError):
-    """A server that does not answer as it should; the message names its URL, what it said and what to do."""
+    """A server that cannot be evaluated; the message names its URL, the error and what to do."""
 
 
 def served(url: str, model: str, streams: int) -> Ask:
@@ -139,11 +141,11 @@ def served(url: str, model: str, streams: int) -> Ask:
         if e.skill == "today":
             return read(e, post("completions", body | {"prompt": prompt, "return_token_ids": True})["token_ids"])
         choice = post("chat/completions", body | chat(e))
-        said, content = choice["message"], choice["message"]["content"] or ""
-        calls = [call["function"] for call in said.get("tool_calls", [])]
+        message, content = choice["message"], choice["message"]["content"] or ""
+        calls = [call["function"] for call in message.get("tool_calls", [])]
         called = tuple(Call(call["name"], call["arguments"]) for call in calls)
         ended = choice["finish_reason"] in ("stop", "tool_calls")
-        return Answer(content, said["reasoning_content"] or "", called, ended and bool(content or calls))
+        return Answer(content, message["reasoning_content"] or "", called, ended and bool(content or calls))
 
     def ask(examples: list[Example]) -> Iterable[Answer]:
         console = Console(stderr=True)
@@ -161,7 +163,7 @@ def served(url: str, model: str, streams: int) -> Ask:
 
 
 def chat(e: Example) -> dict[str, Any]:
-    """The example as a request to /v1/chat/completions, its date apart."""
+    """The example as a request to /v1/chat/completions, without its date."""
     body: dict[str, Any] = {"messages": messages(e.turns), "reasoning_effort": e.effort}
     if e.functions:
         body["tools"] = [{"type": "function", "function": function._asdict()} for function in e.functions]
@@ -171,20 +173,20 @@ def chat(e: Example) -> dict[str, Any]:
 
 
 def messages(turns: list[Turn]) -> list[dict[str, Any]]:
-    """A tool's answer is to the last call before it."""
-    told: list[dict[str, Any]] = []
+    """Turns as messages of the API. A tool's answer belongs to the last call before it."""
+    chat_messages: list[dict[str, Any]] = []
     call_id = ""
     for turn in turns:
-        message = {"role": turn.role, "content": turn.content}
+        message: dict[str, Any] = {"role": turn.role, "content": turn.content}
         if turn.reasoning:
             message["reasoning_content"] = turn.reasoning
         for call in turn.calls:
-            call_id = f"call_{len(told)}"
+            call_id = f"call_{len(chat_messages)}"
             message["tool_calls"] = [{"id": call_id, "type": "function", "function": call._asdict()}]
         if turn.role == "tool":
             message["tool_call_id"] = call_id
-        told.append(message)
-    return told
+        chat_messages.append(message)
+    return chat_messages
 
 
 def main() -> None:
@@ -196,12 +198,12 @@ def main() -> None:
     arguments.add_argument("--mistakes", type=int, default=0, help="wrong answers of each skill to print")
     given = arguments.parse_args()
     try:
-        made = report(served(given.url.rstrip("/"), given.model, given.streams), given.count)
+        result = report(served(given.url.rstrip("/"), given.model, given.streams), given.count)
     except ServerError as error:
         raise SystemExit(str(error)) from error
-    print(made.table)
+    print(result.table)
     if given.mistakes:
-        print("", mistakes(made.wrong, given.mistakes), sep="\n")
+        print("", mistakes(result.wrong, given.mistakes), sep="\n")
 
 
 if __name__ == "__main__":

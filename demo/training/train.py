@@ -1,6 +1,6 @@
-"""Trains the demo model for a given time and writes its bundle; the schedule follows the clock.
+"""Trains the demo model for a given time and writes its bundle; the learning rate follows the clock.
 
-    python -m demo.train --minutes 8 --out build/demo
+    python -m demo.training.train --minutes 8 --out build/demo
 
 Matrices of the layers are updated by Muon (Jordan et al. 2024, in the scaling of arXiv 2502.16982), the rest by AdamW.
 The learning rate rises over the first 3 % of the time and falls linearly to zero. In the last part the experts are
@@ -22,22 +22,22 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from conf.limits import VOCABULARY
 from demo import bundle
-from demo.bundle import Weights
 from demo.checkpoint import DEMO
-from demo.data import ROW, STOPS, document, index_of, rows, training, vocabulary
-from demo.evaluate import Answer, Ask, mistakes, read, report
-from demo.model import computed, generate, initial, loss
-from demo.skills import Example
-from engine.checkpoint import Architecture
+from demo.training.data import ROW, STOPS, document, index_of, rows, training, vocabulary
+from demo.training.evaluate import Answer, Ask, mistakes, read, report
+from demo.training.model import computed, generate, initial, loss
+from demo.training.packing import Weights, unpack, write
+from demo.training.skills import Example
+from engine.architecture import Architecture
 from engine.model import rope_tables
 
 WARM_UP = 0.03  # of the time
 
 
 class Rows(IterableDataset):
-    """Endless packed rows, other ones in every worker.
+    """Endless packed rows, different in every worker.
 
-    A worker makes the index itself: pickled it is larger than a pipe holds, and the workers would start one by one.
+    A worker builds the index itself: pickled it is larger than a pipe's buffer, and the workers would start one by one.
     """
 
     def __init__(self, tokens: list[int], seed: int) -> None:
@@ -49,7 +49,7 @@ class Rows(IterableDataset):
 
 
 class Muon:
-    """Momentum, made orthogonal by Newton-Schulz. Matrices of one shape are stacked and updated together."""
+    """Momentum, orthogonalised by Newton-Schulz. Matrices of one shape are stacked and updated together."""
 
     def __init__(self, parameters: list[Tensor], momentum: float = 0.95, decay: float = 0.05) -> None:
         self.momentum, self.decay = momentum, decay
@@ -61,7 +61,7 @@ class Muon:
     @torch.no_grad()
     def step(self, rate: float) -> None:
         for shape, group in self.groups.items():
-            gradient, velocity = torch.stack([p.grad for p in group]), self.velocity[shape]
+            gradient, velocity = torch.stack([p.grad for p in group if p.grad is not None]), self.velocity[shape]
             velocity.lerp_(gradient, 1 - self.momentum)
             update = orthogonal(gradient.lerp(velocity, self.momentum)) * (0.2 * math.sqrt(max(shape[-2:])) * rate)
             torch._foreach_mul_(group, 1 - rate * self.decay)
@@ -69,7 +69,7 @@ class Muon:
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrices, roughly: five steps of a quintic iteration. [..., rows, columns]."""
+    """[..., rows, columns] -> roughly the nearest semi-orthogonal matrices, by five steps of a quintic iteration."""
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
@@ -93,23 +93,23 @@ def answering(w: Weights, a: Architecture, tokens: list[int], device: torch.devi
 
     def ask(examples: list[Example]) -> list[Answer]:
         prompts = [index[document(e).prompt].tolist() for e in examples]
-        said = generate(w, a, prompts, index[list(STOPS)].tolist(), ROW, cos, sin)
-        return [read(e, [known[token] for token in answer]) for e, answer in zip(examples, said, strict=True)]
+        answers = generate(w, a, prompts, index[list(STOPS)].tolist(), ROW, cos, sin)
+        return [read(e, [known[token] for token in answer]) for e, answer in zip(examples, answers, strict=True)]
 
     return ask
 
 
 def train(a: Architecture, given: argparse.Namespace) -> None:
-    """`given` as of `parser`. Writes the bundle, its hash, the evaluation and how it came about into `given.out`."""
+    """Train with the arguments of `parser`; writes bundle, hash, evaluation and the arguments into `given.out`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.set_float32_matmul_precision("high")
     out = Path(given.out)
     out.mkdir(parents=True, exist_ok=True)
-    begun = time.monotonic()
+    begin = time.monotonic()
     if given.start:
         earlier = Path(given.start)
-        weights, tokens = bundle.unpacked(bundle.read(earlier, bundle.digest_of(earlier)))
+        weights, tokens = unpack(bundle.read(earlier, bundle.digest_of(earlier)))
     else:
         weights, tokens = {}, vocabulary(given.vocabulary_sample)
     loader = iter(
@@ -138,17 +138,17 @@ def train(a: Architecture, given: argparse.Namespace) -> None:
         return cross.detach(), uneven.detach()
 
     share, step = 0.0, 0
-    losses()  # compiles
+    losses()  # the first call compiles
     print(
         f"{len(tokens)} tokens, {sum(p.numel() for p in weights.values()) / 1e6:.1f} M parameters, "
-        f"first pass after {time.monotonic() - begun:.0f} s",
+        f"first pass after {time.monotonic() - begin:.0f} s",
         flush=True,
     )
     start, reported = time.monotonic(), 0.0
-    available = begun + 60 * given.minutes - start
+    available = begin + 60 * given.minutes - start
     if available <= 0:
         raise SystemExit(
-            f"--minutes {given.minutes:g}: all spent before the first step, {start - begun:.0f} s after the start"
+            f"--minutes {given.minutes:g}: all spent before the first step, {start - begin:.0f} s after the start"
         )
     while share < 1:
         for p in weights.values():
@@ -169,10 +169,10 @@ def train(a: Architecture, given: argparse.Namespace) -> None:
             )
         if share >= reported + 0.2 and share < 0.95:
             reported = share
-            bundle.write(out / "model.safetensors", weights, tokens)
+            write(out / "model.safetensors", weights, tokens)
             ready = computed(weights, dtype, True)
             print(report(answering(ready, a, tokens, device), max(1, given.count // 4)).table, flush=True)
-    bundle.write(out / "model.safetensors", weights, tokens)
+    write(out / "model.safetensors", weights, tokens)
     result = report(answering(computed(weights, dtype, True), a, tokens, device), given.count)
     print(result.table)
     (out / "evaluation.md").write_text(result.table + "\n")

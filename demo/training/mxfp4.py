@@ -35,7 +35,7 @@ def _quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rounded(weight: Tensor) -> Tensor:
-    """What is left of weight [..., K] float32 after packing; the gradient passes as if nothing had happened."""
+    """weight [..., K] float32 as it is after packing; the gradient passes straight through."""
     with torch.no_grad():
         values, exponents = _quantise(weight)
         change = torch.ldexp(values, exponents).flatten(-2) - weight

@@ -72,14 +72,14 @@ SB the Solomon Islands|Honiara; TO Tonga|Nuku'alofa; TV Tuvalu|Funafuti; VU Vanu
 
 @cache
 def countries() -> list[Country]:
-    found: list[Country] = []
+    listed: list[Country] = []
     for continent, table in _COUNTRIES.items():
         for entry in table.split(";"):
             code, rest = entry.strip().split(" ", 1)
             name, capital = rest.split("|")
             *words, last = get_currency_name(get_territory_currencies(code)[0], locale="en").split()
-            found.append(Country(name, capital, continent, " ".join([*words, last.lower()])))
-    return found
+            listed.append(Country(name, capital, continent, " ".join([*words, last.lower()])))
+    return listed
 
 
 WORDS = sorted(

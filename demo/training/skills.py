@@ -1,7 +1,7 @@
 """What the demo model can do: a generator of questions and worked answers for each skill, and conversations of them.
 
 Every answer is a function of its question, so that exact match is a fair measure. Knows no tokens. Keys name the facts,
-operands or phrasings that an example rests on: `demo.data` keeps some of them from training.
+operands or phrasings that an example rests on: `demo.training.data` keeps some of them from training.
 """
 
 import datetime
@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from demo import facts, phrases, tools
-from demo.sums import count_steps, divide_steps, number, operand_key, operands, spaced, times_digit_steps, work
+from demo.training import facts, phrases, tools
+from demo.training.sums import count_steps, divide_steps, number, operand_key, operands, spaced, times_digit_steps, work
 from serve.harmony import Call, Function, Turn
 
 EFFORTS = ("low", "medium", "high")
@@ -54,8 +54,8 @@ class Example:
     final: str = ""
     call: Call | None = None
     text: tuple[str, str] = ("", "")  # given and continued
-    keys: tuple[str, ...] = ()  # what is asked
-    before: tuple[str, ...] = ()  # the same of earlier turns
+    keys: tuple[str, ...] = ()  # of the question
+    before: tuple[str, ...] = ()  # keys of earlier turns
 
 
 def sentence(text: str) -> str:
@@ -76,11 +76,11 @@ def arithmetic(rng: Random) -> Task:
     a, b = operands(rng, op)
     if op in phrases.STORIES and rng.random() < 0.2:
         return story(rng, op)
-    said = rng.choice(phrases.SAID[op] if rng.random() < 0.5 else phrases.SAID[op][:2]).format(a=a, b=b)
+    phrase = rng.choice(phrases.SAID[op] if rng.random() < 0.5 else phrases.SAID[op][:2]).format(a=a, b=b)
     steps, result = work(a, op, b)
     value = int(result) if result.lstrip("-").isdigit() else None
     return Task(
-        rng.choice(phrases.ASK).format(said),
+        rng.choice(phrases.ASK).format(phrase),
         f"The user asks for {a} {op} {b}.",
         steps,
         f"{a} {op} {b} = {result}",
@@ -93,14 +93,14 @@ def arithmetic(rng: Random) -> Task:
 def story(rng: Random, op: str) -> Task:
     a, b = rng.randint(2, 99), rng.randint(2, 9 if op == "*" else 99)
     a, b = (max(a, b), min(a, b)) if op == "-" else (a, b)
-    said, told = rng.choice(phrases.STORIES[op])
+    story, ending = rng.choice(phrases.STORIES[op])
     steps, result = work(a, op, b)
     slots = {"a": a, "b": b, "w": rng.choice(phrases.THINGS), "n": rng.choice(facts.NAMES), "r": result}
     return Task(
-        said.format(**slots),
+        story.format(**slots),
         f"This is {a} {op} {b}.",
         steps,
-        told.format(**slots),
+        ending.format(**slots),
         operand_key(a, op, b),
         result,
         int(result),
@@ -113,16 +113,16 @@ def story(rng: Random, op: str) -> Task:
 def country_fact(kind: str, country: facts.Country, question: str, key: str) -> Task:
     name, title = country.name, sentence(country.name)
     if kind == "capital":
-        told, short = f"The capital of {name} is {country.capital}.", country.capital
+        answer, short = f"The capital of {name} is {country.capital}.", country.capital
     elif kind == "continent":
-        told, short = f"{title} is in {country.continent}.", country.continent
+        answer, short = f"{title} is in {country.continent}.", country.continent
     else:
-        told, short = f"The currency of {name} is the {country.currency}.", country.currency
+        answer, short = f"The currency of {name} is the {country.currency}.", country.currency
     return Task(
         question,
         f"The user asks for the {kind} of {name}.",
         f"{title}: {short}.",
-        told,
+        answer,
         f"{kind} {name} {key}",
         short,
         country,
@@ -279,16 +279,16 @@ def date_shift(rng: Random) -> Task:
             size, name = facts.MONTH_DAYS[end_month], facts.MONTHS[end_month]
             steps += f" {name} has {size}: {size}{end if end else '-0'}={end + size} {name}."
             end += size
-    told, word = f"{facts.MONTHS[end_month]} {end}", "after" if later else "before"
+    answer, word = f"{facts.MONTHS[end_month]} {end}", "after" if later else "before"
     written = start if rng.random() < 0.7 else f"{day} {facts.MONTHS[month]}"
     question = rng.choice(phrases.DATE_SHIFT).format(n=count, p="day" if count == 1 else "days", w=word, d=written)
     return Task(
         question,
         f"The user asks for the date {counted(count, 'days')} {word} {start}.",
         steps,
-        f"It is {told}.",
+        f"It is {answer}.",
         f"date {start} {count} {later}",
-        told,
+        answer,
     )
 
 
@@ -310,17 +310,17 @@ def date_between(rng: Random) -> Task:
 def today(rng: Random, date: datetime.date) -> Task:
     """`date` is what the system message says."""
 
-    def said(day: datetime.date) -> str:
+    def spoken(day: datetime.date) -> str:
         return f"{facts.MONTHS[day.month - 1]} {day.day}, {day.year}"
 
     kind = rng.choice([phrases.TODAY, phrases.TODAY, phrases.TOMORROW, phrases.YEAR, phrases.MONTH])
     question, steps = rng.choice(kind), f"Current date: {date.isoformat()}."
     if kind is phrases.TODAY:
-        final, short = f"Today is {said(date)}.", said(date)
+        final, short = f"Today is {spoken(date)}.", spoken(date)
     elif kind is phrases.TOMORROW:
-        following = date + datetime.timedelta(days=1)
-        steps += f" The next day: {following.isoformat()}."
-        final, short = f"Tomorrow is {said(following)}.", said(following)
+        tomorrow = date + datetime.timedelta(days=1)
+        steps += f" The next day: {tomorrow.isoformat()}."
+        final, short = f"Tomorrow is {spoken(tomorrow)}.", spoken(tomorrow)
     elif kind is phrases.YEAR:
         final, short = f"It is {date.year}.", str(date.year)
     else:
@@ -368,13 +368,13 @@ def units(rng: Random) -> Task:
         names = facts.SYMBOLS[source], facts.SYMBOLS[target]
     question = rng.choice(phrases.CONVERT).format(a=amount, u=names[0], v=names[1])
     short = counted(result, target)
-    asked = counted(amount, source)
+    quantity = counted(amount, source)
     key = question if amount == 1 else str(amount)  # one of a unit is a word of its own: never kept apart altogether
     return Task(
         question,
-        f"The user wants {asked} in {target}.",
+        f"The user wants {quantity} in {target}.",
         f"{counted(1, big)} = {factor} {small}. {steps}",
-        f"{asked} = {short}",
+        f"{quantity} = {short}",
         f"units {source} {target} {key}",
         short,
     )
@@ -419,11 +419,11 @@ def letters_of(kind: str, word: str, question: str, letter: str = "") -> Task:
         short, steps = str(len(word)), f"{' '.join(f'{c}{n}' for n, c in enumerate(word, 1))}."
         final = f"{word} has {short} letters."
     elif kind == "count one":
-        seen, parts = 0, []
+        seen, marks = 0, []
         for c in word:
             seen += c == letter
-            parts.append(f"{c}{seen}" if c == letter else c)
-        short, steps = str(seen), f"{' '.join(parts)}. {letter}: {seen}."
+            marks.append(f"{c}{seen}" if c == letter else c)
+        short, steps = str(seen), f"{' '.join(marks)}. {letter}: {seen}."
         final = f"The letter {letter} appears {counted(seen, 'times')} in {word}."
     else:
         short = word[0] if kind == "first" else word[-1]
@@ -441,17 +441,17 @@ def letters_of(kind: str, word: str, question: str, letter: str = "") -> Task:
 
 def letters(rng: Random) -> Task:
     word = rng.choice(facts.WORDS)
-    said = f'"{word}"' if rng.random() < 0.4 else word
+    quoted = f'"{word}"' if rng.random() < 0.4 else word
     kind = rng.choice(["spell", "reverse", "reverse", "count", "count one", "count one", rng.choice(["first", "last"])])
     letter = ""
     if kind == "count one":
         letter = rng.choice(word) if rng.random() < 0.8 else rng.choice("abcdefghijklmnopqrstuvwxyz")
-        question = rng.choice(phrases.COUNT_ONE).format(c=letter, w=said)
+        question = rng.choice(phrases.COUNT_ONE).format(c=letter, w=quoted)
     elif kind in ("first", "last"):
-        question = rng.choice(phrases.ENDS).format(p=kind, w=said, v="begin" if kind == "first" else "end")
+        question = rng.choice(phrases.ENDS).format(p=kind, w=quoted, v="begin" if kind == "first" else "end")
     else:
         templates = {"spell": phrases.SPELL, "reverse": phrases.REVERSE, "count": phrases.COUNT}[kind]
-        question = rng.choice(templates).format(said)
+        question = rng.choice(templates).format(quoted)
     return letters_of(kind, word, question, letter)
 
 
@@ -493,10 +493,10 @@ def list_of_numbers(rng: Random) -> Task:
             question, f"The user asks for the {name} number.", steps, f"The {name} number is {best}.", key, str(best)
         )
     down = kind > 0.75
-    told = ", ".join(map(str, reversed(ordered) if down else ordered))
+    answer = ", ".join(map(str, reversed(ordered) if down else ordered))
     question = rng.choice(phrases.SORT).format(l=listed, d=rng.choice(phrases.DOWN if down else phrases.UP))
-    steps += f" Turned: {told}." if down else ""
-    return Task(question, "The user wants numbers in order.", steps, told, key)
+    steps += f" Turned: {answer}." if down else ""
+    return Task(question, "The user wants numbers in order.", steps, answer, key)
 
 
 def list_of_words(rng: Random) -> Task:
@@ -526,9 +526,9 @@ def chat(rng: Random) -> Task:
             f"name {name} {template}",
         )
     about = rng.choice([*phrases.CHAT, "who I am"])
-    final, asked = phrases.CHAT[about]
+    final, questions = phrases.CHAT[about]
     opening = "" if about == "a greeting" else rng.choice(phrases.OPENINGS)
-    question = f"{opening}{rng.choice(asked)}{rng.choice(phrases.CLOSINGS)}"
+    question = f"{opening}{rng.choice(questions)}{rng.choice(phrases.CLOSINGS)}"
     intent = f"This is about {about}." if about.startswith(("who", "what", "how")) else f"This is {about}."
     return Task(question, intent, f"{sentence(about)}.", final, f"chat {question.lower()}")
 
@@ -543,12 +543,12 @@ def refuse(rng: Random, junk: Callable[[], str] | None = None) -> Task:
         question, intent, needs = make(rng).question, "No tool for this is there.", make.__name__
     else:
         slots = (rng.choice(facts.WORDS), rng.randint(1900, 2030), rng.choice(facts.countries()).name)
-        unknown = junk is not None and rng.random() < 0.4
-        if unknown:
-            slots = (junk(), *slots[1:])
+        unknown = False
+        if junk is not None and rng.random() < 0.4:
+            unknown, slots = True, (junk(), *slots[1:])
 
         def drawn(templates: list[str]) -> str:
-            return rng.choice([said for said in templates if "{0}" in said or not unknown]).format(*slots)
+            return rng.choice([template for template in templates if "{0}" in template or not unknown]).format(*slots)
 
         if unknown and rng.random() < 0.6:
             blank = [
@@ -600,10 +600,10 @@ def then_country(rng: Random) -> tuple[Task, Task]:
     while first.final.startswith(("Yes", "No")):
         first = countries(rng)
     kinds = ("capital", "continent", "currency")
-    asked = next((kind for kind in kinds if first.key.startswith(f"{kind} {first.value.name}")), "")
-    if asked and rng.random() < 0.5:
+    kind = next((kind for kind in kinds if first.key.startswith(f"{kind} {first.value.name}")), "")
+    if kind and rng.random() < 0.5:
         other, template = rng.choice(facts.countries()), rng.choice(phrases.AND_COUNTRY)
-        return first, country_fact(asked, other, template.format(other.name), f"{template} {first.value.name}")
+        return first, country_fact(kind, other, template.format(other.name), f"{template} {first.value.name}")
     kind, question = rng.choice(phrases.AND_FACT)
     return first, country_fact(kind, first.value, question, f"{question} {first.question}")
 
@@ -627,11 +627,11 @@ def then_memory(rng: Random) -> tuple[Task, Task]:
         }[what]
     )
     tell, ask = rng.choice(phrases.REMEMBER), rng.choice(phrases.RECALL)
-    told, steps = f"I see: your {what} is {thing}.", f"{sentence(what)}: {thing}."
+    answer, steps = f"I see: your {what} is {thing}.", f"{sentence(what)}: {thing}."
     if what == "name":
-        told = f"Hello {thing}! How can I help you?"
+        answer = f"Hello {thing}! How can I help you?"
     return (
-        Task(tell.format(what, thing), "The user tells me something.", steps, told, f"tell {what} {thing} {tell}"),
+        Task(tell.format(what, thing), "The user tells me something.", steps, answer, f"tell {what} {thing} {tell}"),
         Task(
             ask.format(what),
             f"The user told me the {what}.",
@@ -723,7 +723,8 @@ def tool_use(rng: Random, effort: str, date: datetime.date) -> Example:
     use = make(rng)
     functions = tools.offered(rng, use.function, without=[make.__name__])
     turns, _ = preface(rng)
-    draw, earlier = rng.random(), ()
+    draw = rng.random()
+    earlier: tuple[str, ...] = ()
     if draw < 0.15:
         before = make(rng)
         if before.function.name == use.function.name and [*before.arguments] == [*use.arguments]:
@@ -783,10 +784,9 @@ def plain(rng: Random) -> Example:
         (f"The first letter of {word} is", f" {word[0]}."),
     ]
     given, continued = rng.choice(texts)
+    keys: tuple[str, ...] = (f"plain {given}",)
     if given.startswith(f"{a} "):
         keys = (operand_key(a, "+", b),)
-    elif "day " in given or "month" in given:  # too few to keep any apart
+    elif "day " in given or "month" in given:  # too few to keep some from training
         keys = ()
-    else:
-        keys = (f"plain {given}",)
     return Example("plain", text=(given, continued), keys=keys)

@@ -1,6 +1,6 @@
-"""GPT-OSS in plain torch for training: all experts computed, rows of packed documents, a compact vocabulary.
+"""GPT-OSS in plain torch for training: every expert computed for every token, packed documents, a compact vocabulary.
 
-The vocabulary is the tokens of the demo and, last, one row for all others. Knows neither data nor optimisers.
+The vocabulary is the tokens that the demo knows and, last, one row for all others. Knows neither data nor optimisers.
 """
 
 import math
@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from conf.limits import VOCABULARY
-from demo import mxfp4
-from demo.bundle import EXPERTS, Weights
-from engine.checkpoint import Architecture
+from demo.training import mxfp4
+from demo.training.packing import EXPERTS, Weights
+from engine.architecture import Architecture
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -31,7 +31,7 @@ def initial(a: Architecture, rows: int, seed: int, device: torch.device | str) -
     def flat(*size: int, value: float = 0.0) -> Tensor:
         return torch.full(size, value, device=device)
 
-    small = (2 * a.layers) ** -0.5  # of what is added to the residual stream
+    small = (2 * a.layers) ** -0.5  # for the layers whose output is added to the residual stream
     w = {EMBEDDING: normal(rows, a.hidden, deviation=0.5)}
     for n in range(a.layers):
         layer, attention, mlp = (f"model.layers.{n}.{part}" for part in ("", "self_attn.", "mlp."))
@@ -60,9 +60,9 @@ def initial(a: Architecture, rows: int, seed: int, device: torch.device | str) -
 
 
 def computed(w: Weights, dtype: torch.dtype, quantised: bool) -> Weights:
-    """The weights as they are computed with: in `dtype`, the experts rounded to MXFP4 if `quantised`.
+    """The weights as the forward uses them: in `dtype`, the experts rounded to MXFP4 if `quantised`.
 
-    Embeddings stay as they are and are rounded when looked up: the gradients of frequent tokens are sums of thousands.
+    Embeddings stay in float32 and are rounded after the lookup: a frequent token's gradient is a sum of thousands.
     """
     return {
         name: p if name == EMBEDDING else (mxfp4.rounded(p) if quantised and name.endswith(EXPERTS) else p).to(dtype)
@@ -71,6 +71,7 @@ def computed(w: Weights, dtype: torch.dtype, quantised: bool) -> Weights:
 
 
 def embedded(w: Weights, tokens: Tensor) -> Tensor:
+    """tokens [B, T] -> x [B, T, H] in the dtype of the forward."""
     return F.embedding(tokens, w[EMBEDDING]).to(w["lm_head.weight"].dtype)
 
 
@@ -87,7 +88,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def queries_keys_values(
     w: Weights, a: Architecture, name: str, x: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """x [B, T, H] -> rotated queries, scaled, [B, kv, group * T, D]; rotated keys and values [B, kv, T, D]."""
     batch, length, _ = x.shape
     q, k, v = (
@@ -107,38 +108,44 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, seen: Tensor) -> Tens
     scores = scores.masked_fill(~seen[:, None, None], -math.inf)
     sink = sinks.float().view(1, kv_heads, -1, 1, 1)
     peak = torch.maximum(scores.amax(-1, keepdim=True), sink).detach()
-    shares = torch.exp(scores - peak)
-    shares = shares / (shares.sum(-1, keepdim=True) + torch.exp(sink - peak))
-    out = shares.to(v.dtype).view(batch, kv_heads, -1, k.shape[2]) @ v  # [B, kv, group * T, D]
+    weights = torch.exp(scores - peak)
+    weights = weights / (weights.sum(-1, keepdim=True) + torch.exp(sink - peak))
+    out = weights.to(v.dtype).view(batch, kv_heads, -1, k.shape[2]) @ v  # [B, kv, group * T, D]
     return out.view(batch, kv_heads, -1, length, dim).permute(0, 3, 1, 2, 4).reshape(batch, length, -1)
 
 
 def experts(w: Weights, a: Architecture, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [B, T, H] -> the chosen experts' weighted sum, computed over all; and how uneven the choice is, 1 at best."""
+    """x [B, T, H] -> the chosen experts' weighted sum [B, T, H], and how uneven the choice of experts is; 1: even.
+
+    All experts are computed; those that were not chosen have the routing weight 0.
+    """
     logits = F.linear(x, w[f"{name}router.weight"], w[f"{name}router.bias"]).float()  # [B, T, E]
     top, chosen = logits.topk(a.experts_per_token)
-    shares = torch.zeros_like(logits).scatter(-1, chosen, top.softmax(-1))
-    load = (shares > 0).float().mean((0, 1)) * a.experts / a.experts_per_token
+    routing = torch.zeros_like(logits).scatter(-1, chosen, top.softmax(-1))
+    load = (routing > 0).float().mean((0, 1)) * a.experts / a.experts_per_token
     uneven = (load.detach() * logits.softmax(-1).mean((0, 1))).sum()
     name += "experts."
     both = F.linear(x, w[f"{name}gate_up_proj"].flatten(0, 1), w[f"{name}gate_up_proj_bias"].flatten())
     gate, up = both.view(*x.shape[:2], a.experts, a.intermediate, 2).float().unbind(-1)
     gate, up = gate.clamp(max=a.swiglu_limit), up.clamp(-a.swiglu_limit, a.swiglu_limit)
-    inner = gate * torch.sigmoid(1.702 * gate) * (up + 1) * shares.unsqueeze(-1)  # [B, T, E, I]
+    inner = gate * torch.sigmoid(1.702 * gate) * (up + 1) * routing.unsqueeze(-1)  # [B, T, E, I]
     down = w[f"{name}down_proj"].permute(1, 0, 2).flatten(1)  # [H, E * I]
     out = F.linear(inner.to(x.dtype).flatten(2), down)
-    return out + shares.to(x.dtype) @ w[f"{name}down_proj_bias"], uneven
+    return out + routing.to(x.dtype) @ w[f"{name}down_proj_bias"], uneven
 
 
 def forward(
     w: Weights, a: Architecture, tokens: Tensor, documents: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """tokens, documents [B, T]; cos, sin [T, D/2] -> logits [B, T, rows] and the mean unevenness of the layers."""
+    """tokens, documents [B, T]; cos, sin [T, D/2] -> logits [B, T, rows] and the layers' mean unevenness.
+
+    A token sees only tokens of its own document.
+    """
     at = torch.arange(tokens.shape[1], device=tokens.device)
     distance = at[:, None] - at[None]
     same = (documents[:, :, None] == documents[:, None]) & (distance >= 0)  # [B, T, T]
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    x, uneven = embedded(w, tokens), 0.0
+    x, uneven = embedded(w, tokens), torch.zeros((), device=tokens.device)
     for n, window in enumerate(a.windows):
         layer, attention, mlp = (f"model.layers.{n}.{part}" for part in ("", "self_attn.", "mlp."))
         seen = same if window is None else same & (distance < window)
@@ -153,9 +160,9 @@ def forward(
 def loss(
     w: Weights, a: Architecture, tokens: Tensor, documents: Tensor, learned: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Mean cross entropy of the tokens that are `learned` [B, T], and the layers' unevenness.
+    """Mean cross entropy over the `learned` tokens (bool [B, T]), and the layers' unevenness.
 
-    The last row stands for all tokens that have none of their own: its probability counts as often.
+    The last row stands for all tokens that have no row of their own: its probability counts once for each of them.
     """
     logits, uneven = forward(w, a, tokens, documents, cos, sin)
     rows = logits.shape[-1]
@@ -172,9 +179,10 @@ def loss(
 def generate(
     w: Weights, a: Architecture, prompts: list[list[int]], stops: list[int], limit: int, cos: Tensor, sin: Tensor
 ) -> list[list[int]]:
-    """Greedy continuations, each up to and with its stop token, of `limit` tokens with their prompts at most.
+    """Greedy continuations, each with its stop token; prompt and continuation have at most `limit` tokens together.
 
-    All rows take the same position in a step: those whose prompt has not ended read it on, the others what they said.
+    All rows are at the same position in a step: a row still in its prompt takes the next prompt token, another one the
+    token that it generated.
     """
     device, dtype, count = cos.device, w["lm_head.weight"].dtype, len(prompts)
     given = torch.full((count, limit), -1, device=device)
@@ -197,15 +205,15 @@ def generate(
             x = x + F.linear(h, w[f"{attention}o_proj.weight"], w[f"{attention}o_proj.bias"])
             x = x + experts(w, a, mlp, rms_norm(x, w[f"{layer}post_attention_layernorm.weight"], a.norm_eps))[0]
         logits = F.linear(rms_norm(x[:, 0], w["model.norm.weight"], a.norm_eps), w["lm_head.weight"])
-        said = torch.where(given[:, t + 1] >= 0, given[:, t + 1], logits.argmax(-1))
-        ours = given[:, t + 1] < 0
-        given[:, t + 1] = torch.where(done, stop[0], said)
-        done |= ours & torch.isin(said, stop)
+        token = torch.where(given[:, t + 1] >= 0, given[:, t + 1], logits.argmax(-1))
+        generated = given[:, t + 1] < 0
+        given[:, t + 1] = torch.where(done, stop[0], token)
+        done |= generated & torch.isin(token, stop)
         if t % 16 == 15 and bool(done.all()):
             break
     out = []
     for row, prompt in zip(given.tolist(), prompts, strict=True):
-        said = row[len(prompt) :]
-        end = next((n + 1 for n, token in enumerate(said) if token in stops or token < 0), len(said))
-        out.append([token for token in said[:end] if token >= 0])
+        answer = row[len(prompt) :]
+        end = next((n + 1 for n, token in enumerate(answer) if token in stops or token < 0), len(answer))
+        out.append([token for token in answer[:end] if token >= 0])
     return out

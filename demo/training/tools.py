@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from demo import facts, phrases
-from demo.sums import number, operand_key
+from demo.training import facts, phrases
+from demo.training.sums import number, operand_key
 from serve.harmony import Function
 
 
 @dataclass(frozen=True)
 class Use:
-    """One use of one tool: what is asked, what is called, what comes back and what is said then."""
+    """One use of one tool: question, call, result and final answer."""
 
     question: str
     function: Function
@@ -31,16 +31,16 @@ class Use:
         name = self.function.name
         if effort == "low":
             return f"Use {name}."
-        said = f"The user wants {self.about}. I call {name}."
+        sentence = f"The user wants {self.about}. I call {name}."
         if effort == "medium":
-            return said
-        return f"{said} Its arguments are {', '.join(self.arguments)}. Then I can answer."
+            return sentence
+        return f"{sentence} Its arguments are {', '.join(self.arguments)}. Then I can answer."
 
     def result_analysis(self, effort: str) -> str:
         if effort == "low":
             return f"{self.function.name} answered."
-        said = f"{self.function.name} answered: {self.result}."
-        return said if effort == "medium" else f"{said} The user wanted {self.about}. So I answer: {self.final}"
+        sentence = f"{self.function.name} answered: {self.result}."
+        return sentence if effort == "medium" else f"{sentence} The user wanted {self.about}. So I answer: {self.final}"
 
 
 def _described(
@@ -112,14 +112,14 @@ def calculator(rng: Random) -> Use:
         function = _described(rng, name, text, {key: ("string", words)})
         arguments: dict[str, Any] = {key: expression}
     else:
-        words = {"+": "add", "-": "subtract", "*": "multiply", "/": "divide"}
+        verbs = {"+": "add", "-": "subtract", "*": "multiply", "/": "divide"}
         parameters = {
             "operation": ("string", "What to do"),
             "a": ("number", "First number"),
             "b": ("number", "Second number"),
         }
-        function = _described(rng, name, text, parameters, operation=list(words.values()))
-        arguments = {"operation": words[op], "a": a, "b": b}
+        function = _described(rng, name, text, parameters, operation=list(verbs.values()))
+        arguments = {"operation": verbs[op], "a": a, "b": b}
     answer = rng.choice([str(result), json.dumps({"result": result}), json.dumps({"value": result})])
     return Use(question, function, arguments, answer, f"{expression} = {result}", expression, operand_key(a, op, b))
 
@@ -157,8 +157,8 @@ def money(rng: Random) -> Use:
         {"amount": ("number", "The amount"), left: ("string", "Currency code"), right: ("string", "Currency code")},
     )
     codes = (facts.MONEY[source], facts.MONEY[target])
-    said = [(source, target), codes][rng.random() < 0.5]
-    question = rng.choice(phrases.MONEY).format(amount, *said)
+    pair = [(source, target), codes][rng.random() < 0.5]
+    question = rng.choice(phrases.MONEY).format(amount, *pair)
     answer = rng.choice(
         [str(result), json.dumps({"result": result}), json.dumps({"amount": result, "currency": codes[1]})]
     )
@@ -244,7 +244,7 @@ def message(rng: Random) -> Use:
 
 def search(rng: Random) -> Use:
     words = " ".join(rng.sample(facts.WORDS, rng.randint(1, 3)))
-    found, key = " ".join(rng.sample(facts.WORDS, rng.randint(2, 4))), rng.choice(["query", "q", "text", "keywords"])
+    title, key = " ".join(rng.sample(facts.WORDS, rng.randint(2, 4))), rng.choice(["query", "q", "text", "keywords"])
     function = _described(
         rng,
         rng.choice(["search", "web_search", "find", "search_documents"]),
@@ -252,8 +252,8 @@ def search(rng: Random) -> Use:
         {key: ("string", rng.choice(["What to search", "The query"]))},
     )
     question = rng.choice(phrases.SEARCH).format(words)
-    result = rng.choice([found, json.dumps({"title": found}), json.dumps({"results": [found]})])
-    return Use(question, function, {key: words}, result, f"I found: {found}", words, f"search {words}")
+    result = rng.choice([title, json.dumps({"title": title}), json.dumps({"results": [title]})])
+    return Use(question, function, {key: words}, result, f"I found: {title}", words, f"search {words}")
 
 
 def population(rng: Random) -> Use:

@@ -1,0 +1,77 @@
+"""A rank's process: what `serve.py` spawns, one a GPU.
+
+Rank 0 leads: it schedules and talks to the HTTP process through two sockets. The others follow its steps. Knows
+processes, sockets and the order of a start; nothing of what a step computes.
+"""
+
+import ctypes
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from conf.schema import Config
+from engine.channel import StepChannel
+from engine.messages import FromEngine, StepReport, ToEngine
+from engine.parallel import Ranks
+from engine.start import CANNOT_START, Engine, device_of, start
+
+IDLE_POLL = 1000  # milliseconds
+
+log = logging.getLogger(__name__)
+
+
+def run_rank(config: Config, rank: int, run_folder: str) -> None:
+    """A rank from start to kill. Exits with 1 and one line if it cannot start."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the parent
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides when to stop
+    logging.basicConfig(level=config.server.log_level.upper(), format=f"%(levelname)s rank {rank}: %(message)s")
+    try:
+        device = device_of(config, rank)
+        ranks = Ranks(rank, config.tp, Path(run_folder))
+        engine = start(config, ranks, device)
+        channel = StepChannel(ranks, engine.buffers.max_words, Path(run_folder))
+    except CANNOT_START as error:
+        log.error("cannot start: %s", error)
+        sys.exit(1)
+    if rank == 0:
+        _lead(engine, channel, run_folder)
+    else:
+        _follow(engine, channel)
+
+
+def _lead(engine: Engine, channel: StepChannel, run_folder: str) -> None:
+    context = zmq.Context()
+    inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+    inbox.connect(f"ipc://{run_folder}/requests")
+    outbox.connect(f"ipc://{run_folder}/reports")
+    encode, decoder = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder[ToEngine](ToEngine)
+
+    def publish(message: FromEngine) -> None:
+        outbox.send(encode(message))
+
+    core = engine.core(publish, channel.send if engine.ready.tp > 1 else None)
+    publish(engine.ready)
+    while True:
+        if not core.turn():
+            publish(StepReport([], core.stats()))
+            while not inbox.poll(IDLE_POLL):
+                pass
+        while inbox.poll(0):
+            core.handle(decoder.decode(inbox.recv()))
+
+
+def _follow(engine: Engine, channel: StepChannel) -> None:
+    buffers = engine.buffers
+    stagings = (buffers.staging(), buffers.staging())
+    waits: list[Callable[[], None]] = [lambda: None, lambda: None]
+    turn = 0
+    while True:
+        waits[turn]()  # the step before the last has left this staging
+        bucket = buffers.buckets.all[channel.receive(stagings[turn].words.numpy())]
+        waits[turn] = engine.steps.launch(bucket, stagings[turn])
+        turn = 1 - turn

@@ -1,0 +1,83 @@
+"""A client's messages and tools to the token ids of a harmony prompt, for every endpoint that takes messages."""
+
+from engine.tokenizer import Tokenizer
+from serve.generation import Service, in_thread_if_large
+from serve.harmony import Call, Function, Turn, any_call_header, call_header, render
+from serve.protocol import ApiError, ChatMessage, ChatRequest, NamedTool, Tool, unsupported
+
+DEFAULT_EFFORT = "medium"
+
+
+async def chat_prompt(
+    service: Service, body_bytes: int, messages: list[ChatMessage], tools: list[Tool] | None, effort: str
+) -> list[int]:
+    """The prompt of a request whose body has `body_bytes`. Encoding stops soon after the context's length.
+
+    Raises ApiError 400.
+    """
+    limit = service.require_ready().max_context
+    functions = [
+        Function(tool.function.name, tool.function.description or "", tool.function.parameters) for tool in tools or []
+    ]
+    turns = conversation_turns(messages)
+    try:
+        return await in_thread_if_large(
+            body_bytes, render, turns, effort, service.today(), service.tokenizer, limit, functions
+        )
+    except ValueError as error:
+        raise ApiError(400, f"the tools cannot be described to the model: {error}", "tools") from None
+
+
+def prefilled_call(request: ChatRequest, tokenizer: Tokenizer) -> list[int]:
+    """The header of the call that `tool_choice` demands, to put at the prompt's end: the model must go on with it."""
+    if isinstance(request.tool_choice, NamedTool):
+        return call_header(tokenizer, request.tool_choice.function.name)
+    if request.tool_choice == "required" and request.tools:
+        first = request.tools[0].function.name
+        return call_header(tokenizer, first) if len(request.tools) == 1 else any_call_header(tokenizer)
+    return []
+
+
+def conversation_turns(messages: list[ChatMessage]) -> list[Turn]:
+    """Messages as harmony takes them.
+
+    Raises ApiError 400 for content that is not text, and for the answer to a call that no earlier message contains.
+    """
+    function_names: dict[str, str] = {}  # by id of the call
+    turns = []
+    for position, message in enumerate(messages):
+        field = f"messages[{position}]"
+        content = _text(message, field)
+        calls = message.tool_calls or []
+        reasoning = message.reasoning_content or message.reasoning or ""
+        if message.function_call is not None:
+            raise unsupported("function_call is not supported: use tool_calls", f"{field}.function_call")
+        if calls and message.role != "assistant":
+            raise ApiError(400, f"a message of the role {message.role} cannot have tool_calls", f"{field}.tool_calls")
+        if content is None and not (message.role == "assistant" and (reasoning or calls)):
+            raise ApiError(400, f"a message of the role {message.role} needs content", f"{field}.content")
+        name = ""
+        if message.role == "tool":
+            name = function_names.get(message.tool_call_id or "", "")
+            if not name:
+                raise ApiError(
+                    400,
+                    f"tool_call_id {message.tool_call_id!r} is not the id of a call in an earlier message",
+                    f"{field}.tool_call_id",
+                )
+        function_names |= {call.id: call.function.name for call in calls}
+        harmony_calls = tuple(Call(call.function.name, call.function.arguments) for call in calls)
+        turns.append(Turn(message.role, content or "", reasoning, harmony_calls, name))
+    return turns
+
+
+def _text(message: ChatMessage, field: str) -> str | None:
+    """The message's content. Raises ApiError 400 for a part of it that is not text."""
+    if message.content is None or isinstance(message.content, str):
+        return message.content
+    texts = []
+    for part in message.content:
+        if part.type != "text" or part.text is None:
+            raise unsupported(f"content parts of type {part.type!r} are not supported: text only", f"{field}.content")
+        texts.append(part.text)
+    return "".join(texts)

@@ -1,0 +1,78 @@
+"""POST /v1/chat/completions: a conversation to the assistant's next message."""
+
+import secrets
+import time
+
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+
+from serve.conversation import DEFAULT_EFFORT, chat_prompt, prefilled_call
+from serve.generation import Service
+from serve.message import ChatChoice, ChatDelta, MessageDelta, whole_choice
+from serve.parsing import parse
+from serve.protocol import ApiError, ChatRequest, JsonObject, NamedTool
+from serve.sampling import check_tokens, sampling_params
+from serve.stream import EventFormat, EventStream, collected, json_response
+from serve.text import StopStrings
+
+
+def add_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return await create(service, request)
+
+
+async def create(service: Service, http_request: Request) -> Response:
+    """Answers a chat request. Raises ApiError."""
+    body = await http_request.body()
+    service.require_ready()
+    request, headers = parse(body, ChatRequest)
+    ready = service.require_ready(request.model)
+    check(request)
+    prefilled = prefilled_call(request, service.tokenizer)
+    tools = None if request.tool_choice == "none" else request.tools
+    effort = request.reasoning_effort or DEFAULT_EFFORT
+    prompt = await chat_prompt(service, len(body), request.messages, tools, effort) + prefilled
+    sampling = sampling_params(request, len(prompt), ready)
+    check_tokens(prompt, ready, "messages")
+    stops = StopStrings(request.stop_strings)
+    n = request.n or 1
+    generation = service.submit(
+        [(prompt, sampling)], n, lambda _, index: ChatChoice(index, request, stops, service.tokenizer, prefilled)
+    )
+    constant: JsonObject = {
+        "id": f"chatcmpl-{secrets.token_hex(12)}",
+        "created": int(time.time()),
+        "model": service.model_name,
+    }
+    prompt_ids: JsonObject = {"prompt_token_ids": prompt} if request.return_token_ids else {}
+    seconds = service.server.request_timeout
+    if request.stream:
+        form = EventFormat({**constant, "object": "chat.completion.chunk"}, request.include_usage)
+        roles = [ChatDelta(index, MessageDelta(role="assistant", content=""), None, None) for index in range(n)]
+        opening = b"".join(form.event(role, prompt_ids if role.index == 0 else None) for role in roles)
+        return EventStream(generation, form, opening, seconds, headers)
+    by_choice = await collected(generation, seconds, http_request.receive)
+    reply: JsonObject = {
+        **constant,
+        "object": "chat.completion",
+        "choices": [whole_choice(deltas) for deltas in by_choice],
+        "usage": generation.usage(),
+        **prompt_ids,
+    }
+    return json_response(reply, headers)
+
+
+def check(request: ChatRequest) -> None:
+    """Raises ApiError 400 for fields that do not fit together."""
+    names = [tool.function.name for tool in request.tools or []]
+    if len(set(names)) < len(names):
+        raise ApiError(400, "two tools have the same name", "tools")
+    if isinstance(request.tool_choice, NamedTool) and request.tool_choice.function.name not in names:
+        raise ApiError(
+            400, f"tool_choice names {request.tool_choice.function.name!r}, which is not among tools", "tool_choice"
+        )
+    if request.tool_choice == "required" and not names:
+        raise ApiError(400, "tool_choice required needs tools", "tool_choice")
+    if request.top_logprobs and not request.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")

@@ -1,0 +1,178 @@
+"""POST /v1/completions: prompts to token ids, generated ids to text.
+
+Knows nothing of chat. Control tokens spelled out in a prompt's text are text; a client sends them as token ids.
+"""
+
+import secrets
+import time
+
+import msgspec
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+
+from conf.limits import FIRST_SPECIAL
+from engine.messages import Delta, FinishReason, Ready, TokenLogprobs
+from engine.tokenizer import Tokenizer
+from serve.generation import Service, in_thread_if_large
+from serve.parsing import parse
+from serve.protocol import MAX_CHOICES, ApiError, CompletionRequest, JsonObject
+from serve.sampling import check_tokens, sampling_params
+from serve.stream import EventFormat, EventStream, collected, json_response
+from serve.text import StopMatcher, StopStrings, utf8_decoder
+
+TextLogprobs = dict[str, list[object]]  # an entry a token in each of the lists
+
+
+class TextDelta(msgspec.Struct):
+    """What one Delta of the engine adds to a choice: the element of `choices` in an event, joined also in a reply."""
+
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: FinishReason | None
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def has_output(self) -> bool:
+        """False for an incomplete character, or text that may become a stop string."""
+        return bool(self.text or self.finish_reason or self.logprobs or self.token_ids is not msgspec.UNSET)
+
+
+class TextChoice:
+    """Reads one choice: tokens to visible text, up to a stop token or a stop string.
+
+    Stop strings count from the first token that may end the answer: the text of the first `min_tokens` is not searched.
+    """
+
+    def __init__(
+        self, index: int, request: CompletionRequest, prompt: list[int], stops: StopStrings, tokenizer: Tokenizer
+    ) -> None:
+        self.completion_tokens = self.cached_tokens = self.reasoning_tokens = 0
+        self._index, self._tokenizer = index, tokenizer
+        self._skip_special = request.skip_special_tokens is not False
+        self._min_tokens = request.min_tokens or 0
+        self._return_token_ids = bool(request.return_token_ids)
+        self._prompt: list[int] | None = prompt  # None once the first delta is out
+        self._echo = bool(request.echo)
+        self._decoder = utf8_decoder()
+        self._stop_matcher = StopMatcher(stops)
+        self._characters = 0  # decoded so far
+
+    def feed(self, delta: Delta) -> TextDelta:
+        """What `delta` adds that the client may see."""
+        self.cached_tokens += delta.cached_tokens or 0
+        prompt, self._prompt = self._prompt, None
+        text = self._tokenizer.decode(prompt, self._skip_special) if prompt is not None and self._echo else ""
+        offsets = []
+        stop_position = len(delta.tokens) - 1 if delta.finish_reason == "stop" else None
+        for position, token in enumerate(delta.tokens):
+            self.completion_tokens += 1
+            offsets.append(self._characters)
+            if position == stop_position or (token >= FIRST_SPECIAL and self._skip_special):
+                continue
+            characters = self._decoder.decode(self._tokenizer.token_bytes(token))
+            self._characters += len(characters)
+            unsearched = self.completion_tokens <= self._min_tokens
+            text += characters if unsearched else self._stop_matcher.feed(characters)
+            if self._stop_matcher.stopped:
+                break
+        if delta.finish_reason:
+            text += self._stop_matcher.feed(self._decoder.decode(b"", final=True))
+            text += self._stop_matcher.finish()
+        tokens = delta.tokens[: len(offsets)]
+        text_delta = TextDelta(self._index, text, None, "stop" if self._stop_matcher.stopped else delta.finish_reason)
+        if delta.logprobs is not None:
+            text_delta.logprobs = self._logprobs(tokens, delta.logprobs, offsets)
+        if self._return_token_ids:
+            text_delta.token_ids = tokens
+            text_delta.prompt_token_ids = msgspec.UNSET if prompt is None else prompt
+        return text_delta
+
+    def _logprobs(self, tokens: list[int], logprobs: list[TokenLogprobs], offsets: list[int]) -> TextLogprobs:
+        name = self._tokenizer.token_text
+        return {
+            "tokens": [name(token) for token in tokens],
+            "token_logprobs": [entry.logprob for entry in logprobs[: len(tokens)]],
+            # As in OpenAI's API: the sampled token is there even where it is not among the likeliest.
+            "top_logprobs": [
+                {name(token): entry.logprob} | dict(zip(map(name, entry.top_ids), entry.top_logprobs, strict=True))
+                for token, entry in zip(tokens, logprobs, strict=False)
+            ],
+            "text_offset": [*offsets],
+        }
+
+
+def add_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await create(service, request)
+
+
+async def create(service: Service, http_request: Request) -> Response:
+    """Answers a completion request. Raises ApiError."""
+    body = await http_request.body()
+    service.require_ready()
+    request, headers = parse(body, CompletionRequest)
+    ready = service.require_ready(request.model)
+    if request.echo and request.logprobs is not None:
+        raise ApiError(400, "echo with logprobs is not supported: prompt tokens have no logprobs here", "logprobs")
+    prompts = separate_prompts(request)
+    n = request.n or 1
+    if n * len(prompts) > MAX_CHOICES:
+        raise ApiError(400, f"n x prompts is {n} x {len(prompts)}, at most {MAX_CHOICES} are allowed", "n")
+    encoded = await in_thread_if_large(len(body), encode, prompts, ready, service.tokenizer)
+    jobs = [(ids, sampling_params(request, len(ids), ready)) for ids in encoded]
+    stops = StopStrings(request.stop_strings)
+    generation = service.submit(
+        jobs, n, lambda job, index: TextChoice(index, request, encoded[job], stops, service.tokenizer)
+    )
+    constant: JsonObject = {
+        "id": f"cmpl-{secrets.token_hex(12)}",
+        "object": "text_completion",
+        "created": int(time.time()),
+        "model": service.model_name,
+    }
+    seconds = service.server.request_timeout
+    if request.stream:
+        return EventStream(generation, EventFormat(constant, request.include_usage), b"", seconds, headers)
+    by_choice = await collected(generation, seconds, http_request.receive)
+    choices = [whole_choice(deltas) for deltas in by_choice]
+    return json_response({**constant, "choices": choices, "usage": generation.usage()}, headers)
+
+
+def separate_prompts(request: CompletionRequest) -> list[str | list[int]]:
+    """The prompts of a request, each a text or token ids. Raises ApiError 400 for a mixed list."""
+    if isinstance(request.prompt, str):
+        return [request.prompt]
+    texts = [prompt for prompt in request.prompt if isinstance(prompt, str)]
+    token_ids = [prompt for prompt in request.prompt if isinstance(prompt, int)]
+    token_lists = [prompt for prompt in request.prompt if isinstance(prompt, list)]
+    if len(request.prompt) not in (len(texts), len(token_ids), len(token_lists)):
+        raise ApiError(400, "prompt mixes texts, token ids and lists", "prompt")
+    return [token_ids] if token_ids else [*texts, *token_lists] or [""]
+
+
+def encode(prompts: list[str | list[int]], ready: Ready, tokenizer: Tokenizer) -> list[list[int]]:
+    """The token ids of each prompt. Raises ApiError 400 for an empty prompt or an id outside the vocabulary."""
+    encoded = []
+    for prompt in prompts:
+        ids = tokenizer.encode(prompt, ready.max_context) if isinstance(prompt, str) else prompt
+        if not ids:
+            raise ApiError(400, "the prompt is empty, and GPT-OSS has no token that begins a text", "prompt")
+        if len(ids) <= ready.max_context:  # a longer one is refused for its length
+            check_tokens(ids, ready, "prompt")
+        encoded.append(ids)
+    return encoded
+
+
+def whole_choice(deltas: list[TextDelta]) -> TextDelta:
+    """All deltas of a choice as the element of `choices` in a reply that is not streamed."""
+    text = "".join(delta.text for delta in deltas)
+    choice = TextDelta(deltas[0].index, text, None, deltas[-1].finish_reason)
+    if logprobs := [delta.logprobs for delta in deltas if delta.logprobs]:
+        choice.logprobs = {name: [entry for lists in logprobs for entry in lists[name]] for name in logprobs[0]}
+    if deltas[0].token_ids is not msgspec.UNSET:
+        choice.token_ids = [token for delta in deltas for token in delta.token_ids or []]
+        choice.prompt_token_ids = deltas[0].prompt_token_ids
+    return choice

@@ -1,0 +1,45 @@
+"""GET /v1/models, /health, /health/ready, /metrics and /version: what is served, and whether all is well."""
+
+import time
+from importlib.metadata import PackageNotFoundError, version
+
+from fastapi import FastAPI
+from starlette.responses import Response
+
+from serve.generation import Service
+from serve.protocol import ApiError, JsonObject
+from serve.stream import json_response
+
+
+def add_routes(app: FastAPI, service: Service) -> None:
+    model: JsonObject = {"id": service.model_name, "object": "model", "created": int(time.time())}
+    model["owned_by"] = "mini-vllm"
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        length = {"max_model_len": service.engine.ready.max_context} if service.engine.ready else {}
+        return json_response({"object": "list", "data": [model | length]})
+
+    @app.get("/health")
+    async def health() -> Response:
+        """Whether the process should go on: 503 once the engine has failed."""
+        if service.engine.failure is not None:
+            raise ApiError(503, service.engine.failure, code="engine_failed")
+        return json_response({"status": "ok"})
+
+    @app.get("/health/ready")
+    async def ready() -> Response:
+        """Whether requests are accepted now."""
+        service.require_ready()
+        return json_response({"status": "ready"})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/version")
+    async def server_version() -> Response:
+        try:
+            return json_response({"version": version("mini-vllm")})
+        except PackageNotFoundError:  # run from a source folder that was never installed
+            return json_response({"version": "source"})

@@ -1,0 +1,41 @@
+"""POST /tokenize and /detokenize: the token ids of a text or a conversation, and the text of token ids."""
+
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+
+from serve.conversation import DEFAULT_EFFORT, chat_prompt
+from serve.generation import Service, in_thread_if_large
+from serve.parsing import parse
+from serve.protocol import ApiError, DetokenizeRequest, JsonObject, TokenizeRequest
+from serve.sampling import check_tokens
+from serve.stream import json_response
+
+
+def add_routes(app: FastAPI, service: Service) -> None:
+    tokenizer = service.tokenizer
+
+    @app.post("/tokenize")
+    async def tokenize(http_request: Request) -> Response:
+        body = await http_request.body()
+        request, headers = parse(body, TokenizeRequest)
+        limit = service.require_ready(request.model).max_context
+        if request.messages is not None and request.prompt is None:
+            ids = await chat_prompt(service, len(body), request.messages, request.tools, DEFAULT_EFFORT)
+        elif request.prompt is not None and request.messages is None:
+            ids = await in_thread_if_large(len(body), tokenizer.encode, request.prompt, limit)
+        else:
+            raise ApiError(400, "give either prompt or messages", "prompt")
+        if len(ids) > limit:  # encoding stopped early: the count would be wrong
+            raise ApiError(400, f"more than the context of {limit} tokens", code="context_length_exceeded")
+        reply: JsonObject = {"count": len(ids), "max_model_len": limit, "tokens": ids}
+        if request.return_token_strs:
+            reply["token_strs"] = [tokenizer.token_text(token) for token in ids]
+        return json_response(reply, headers)
+
+    @app.post("/detokenize")
+    async def detokenize(http_request: Request) -> Response:
+        body = await http_request.body()
+        request, headers = parse(body, DetokenizeRequest)
+        check_tokens(request.tokens, service.require_ready(request.model), "tokens")
+        text = await in_thread_if_large(len(body), tokenizer.decode, request.tokens, skip_special=False)
+        return json_response({"prompt": text}, headers)
