@@ -258,7 +258,7 @@ template <class Between>
 __device__ __forceinline__ void attend(
     SoftmaxState& state, const unsigned (&q)[DIM / 16][4], unsigned page_keys, unsigned page_values, int page_key,
     const Keys& keys, Between between) {
-    const int lane = lane_of_warp(), in_matrix = lane % 8, matrix = lane / 8;
+    const int lane = lane_of_warp();
     float scores[PAGE / 8][4];  // heads x keys: tile n holds keys 8 n ... 8 n + 7
     cp_async_wait<1>();         // the values are still under way
     __syncwarp();
@@ -267,7 +267,7 @@ __device__ __forceinline__ void attend(
         scores[n][0] = scores[n][1] = scores[n][2] = scores[n][3] = 0.f;
 #pragma unroll
         for (int half = 0; half < 2; half++) {  // 32 of the 64 dimensions: two steps of 16
-            const uint4 b = ldmatrix(page_keys + swizzled(8 * n + in_matrix, 4 * half + matrix));
+            const uint4 b = ldmatrix(page_keys + key_matrix(n, half, lane));
             mma(scores[n], q[2 * half], b.x, b.y);
             mma(scores[n], q[2 * half + 1], b.z, b.w);
         }
@@ -323,8 +323,7 @@ __device__ __forceinline__ void attend(
     for (int k = 0; k < PAGE / 16; k++) {
 #pragma unroll
         for (int pair = 0; pair < DIM / 16; pair++) {  // of tiles of 8 dimensions
-            const uint4 b =
-                ldmatrix_trans(page_values + swizzled(16 * k + matrix % 2 * 8 + in_matrix, 2 * pair + matrix / 2));
+            const uint4 b = ldmatrix_trans(page_values + value_matrix(k, pair, lane));
             mma(state.out[2 * pair], powers[k], b.x, b.y);
             mma(state.out[2 * pair + 1], powers[k], b.z, b.w);
         }

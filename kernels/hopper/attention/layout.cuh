@@ -13,6 +13,14 @@ constexpr int PAGE_BYTES = PAGE * ROW_BYTES;  // of one kv head
 // % 8, so that the eight rows of a matrix fall into distinct banks. It is wgmma's swizzle of 128 bytes, too.
 LAYOUT int swizzled(int row, int chunk) { return row * ROW_BYTES + (chunk ^ row % 8) * 16; }
 
+// What a lane names to ldmatrix for mma's B fragments, in bytes from the start of a page. Keys: of 8 n ... 8 n + 7 the
+// dimensions 32 half ... 32 half + 31, two steps of 16. Values, transposed: of keys 16 k ... 16 k + 15 the dimensions 16
+// pair ... 16 pair + 15, two tiles of 8.
+LAYOUT int key_matrix(int n, int half, int lane) { return swizzled(8 * n + lane % 8, 4 * half + lane / 8); }
+LAYOUT int value_matrix(int k, int pair, int lane) {
+    return swizzled(16 * k + lane / 8 % 2 * 8 + lane % 8, 2 * pair + lane / 8 / 2);
+}
+
 // A page in shared memory as wgmma's B operand (PTX ISA, "matrix descriptor"): bits 0-13 the address, 16-29 the leading
 // and 32-45 the stride byte offset, all / 16; 62-63 the swizzle, 1 for 128 bytes. The unit of this layout is an atom of
 // 8 rows of 128 bytes, 1024 bytes that follow each other; within it 16-byte chunk c of row r lies at c ^ r.

@@ -82,8 +82,8 @@ __device__ __forceinline__ void few_tokens(
     const unsigned* scale_at;
     const auto aim = [&](int expert, int at) {  // past the end: the last strip's
         const unsigned tile = M::tile(expert, min(at * M::GROUPS + group, M::STRIPS - 1), split);
-        value_at = values + (size_t)tile * 32 + lane;
-        scale_at = scales + (size_t)tile * 8 + g;
+        value_at = values + value_piece(tile) + lane;
+        scale_at = scales + scale_word(tile) + g;
     };
     const auto load = [&](int j) {
         value[j] = ld_weight(value_at + j * 32);

@@ -14,9 +14,10 @@
 
 constexpr int STRIP_ROWS = 16;
 
-// In units of 16 bytes, a lane's values of a tile; in units of 4 bytes, its scales.
-LAYOUT unsigned value_piece(unsigned tile, int lane) { return tile * 32 + lane; }
-LAYOUT unsigned scale_word(unsigned tile, int lane) { return tile * 8 + lane / 4; }
+// Where a tile begins: its values in pieces of 16 bytes, lane l's l further on; its scales in words, lane l's l / 4
+// further on. Tiles count through strips and experts.
+LAYOUT size_t value_piece(size_t tile) { return tile * 32; }
+LAYOUT size_t scale_word(size_t tile) { return tile * 8; }
 
 // The row of a strip, in the checkpoint's order, that lies at row g + 8 half of the packed one. GATE_UP: even rows are
 // gates, odd rows ups.

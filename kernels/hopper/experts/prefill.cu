@@ -24,8 +24,8 @@ struct ExpertWeights {
     unsigned scale[AHEAD];
 
     __device__ __forceinline__ ExpertWeights(const uint4* expert_values, const unsigned* expert_scales, int strip)
-        : values(expert_values + (size_t)strip * TURNS * 32 + threadIdx.x % 32),
-          scales(expert_scales + (size_t)strip * TURNS * 8 + threadIdx.x % 32 / 4) {}
+        : values(expert_values + value_piece((size_t)strip * TURNS) + threadIdx.x % 32),
+          scales(expert_scales + scale_word((size_t)strip * TURNS) + threadIdx.x % 32 / 4) {}
 
     __device__ __forceinline__ void load(int turn, int place) {
         value[place] = ld_weight_nc(values + turn * 32);
@@ -76,7 +76,8 @@ struct ExpertLayer {
     __device__ __forceinline__ ExpertWeights<TURNS, AHEAD> weights(int expert, int strip) const {
         const int strips = (rows + 15) / 16;
         const size_t expert_strips = (size_t)expert * strips;
-        return ExpertWeights<TURNS, AHEAD>(values + expert_strips * TURNS * 32, scales + expert_strips * TURNS * 8,
+        return ExpertWeights<TURNS, AHEAD>(values + value_piece(expert_strips * TURNS),
+                                           scales + scale_word(expert_strips * TURNS),
                                            min(strip, strips - 1));  // past the end: sums that are not stored
     }
     static __device__ __forceinline__ int bias_row(int strip, int g, int half) {

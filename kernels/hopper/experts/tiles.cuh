@@ -43,7 +43,7 @@ template <class M>
 struct Stream {
     const uint4* const all_values;
     const unsigned* const all_scales;
-    unsigned at;  // this lane's piece of the split's first tile; its four scale bytes begin at byte at / 4 * 4
+    unsigned at;  // this lane's piece of the split's first tile; its scales are in word at / 4
     uint4 value[M::DEPTH];
     unsigned scale[M::DEPTH];  // rows g and g + 8 in the tile's first block of columns, then in the second
 
@@ -51,7 +51,7 @@ struct Stream {
         : all_values(all_values), all_scales(all_scales) {}
 
     __device__ __forceinline__ void aim(int expert, int strip, int split) {  // past the end: the last strip's
-        at = value_piece(M::tile(expert, min(strip, M::STRIPS - 1), split), threadIdx.x % 32);
+        at = value_piece(M::tile(expert, min(strip, M::STRIPS - 1), split)) + threadIdx.x % 32;
     }
     __device__ __forceinline__ void load(int j) {
         value[j] = ld_weight(all_values + at + j * 32);
