@@ -140,7 +140,7 @@ def narrow(host, x, packed):
 
 
 def read(memory, at):
-    """ldmatrix where lanes may share a row: of banks nothing is claimed."""
+    """ldmatrix where lanes may name the same row, so that banks are not checked."""
     rows = memory[at[:, None] // 2 + torch.arange(8)].unflatten(0, (4, 8))
     return torch.stack([rows[matrix, GROUP[:, None], PLACE[:, None] * 2 + PAIR] for matrix in range(4)], 1)
 

@@ -1,4 +1,4 @@
-"""The part of the Hopper sampler that needs no GPU: how a row is cut over blocks."""
+"""What of the Hopper sampler needs no GPU: how a row is cut over blocks, and where ranks exchange."""
 
 import pytest
 
