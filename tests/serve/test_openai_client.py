@@ -383,7 +383,7 @@ def test_token_ids_stand_where_vllm_puts_them(serve, chatty, harmony):
     assert [t for e in streamed for t in e["choices"][0].get("token_ids", [])] == ids
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 100])
+@pytest.mark.parametrize("step", [1, 4, 100])
 def test_token_ids_end_with_the_token_that_completes_a_stop_string(serve, harmony, step):
     header, text = harmony("<|channel|>final<|message|>"), harmony(" one two three four five")
     engine = FakeEngine([*header, *text])
