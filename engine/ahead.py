@@ -12,30 +12,32 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from conf.limits import BIAS_ENTRIES, MAX_TOP_LOGPROBS
+import torch
+
+from conf.limits import BIAS_ENTRIES, MAX_TOP_LOGPROBS, PAGE_TOKENS
 from conf.schema import RandomShape
 from engine.architecture import BLOCK, Architecture
 from engine.weights import expert_blocks
 from kernels import hopper
 from kernels.build import AHEAD, BuildError, compile_ahead
-from kernels.hopper.linear import shares_of
-from kernels.hopper.prefill import KINDS
+from kernels.hopper import attention, experts, linear, norm, sampler, step
+from kernels.hopper.linear.prefill import prefill_defines as prefill_linear_defines
 
 FOLDER = Path(hopper.__file__).parent
 
 
 class Unit(NamedTuple):
-    """A file and the macros that it is compiled with."""
+    """A file in kernels/hopper and the macros that it is compiled with."""
 
     file: str
     defines: tuple[tuple[str, int], ...]
 
 
 def units(shape: Architecture, rank: int, tp: int) -> set[Unit]:
-    """What a rank's steps ask `kernels.build.compile_module` for."""
+    """What a rank's steps ask `kernels.build.load_kernel` for."""
     found = set()
 
-    def unit(file: str, **defines: int) -> None:
+    def unit(file: str, defines: dict[str, int]) -> None:
         found.add(Unit(file, tuple(sorted(defines.items()))))
 
     first, last = expert_blocks(shape, rank, tp)
@@ -46,17 +48,21 @@ def units(shape: Architecture, rank: int, tp: int) -> set[Unit]:
         (shape.hidden, attended, tp),
         (-(-shape.vocab // tp), shape.hidden, 1),
     ):
-        unit("linear.cu", COLUMNS=columns, SHARES=shares_of(rows, columns), RANKS=ranks)
-    for kind, columns in (("dense", shape.hidden), ("dense", attended), ("up", shape.hidden), ("down", inner)):
-        unit("prefill.cu", KIND=KINDS[kind], COLUMNS=columns)
-    for ranks in (1, tp):  # what exchanges nothing is compiled for one
-        unit("norm.cu", HIDDEN=shape.hidden, RANKS=ranks)
-    unit("attention.cu", GROUP=heads // kv_heads)
-    unit("prefill_attention.cu", GROUP=heads // kv_heads)
-    unit("experts.cu", HIDDEN=shape.hidden, INTER=inner)
-    unit("experts.cu")  # the sort by expert
-    unit("sampler.cu", BF16=1, TOP=min(MAX_TOP_LOGPROBS, shape.vocab), BIAS_ENTRIES=BIAS_ENTRIES, RANKS=tp)
-    unit("step.cu")
+        unit("linear/decode.cu", linear.geometry(rows, columns).defines(ranks))
+    for columns in (shape.hidden, attended):
+        unit("linear/prefill.cu", prefill_linear_defines(columns))
+    for ranks in (1, tp):  # embed_norm exchanges nothing, and is compiled for one rank
+        unit("norm/decode.cu", norm.decode_defines(shape.hidden, ranks))
+    unit("norm/prefill.cu", norm.prefill_defines(shape.hidden, tp))
+    unit("attention/decode.cu", attention.decode_defines(heads // kv_heads, PAGE_TOKENS))
+    unit("attention/prefill.cu", attention.prefill_defines(heads // kv_heads, PAGE_TOKENS))
+    unit("experts/decode.cu", experts.decode_defines(shape.hidden, inner))
+    unit("experts/prefill.cu", experts.prefill_defines(shape.hidden, inner))
+    unit("experts/group.cu", experts.group_defines())
+    top = min(MAX_TOP_LOGPROBS, shape.vocab)
+    unit("sampler/sampler.cu", sampler.defines(torch.bfloat16, top, BIAS_ENTRIES, tp))
+    unit("step/advance.cu", step.advance_defines(PAGE_TOKENS))
+    unit("step/emit.cu", step.emit_defines())
     return found
 
 
@@ -64,15 +70,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Compile the kernels of GPT-OSS ahead of time.")
     parser.add_argument("--tp", type=int, nargs="+", choices=(1, 2, 4, 8), default=[1, 2, 4, 8])
     parser.add_argument("--to", type=Path, default=AHEAD, metavar="FOLDER", help="by default where the server looks")
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     shape = Architecture.from_random_shape(RandomShape())
-    wanted = sorted(set().union(*(units(shape, rank, tp) for tp in asked.tp for rank in range(tp))))
+    wanted = sorted(set().union(*(units(shape, rank, tp) for tp in options.tp for rank in range(tp))))
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            made = list(pool.map(lambda unit: compile_ahead(FOLDER / unit.file, dict(unit.defines), asked.to), wanted))
+            cubins = list(
+                pool.map(lambda unit: compile_ahead(FOLDER / unit.file, dict(unit.defines), options.to), wanted)
+            )
     except BuildError as error:
         sys.exit(str(error))
-    print(f"{len(made)} cubins, {sum(path.stat().st_size for path in made) / 2**20:.1f} MiB, in {asked.to}")
+    print(f"{len(cubins)} cubins, {sum(path.stat().st_size for path in cubins) / 2**20:.1f} MiB, in {options.to}")
 
 
 if __name__ == "__main__":

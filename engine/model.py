@@ -104,8 +104,8 @@ class Model:
         for layer, next_norm, keys, values in zip(self.layers, next_norms, buffers.keys, buffers.values, strict=True):
             pages = KvPages(keys, values, buffers.page_table)
             qkv = ops.linear(h, layer.qkv)  # [T, (q heads + 2 kv heads) * D]
-            attended = ops.attention(qkv, places, self.rope, pages, layer.attention)  # [T, q heads * D]
-            delta = ops.linear_partial(attended, layer.o, self.peers)  # [T, H]
+            h = ops.attention(qkv, places, self.rope, pages, layer.attention)  # [T, q heads * D]
+            delta = ops.linear_partial(h, layer.o, self.peers)  # [T, H]
             x, h, routing = ops.add_norm_route(x, delta, layer.mlp_norm, layer.router, self.peers)
             if on_routing:
                 on_routing(routing)

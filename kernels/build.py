@@ -1,19 +1,22 @@
 """CUDA C++ to cubins for sm_90a, cached by content; and how they are launched.
 
 Compiles with nvcc where there is one, with NVRTC where there is not, and not at all what was compiled ahead of time
-(`python -m engine.ahead`). A cubin is named by a hash of everything that went into it and published by a rename, so
-that ranks and servers may build at once. Launches go straight to the driver on torch's current stream: kernels are
-launched only while a graph is captured, so this path need not be fast.
+(`python -m engine.ahead`). A cubin is named by a hash of everything that went into it, headers included, and published
+by a rename, so that ranks and servers may build at once. Launches go straight to the driver on torch's current stream:
+kernels are launched only while a graph is captured, so this path need not be fast.
 """
 
 import ctypes
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,14 @@ import torch
 
 ARCHITECTURE = "90a"  # Hopper, with wgmma and setmaxnreg
 OPTIONS = ("-std=c++17", "-O3")
+INCLUDE = Path(__file__).with_name("hopper")  # where `#include "common/..."` is looked up
 AHEAD = Path(__file__).with_name("cubins")  # what was compiled ahead of time; an image has it, a checkout does not
-UNASKED_SHARED, MOST_SHARED = 48 * 1024, 227 * 1024  # bytes of shared memory a block may have without and with asking
+# Bytes of shared memory that a block may have: of any kernel, and of one whose attribute was set.
+DEFAULT_SHARED, MOST_SHARED = 48 * 1024, 227 * 1024
 
 Argument = torch.Tensor | int | float | None
+
+_WAIT_FIRST: ContextVar[bool] = ContextVar("wait_first", default=False)
 
 
 class BuildError(RuntimeError):
@@ -41,8 +48,8 @@ class Kernel:
     def launch(self, grid: tuple[int, int, int], block: int, args: tuple[Argument, ...]) -> None:
         """On torch's current stream. Tensors and None are passed as pointers, int as int32, float as float32.
 
-        The launch is programmatic: the kernel may start before its predecessor has ended, and must execute
-        `griddepcontrol.wait` before it touches what others write or read.
+        With programmatic dependent launch: the kernel may start before its predecessor has ended, and must execute
+        `griddepcontrol.wait` before it touches what others write or read. kernels/README.md has the rules.
         """
         from cuda.bindings import driver
 
@@ -69,7 +76,7 @@ class Kernel:
         config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
         config.sharedMemBytes = self._shared_bytes
-        clusters = _check(driver.cuOccupancyMaxActiveClusters(self._function, config))
+        clusters = int(_check(driver.cuOccupancyMaxActiveClusters(self._function, config)))
         if clusters < 1:
             raise RuntimeError(f"no cluster of {blocks} blocks of {threads} threads fits this device")
         return clusters
@@ -91,7 +98,7 @@ class Module:
         function = _check(driver.cuModuleGetFunction(self._module, name.encode()))
         attributes = driver.CUfunction_attribute
         declared = _check(driver.cuFuncGetAttribute(attributes.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function))
-        if declared + shared_bytes > UNASKED_SHARED:  # the most at once: the function may have other launches
+        if declared + shared_bytes > DEFAULT_SHARED:  # the most at once: the function may have other launches
             most = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _check(driver.cuFuncSetAttribute(function, most, MOST_SHARED - declared))
         # A multiprocessor changes its division into L1 and shared memory only when idle: one division for all kernels,
@@ -100,14 +107,42 @@ class Module:
         return Kernel(function, shared_bytes)
 
 
+@contextmanager
+def wait_first() -> Iterator[None]:
+    """Kernels loaded within are compiled so that each executes `griddepcontrol.wait` as its first instruction.
+
+    Such a chain of kernels runs one after the other, which is right whatever the kernels read before their own waits:
+    tests compare its bytes with those of the usual build.
+    """
+    token = _WAIT_FIRST.set(True)
+    try:
+        yield
+    finally:
+        _WAIT_FIRST.reset(token)
+
+
+def load_kernel(source: Path, name: str, defines: Mapping[str, int] | None = None, shared_bytes: int = 0) -> Kernel:
+    """A kernel of a .cu file for the current device, with so many bytes of dynamic shared memory in every launch.
+
+    Compiled and loaded once per process, device, set of defines and build mode (`wait_first`). Raises BuildError.
+    """
+    return _kernel(compile_module(source, defines), name, shared_bytes)
+
+
 def compile_module(source: Path, defines: Mapping[str, int] | None = None) -> Module:
-    """The module of a .cu file for the current device; compiled once per process, device and set of defines."""
-    return _module(source, tuple(sorted((defines or {}).items())), torch.cuda.current_device())
+    """The module of a .cu file for the current device, as `load_kernel` says."""
+    macros = dict(defines or {}) | ({"WAIT_FIRST": 1} if _WAIT_FIRST.get() else {})
+    return _module(source, tuple(sorted(macros.items())), torch.cuda.current_device())
 
 
 @functools.cache
 def _module(source: Path, defines: tuple[tuple[str, int], ...], device: int) -> Module:
     return Module(cubin(source, dict(defines)))
+
+
+@functools.cache
+def _kernel(module: Module, name: str, shared_bytes: int) -> Kernel:
+    return module.kernel(name, shared_bytes)
 
 
 def cubin(source: Path, defines: Mapping[str, int]) -> bytes:
@@ -128,9 +163,31 @@ def compile_ahead(source: Path, defines: Mapping[str, int], folder: Path) -> Pat
     nvcc = _find_nvcc()
     if not nvcc:
         raise BuildError("kernels are compiled ahead of time with nvcc, and none was found")
-    made = folder / _name(source, defines)
-    _publish(_nvcc(nvcc, source, _options(defines)), made)
-    return made
+    path = folder / _name(source, defines)
+    _publish(_nvcc(nvcc, source, _options(defines)), path)
+    return path
+
+
+def included_files(source: Path) -> list[Path]:
+    """A file and all that it includes by `#include "..."`, each once, in the order in which they are first included.
+
+    Raises BuildError for a header that lies neither beside its includer nor in INCLUDE.
+    """
+    files: list[Path] = []
+
+    def visit(path: Path) -> None:
+        if path in files:
+            return
+        files.append(path)
+        for header in re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.MULTILINE):
+            candidates = [path.parent / header, INCLUDE / header]
+            found = next((candidate.resolve() for candidate in candidates if candidate.exists()), None)
+            if found is None:
+                raise BuildError(f'{path.name} includes "{header}", which is neither beside it nor in {INCLUDE}')
+            visit(found)
+
+    visit(source.resolve())
+    return files
 
 
 def _find_nvcc() -> str | None:
@@ -142,15 +199,15 @@ def _options(defines: Mapping[str, int]) -> list[str]:
 
 
 def _name(source: Path, defines: Mapping[str, int], *compiler: str) -> str:
-    parts = [source.read_text(), *_options(defines), ARCHITECTURE, *compiler]
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-    return f"{source.stem}-{key}.cubin"
+    contents = [path.read_text() for path in included_files(source)]
+    key = "\0".join([*contents, *_options(defines), ARCHITECTURE, *compiler])
+    return f"{source.parent.name}-{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.cubin"
 
 
-def _publish(made: bytes, path: Path) -> None:
+def _publish(content: bytes, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(made)
+        file.write(content)
     os.chmod(file.name, 0o644)  # an image's are read by another user than made them
     os.replace(file.name, path)
 
@@ -168,7 +225,7 @@ def _nvcc(nvcc: str, source: Path, options: list[str]) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "out.cubin")
         target = f"-gencode=arch=compute_{ARCHITECTURE},code=sm_{ARCHITECTURE}"
-        command = [nvcc, "-cubin", target, *options, "-o", str(out), str(source)]
+        command = [nvcc, "-cubin", target, *options, f"-I{INCLUDE}", "-o", str(out), str(source)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             raise BuildError(f"{source.name} does not compile:\n{result.stderr}")
@@ -185,6 +242,7 @@ def _nvrtc(source: Path, options: list[str]) -> bytes:
         arch=f"sm_{ARCHITECTURE}",
         std="c++17",
         define_macro=defines or None,
+        include_path=[str(source.parent), str(INCLUDE)],
         name=source.name,
         device_as_default_execution_space=True,  # NVRTC takes no host functions; nvcc takes constexpr ones as both
     )

@@ -7,7 +7,7 @@ from demo.bundle import demo_folder
 from demo.training.data import STOPS, document, evaluation
 from demo.training.evaluate import read, right
 from demo.training.skills import SKILLS
-from tests.engine.test_model import theirs
+from tests.engine.test_model import transformers_model
 from tests.harness import InProcess
 from tests.served import Served
 
@@ -40,7 +40,7 @@ def generated(prompts):
 @pytest.fixture(scope="module")
 def behind():
     """How far each token of an answer is behind the best one, in transformers' float32 logits."""
-    reference = theirs(demo_folder(), torch.float32)
+    reference = transformers_model(demo_folder(), torch.float32)
 
     def of(prompt, answer):
         with torch.inference_mode():

@@ -1,18 +1,25 @@
 """The forward against transformers' GPT-OSS on the same MXFP4 files."""
 
 from dataclasses import replace
+from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
 from demo.checkpoint import write_checkpoint
+from kernels import reference
+from kernels.ops import TokenPlaces
 from tests.harness import TINY, InProcess
 
 SHAPES = {
     "tiny": TINY,
     "wide head, odd widths": replace(
         TINY, layers=2, hidden=160, intermediate=96, heads=4, kv_heads=2, head_dim=64, windows=(128, None)
+    ),
+    "other constants": replace(
+        TINY, layers=2, norm_eps=0.1, swiglu_limit=0.5, experts_per_token=3, rope_truncate=True, windows=(20, None)
     ),
     "many experts": replace(TINY, layers=3, experts=24, heads=16, kv_heads=2, windows=(128, None, 128)),
 }
@@ -80,3 +87,43 @@ def test_greedy_tokens_equal_those_of_transformers_but_for_ties(folder):
         best = logits.max(-1).values
         chosen = logits.gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)
         assert torch.all(best - chosen <= 1e-4 * logits.std()), (best - chosen, tokens)
+
+
+class Spied(NamedTuple):
+    """The reference, with the names of the operations that each kind of step calls."""
+
+    kernels: ModuleType
+    calls: dict[str, list[str]]
+
+    def __getattr__(self, name):
+        if name not in ("decode", "prefill"):
+            return getattr(self.kernels, name)
+        return Namespace(getattr(self.kernels, name), self.calls[name])
+
+
+class Namespace(NamedTuple):
+    operations: object
+    calls: list[str]
+
+    def __getattr__(self, name):
+        self.calls.append(name)
+        return getattr(self.operations, name)
+
+
+def test_each_kind_of_step_runs_its_own_operations():
+    spied = Spied(reference, {"decode": [], "prefill": []})
+    engine = InProcess(TINY, ops=spied, decode_rows=(1,), prefill_tokens=(64,))
+    engine.generate([1, 2, 3], max_tokens=2)  # the first token is drawn by the prefill step
+    layer = ["linear", "attention", "linear_partial", "add_norm_route", "experts", "add_norm"]
+    head = ["linear"]  # the logits of few rows, by decode's product in both kinds of step
+    forward = ["embed_norm", *TINY.layers * layer]
+    assert spied.calls == {"decode": head + forward + head, "prefill": forward}
+
+
+def test_routing_is_reported_layer_by_layer():
+    engine, routings = InProcess(TINY, decode_rows=(2,)), []
+    places = TokenPlaces(torch.zeros(2).int(), torch.arange(2).int())
+    with torch.inference_mode():
+        engine.model.forward("decode", engine.buffers, torch.tensor([3, 4]).int(), places, routings.append)
+    assert [routing.expert_ids.shape for routing in routings] == [(2, TINY.experts_per_token)] * TINY.layers
+    assert len({str(routing.expert_ids.tolist()) for routing in routings}) > 1

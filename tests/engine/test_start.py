@@ -1,18 +1,14 @@
 """How a rank gets ready: pages from the memory there is, the warm-up's bytes, what stops the start."""
 
 import dataclasses
-import itertools
-import multiprocessing
 
-import msgspec
 import pytest
 import torch
-import zmq
 
 from conf.limits import SCRATCH_PAGE
 from conf.schema import ConfigError, compose
-from engine import rank, start
-from engine.messages import FromEngine, Ready, Submit
+from engine import start
+from engine.messages import Submit
 from engine.parallel import Ranks
 from graphs.buckets import Buckets
 from graphs.buffers import Buffers
@@ -162,41 +158,18 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
         start.device_of(config, 1)
 
 
-def broken_rank(config, folder):
-    """A rank whose second step raises."""
-    real = rank.start
-
-    def broken(*arguments):
-        engine, count = real(*arguments), itertools.count()
-        for bucket in engine.buffers.buckets.all:
-            step = engine.model.step(bucket, engine.buffers)
-
-            def body(step=step):
-                if next(count):
-                    raise RuntimeError("no such kernel")
-                step()
-
-            engine.steps.capture(bucket, body)
-        return engine
-
-    rank.start = broken
-    rank.run_rank(config, 0, folder)
+def test_what_the_kernels_refuse_is_named_by_its_key():
+    config = compose([*TINY, "kernels=hopper", "kernels.device=auto"])
+    with pytest.raises(ConfigError, match=r"kernels\.name: got hopper, allowed: reference on a CPU"):
+        start.start(config, ALONE, CPU)
 
 
-def test_an_error_in_a_step_ends_the_rank(tmp_path):
-    context = zmq.Context()
-    requests, reports = context.socket(zmq.PUSH), context.socket(zmq.PULL)
-    requests.bind(f"ipc://{tmp_path}/requests")
-    reports.bind(f"ipc://{tmp_path}/reports")
-    spawn = multiprocessing.get_context("spawn")
-    process = spawn.Process(target=broken_rank, args=(compose([*TINY, "buckets.pages=7"]), str(tmp_path)))
-    process.start()
-    try:
-        assert reports.poll(60_000)
-        assert isinstance(msgspec.msgpack.decode(reports.recv(), type=FromEngine), Ready)
-        requests.send(msgspec.msgpack.encode(Submit(0, [1, 2, 3], SamplingParams(max_tokens=5, seed=0))))
-        process.join(60)
-        assert process.exitcode == 1
-    finally:
-        process.kill()
-        context.destroy(linger=0)
+def test_an_engines_loop_reads_the_prefix_cache_unless_it_is_told_not_to():
+    engine, prompt = start.start(compose([*TINY, "buckets.pages=7"]), ALONE, CPU), [*range(100)]
+    for prefix_cache, hits in ((True, 64), (False, 0)):
+        core = engine.core(lambda _: None, prefix_cache=prefix_cache)
+        for id in range(2):
+            core.handle(Submit(id, prompt, SamplingParams(max_tokens=2, seed=0)))
+            while core.turn():
+                pass
+        assert core.stats().prefix_hit_tokens == hits

@@ -7,6 +7,7 @@ times the L2: 400 MB where 400 calls are enough for it.
 import torch
 
 from kernels.hopper.attention import decode_attention, prefill_attention
+from kernels.ops import AttentionParameters, KvPages, Rope, TokenPlaces
 from tests.gpu.timing import BANDWIDTH, microseconds
 
 PAGE, DIM = 64, 64
@@ -23,8 +24,8 @@ CASES = (  # tokens, context, window
 )
 
 
-def turns(positions):
-    return torch.randn(2, positions, DIM // 2, device="cuda")
+def random_rope(positions):
+    return Rope(*torch.randn(2, positions, DIM // 2, device="cuda"))
 
 
 def attention_time(positions, window, heads=HEADS, kv_heads=KV_HEADS, width=2048) -> tuple[float, int]:
@@ -34,15 +35,16 @@ def attention_time(positions, window, heads=HEADS, kv_heads=KV_HEADS, width=2048
     calls = int(min(MOST_CALLS, max(4, BYTES_A_REPLAY / size)))
     used = [position // PAGE + 1 for position in positions]
     pools = torch.empty(2, calls * sum(used) + 1, kv_heads, PAGE, DIM, device="cuda", dtype=torch.bfloat16).normal_()
-    pages = (torch.randperm(pools.shape[1] - 1, device="cuda") + 1).int()
+    entries = (torch.randperm(pools.shape[1] - 1, device="cuda") + 1).int()
     table = torch.zeros(calls * len(positions), width, device="cuda", dtype=torch.int32)
-    for row, own in enumerate(pages.split(used * calls)):
+    for row, own in enumerate(entries.split(used * calls)):
         table[row, : len(own)] = own
     slots = torch.arange(len(table), device="cuda", dtype=torch.int32).split(len(positions))
     at = torch.tensor(positions, device="cuda", dtype=torch.int32)
     qkv = torch.randn(len(positions), (heads + 2 * kv_heads) * DIM, device="cuda").bfloat16()
-    sinks, angles = torch.randn(heads, device="cuda"), turns(max(positions) + 1)
-    run = [lambda own=own: decode_attention(qkv, *angles, at, own, table, *pools, sinks, window) for own in slots]
+    parameters = AttentionParameters(torch.randn(heads, device="cuda"), window)
+    rope, pages = random_rope(max(positions) + 1), KvPages(*pools, table)
+    run = [lambda own=own: decode_attention(qkv, TokenPlaces(at, own), rope, pages, parameters) for own in slots]
     return microseconds(run), size
 
 
@@ -54,9 +56,10 @@ def prefill_time(requests, tokens, window) -> tuple[float, int]:
     at = torch.arange(tokens, device="cuda", dtype=torch.int32).repeat(requests)
     slots = torch.arange(requests, device="cuda", dtype=torch.int32).repeat_interleave(tokens)
     qkv = torch.randn(count, (HEADS + 2 * KV_HEADS) * DIM, device="cuda").bfloat16()
-    sinks, angles = torch.randn(HEADS, device="cuda"), turns(tokens)
+    parameters, rope = AttentionParameters(torch.randn(HEADS, device="cuda"), window), random_rope(tokens)
+    places, pages = TokenPlaces(at, slots), KvPages(*pools, table)
     seen = sum(min(position + 1, window or tokens) for position in range(tokens)) * requests
-    run = [lambda: prefill_attention(qkv, *angles, at, slots, table, *pools, sinks, window)] * 4
+    run = [lambda: prefill_attention(qkv, places, rope, pages, parameters)] * 4
     return microseconds(run), seen * HEADS * DIM * 2 * 2
 
 

@@ -10,10 +10,11 @@ from functools import partial
 
 import torch
 
-from kernels.hopper.experts import PackedExperts, experts, pack
+from kernels.hopper.experts import decode_experts, pack
+from kernels.ops import PackedExperts, Routing
 from tests.gpu.timing import BANDWIDTH, microseconds
 
-EXPERTS, HIDDEN, INNER, ACTIVE, LAYERS, LIMIT = 32, 2880, 2880, 4, 2, 7.0
+EXPERTS, HIDDEN, INNER, TOP_K, LAYERS, LIMIT = 32, 2880, 2880, 4, 2, 7.0
 EXPERT_BYTES = 3 * HIDDEN * INNER * 4.25 / 8
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CALLS = 16
@@ -27,23 +28,25 @@ def random_matrix(rows: int, columns: int, interleaved: bool) -> PackedExperts:
 
 
 def choices(count: int) -> list[torch.Tensor]:
-    """Expert ids [count, ACTIVE] for each call: distinct experts within a layer while they last, then random ones."""
-    if count * ACTIVE * CALLS <= EXPERTS * LAYERS:
+    """Expert ids [count, TOP_K] for each call: distinct experts within a layer while they last, then random ones."""
+    if count * TOP_K * CALLS <= EXPERTS * LAYERS:
         whole = [torch.randperm(EXPERTS, device="cuda") for _ in range(LAYERS)]
         return [
-            whole[n % LAYERS].roll(-(n // LAYERS) * count * ACTIVE)[: count * ACTIVE].view(count, ACTIVE)
+            whole[n % LAYERS].roll(-(n // LAYERS) * count * TOP_K)[: count * TOP_K].view(count, TOP_K)
             for n in range(CALLS)
         ]
-    return [torch.rand(count, EXPERTS, device="cuda").argsort(-1)[:, :ACTIVE].contiguous() for _ in range(CALLS)]
+    return [torch.rand(count, EXPERTS, device="cuda").argsort(-1)[:, :TOP_K].contiguous() for _ in range(CALLS)]
 
 
 def measure(layers: list[tuple[PackedExperts, PackedExperts]], count: int) -> tuple[float, float]:
     """Microseconds and bytes of one call."""
     ids = choices(count)
     x = torch.randn(CALLS, count, HIDDEN, device="cuda").bfloat16()
-    weights = torch.rand(CALLS, count, ACTIVE, device="cuda").softmax(-1)
+    weights = torch.rand(CALLS, count, TOP_K, device="cuda").softmax(-1)
 
-    calls = [partial(experts, x[n], ids[n], weights[n], *layers[n % LAYERS], LIMIT) for n in range(CALLS)]
+    calls = [
+        partial(decode_experts, x[n], Routing(ids[n], weights[n]), *layers[n % LAYERS], LIMIT) for n in range(CALLS)
+    ]
     return microseconds(calls), statistics.mean(len(chosen.unique()) for chosen in ids) * EXPERT_BYTES
 
 
@@ -52,7 +55,7 @@ def bench() -> None:
     print(f"{'tokens':>6} {'us':>8} {'GB/s':>6} {'of floor':>8} {'TFLOP/s':>8}")
     for count in TOKENS:
         time, size = measure(layers, count)
-        flops = 2 * 3 * HIDDEN * INNER * ACTIVE * count
+        flops = 2 * 3 * HIDDEN * INNER * TOP_K * count
         rate = size / time * 1e6
         print(f"{count:6} {time:8.1f} {rate / 1e9:6.0f} {rate / BANDWIDTH:8.0%} {flops / time / 1e6:8.1f}")
 

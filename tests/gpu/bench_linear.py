@@ -6,10 +6,11 @@ Medians of graph replays over rotating copies of the weights, more than 400 MB o
 import torch
 from torch.nn import functional as F
 
-from kernels.hopper.linear import kernel_for, linear, pack
-from kernels.hopper.norm import add_norm, add_norm_route, embed_norm
-from kernels.hopper.peers import ALONE
+from kernels.hopper.decode import add_norm, add_norm_route, embed_norm, linear
+from kernels.hopper.linear import kernel_for, pack
+from kernels.ops import Norm, Peers, Router
 from tests.gpu.timing import BANDWIDTH, microseconds
+from tests.harness import ALONE
 
 ROTATING = 400e6
 SHAPES = {
@@ -30,12 +31,12 @@ def bench() -> None:
     for name, (rows, columns) in SHAPES.items():
         copies = -(-int(ROTATING) // (2 * rows * columns))
         weights = [torch.randn(rows, columns, device="cuda").bfloat16() for _ in range(copies)]
-        packed = [pack(weight) for weight in weights]
         bias = torch.randn(rows, device="cuda").bfloat16()
+        packed = [pack(weight, bias) for weight in weights]
         for tokens in TOKENS:
             x = torch.randn(tokens, columns, device="cuda").bfloat16()
             library = microseconds([lambda w=weight, x=x, bias=bias: F.linear(x, w, bias) for weight in weights])
-            ours = microseconds([lambda w=weight, x=x, bias=bias: linear(x, w, bias) for weight in packed])
+            ours = microseconds([lambda w=weight, x=x: linear(x, w) for weight in packed])
             rate = 2 * (rows * columns + tokens * (rows + columns)) / ours * 1e6
             print(
                 f"{name:10}{tokens:7}  {kernel_for(tokens):10}{ours:8.2f}{rate / 1e9:7.0f}{rate / BANDWIDTH:9.1%}"
@@ -48,27 +49,23 @@ def bench() -> None:
 def bench_rows(layers: int = 36) -> None:
     """Norms and routing, a chain of `layers` calls, each layer with weights of its own."""
     print(f"\n{'tokens':>7}{'embed':>10}{'add 4':>10}{'route 32':>10}{'route 128':>10}   us")
-    scales = torch.ones(layers, 2880, device="cuda")
+    norms = [Norm(weight, 1e-5) for weight in torch.ones(layers, 2880, device="cuda")]
+    peers = Peers(ALONE)
     table = torch.randn(201088, 2880, device="cuda", dtype=torch.bfloat16)
     for tokens in (*TOKENS, 256, PREFILL):
         x = torch.randn(tokens, 2880, device="cuda").bfloat16()
         ids = torch.randint(0, 201088, (tokens,), dtype=torch.int32, device="cuda")
-        parts = torch.randn(tokens, 4, 2880, device="cuda").bfloat16()
+        outputs = torch.randn(tokens, 4, 2880, device="cuda").bfloat16()
         cells = [
-            microseconds([lambda s=s, ids=ids: embed_norm(ids, table, s, 1e-5) for s in scales]),
-            microseconds([lambda s=s, x=x, parts=parts: add_norm(x, parts, s, 1e-5, ALONE) for s in scales]),
+            microseconds([lambda n=n, ids=ids: embed_norm(ids, table, n) for n in norms]),
+            microseconds([lambda n=n, x=x, outputs=outputs: add_norm(x, outputs, n, peers) for n in norms]),
         ]
         for experts in (32, 128):
             routers = torch.randn(layers, experts, 2880, device="cuda").bfloat16()
             bias = torch.randn(experts, device="cuda").bfloat16()
-            cells.append(
-                microseconds(
-                    [
-                        lambda r=r, x=x, bias=bias: add_norm_route(x, x, scales[0], 1e-5, r, bias, 4, ALONE)
-                        for r in routers
-                    ]
-                )
-            )
+            layers_of = [Router(weight, bias, 4) for weight in routers]
+            calls = [lambda r=r, x=x: add_norm_route(x, x, norms[0], r, peers) for r in layers_of]
+            cells.append(microseconds(calls))
         print(f"{tokens:7}" + "".join(f"{cell:10.2f}" for cell in cells), flush=True)
 
 

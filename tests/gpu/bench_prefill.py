@@ -8,9 +8,11 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
+from kernels.hopper.experts import prefill_experts
 from kernels.hopper.linear import pack
-from kernels.hopper.prefill import prefill_experts, prefill_linear
-from tests.gpu.bench_experts import ACTIVE, EXPERTS, HIDDEN, INNER, LIMIT, random_matrix
+from kernels.hopper.linear.prefill import prefill_linear
+from kernels.ops import Routing
+from tests.gpu.bench_experts import EXPERTS, HIDDEN, INNER, LIMIT, TOP_K, random_matrix
 from tests.gpu.timing import microseconds
 
 TOKENS = (128, 512, 2048, 8192)
@@ -24,19 +26,20 @@ def report(name: str, tokens: int, time: float, operations: float) -> None:
 def bench() -> None:
     for name, (rows, columns) in PROJECTIONS.items():
         weight = torch.randn(rows, columns, device="cuda").bfloat16()
-        packed, bias = pack(weight), torch.randn(rows, device="cuda").bfloat16()
+        bias = torch.randn(rows, device="cuda").bfloat16()
+        packed = pack(weight, bias)
         for tokens in TOKENS:
             x = torch.randn(tokens, columns, device="cuda").bfloat16()
             size = 2.0 * tokens * rows * columns
-            report(name, tokens, microseconds([partial(prefill_linear, x, packed, bias)] * 8), size)
+            report(name, tokens, microseconds([partial(prefill_linear, x, packed)] * 8), size)
             report(f"{name} cuBLAS", tokens, microseconds([partial(F.linear, x, weight, bias)] * 8), size)
     gate_up, down = random_matrix(2 * INNER, HIDDEN, True), random_matrix(HIDDEN, INNER, False)
     for tokens in TOKENS:
         x = torch.randn(tokens, HIDDEN, device="cuda").bfloat16()
-        ids = torch.rand(tokens, EXPERTS, device="cuda").argsort(-1)[:, :ACTIVE].contiguous()
-        weights = torch.rand(tokens, ACTIVE, device="cuda").softmax(-1)
-        time = microseconds([partial(prefill_experts, x, ids, weights, gate_up, down, LIMIT)] * 4)
-        report("experts", tokens, time, 6.0 * tokens * ACTIVE * HIDDEN * INNER)
+        ids = torch.rand(tokens, EXPERTS, device="cuda").argsort(-1)[:, :TOP_K].contiguous()
+        weights = torch.rand(tokens, TOP_K, device="cuda").softmax(-1)
+        time = microseconds([partial(prefill_experts, x, Routing(ids, weights), gate_up, down, LIMIT)] * 4)
+        report("experts", tokens, time, 6.0 * tokens * TOP_K * HIDDEN * INNER)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from kernels.hopper.linear import linear_part, pack
-from kernels.hopper.norm import add_norm, add_norm_route, prefill_add_norm
-from kernels.hopper.peers import ALONE, join
+from kernels.hopper import decode, join, prefill
+from kernels.hopper.linear import pack
+from kernels.ops import Norm, Peers, Router
 from tests.gpu.timing import microseconds
+from tests.harness import ALONE
 from tests.ranks import together
 
 HIDDEN, EXPERTS, O_COLUMNS, EPS = 2880, 32, 2048, 1e-5
@@ -28,34 +29,35 @@ def times(ranks, device) -> list[tuple]:
     peers = join(ranks, MOST_ROWS, max(ROWS), 16, HIDDEN, device)
     turns = [peers, replace(peers, attention=peers.mlp, mlp=peers.attention)]  # the areas take turns
     nccl = dist.new_group(backend="nccl")
-    scale = torch.ones(HIDDEN, device=device)
-    router = (torch.randn(EXPERTS, HIDDEN, device=device) * 0.03).bfloat16()
-    bias = torch.zeros(EXPERTS, device=device).bfloat16()
+    alone = [Peers(ALONE)] * 2
+    norm = Norm(torch.ones(HIDDEN, device=device), EPS)
+    weight = (torch.randn(EXPERTS, HIDDEN, device=device) * 0.03).bfloat16()
+    router = Router(weight, torch.zeros(EXPERTS, device=device).bfloat16(), 4)
     o = pack((torch.randn(HIDDEN, O_COLUMNS, device=device) * 0.02).bfloat16())
     heads = torch.randn(MOST_ROWS, O_COLUMNS, device=device).bfloat16()
     table = []
     for rows in ROWS:
-        x, part = torch.randn(2, rows, HIDDEN, device=device).bfloat16()
+        x, partial = torch.randn(2, rows, HIDDEN, device=device).bfloat16()
         whole = torch.randn(rows, HIDDEN, device=device).bfloat16()
 
-        def chain(op, peers_by_turn, rows=rows, x=x, part=part):
-            last = [part]
+        def chain(op, peers_by_turn, rows=rows, x=x, partial=partial):
+            last = [partial]
             ranks.smallest(0)  # the chain before may have ended with the area in which this one begins
 
             def call(turn):
-                parts = last[0].view(rows, 1, HIDDEN)
-                last[0] = op(x, parts, scale, EPS, peers_by_turn[turn % 2])[1]
+                outputs = last[0].view(rows, 1, HIDDEN)
+                last[0] = op(x, outputs, norm, peers_by_turn[turn % 2])[1]
 
             return microseconds([lambda turn=turn: call(turn) for turn in range(CALLS)])
 
-        def route(x, parts, scale, eps, peers, rows=rows):
-            delta = linear_part(heads[:rows], o, None, peers)
-            return add_norm_route(parts[:, 0], delta, scale, eps, router, bias, 4, peers)
+        def route(x, outputs, norm, peers, rows=rows):
+            delta = decode.linear_partial(heads[:rows], o, peers)
+            return decode.add_norm_route(outputs[:, 0], delta, norm, router, peers)
 
         few = rows <= MOST_ROWS
-        row = [rows, chain(add_norm, [ALONE] * 2)]
-        row += [chain(add_norm, turns) if few else None, chain(prefill_add_norm, turns)]
-        row += [chain(route, [ALONE] * 2), chain(route, turns)] if rows <= 64 else [None, None]
+        row = [rows, chain(decode.add_norm, alone)]
+        row += [chain(decode.add_norm, turns) if few else None, chain(prefill.add_norm, turns)]
+        row += [chain(route, alone), chain(route, turns)] if rows <= 64 else [None, None]
         row += [microseconds([lambda whole=whole: dist.all_reduce(whole, group=nccl)] * CALLS)]
         table.append(tuple(row))
     return table

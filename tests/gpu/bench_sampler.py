@@ -9,10 +9,10 @@ from functools import partial
 import torch
 
 from graphs.buffers import sampling_state
-from kernels.hopper.peers import ALONE
 from kernels.hopper.sampler import sample
-from kernels.ops import SamplingState
+from kernels.ops import Peers, SamplingState, TokenCounts, TokenPlaces
 from tests.gpu.timing import BANDWIDTH, microseconds
+from tests.harness import ALONE
 
 VOCAB = 201088
 ROWS = (1, 4, 16, 64)
@@ -25,7 +25,7 @@ MODES = {
 }
 
 
-def state_of(rows: int, options: dict) -> SamplingState:
+def state_of(rows: int, options: dict) -> SamplingState[torch.Tensor]:
     state = sampling_state(lambda shape, kind: torch.zeros(shape, dtype=getattr(torch, kind), device="cuda"), rows)
     for name, value in {"top_p": 1.0, "repetition_penalty": 1.0, **options}.items():
         getattr(state, name).fill_(value)
@@ -36,11 +36,10 @@ def sample_time(rows: int, options: dict, dtype: torch.dtype) -> float:
     copies = max(4, int(400e6 // (rows * VOCAB * dtype.itemsize)))
     logits = (torch.randn(copies, rows, VOCAB, device="cuda") * 3).to(dtype)
     slots = torch.arange(rows, dtype=torch.int32, device="cuda")
-    counts = torch.zeros(rows, VOCAB, dtype=torch.int32, device="cuda")
-    prompt = torch.zeros(rows, VOCAB, dtype=torch.uint8, device="cuda")
-    state = state_of(rows, options)
-
-    return microseconds([partial(sample, part, slots, slots, state, counts, prompt, 20, ALONE) for part in logits])
+    output = torch.zeros(rows, VOCAB, dtype=torch.int32, device="cuda")
+    counts = TokenCounts(output, torch.zeros(rows, VOCAB, dtype=torch.uint8, device="cuda"))
+    rest = (TokenPlaces(slots, slots), state_of(rows, options), counts, 20, Peers(ALONE))
+    return microseconds([partial(sample, copy, *rest) for copy in logits])
 
 
 def bench() -> None:

@@ -9,6 +9,7 @@ import torch
 
 from kernels import reference
 from kernels.hopper.attention import decode_attention, prefill_attention
+from kernels.ops import AttentionParameters, KvPages, Rope, TokenPlaces
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
@@ -22,10 +23,10 @@ TOKENS = (1, 2, 3, 8, 17, 64, 100, 256)
 
 
 @functools.cache
-def turns():
+def rope():
     """cos and sin of angles that no two positions share."""
     angles = torch.rand(MOST_POSITIONS, DIM // 2, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(9))
-    return (6.28 * angles).cos(), (6.28 * angles).sin()
+    return Rope((6.28 * angles).cos(), (6.28 * angles).sin())
 
 
 class Chunks:
@@ -64,13 +65,19 @@ class Chunks:
         at, slots = self.positions[rows].clone(), self.slots[rows].clone()
         torch.cuda.synchronize()
         with memory_poisoned():
-            return attention(self.qkv[rows], *turns(), at, slots, self.page_table, *pools, self.sinks, window)
+            return attention(
+                self.qkv[rows],
+                TokenPlaces(at, slots),
+                rope(),
+                KvPages(*pools, self.page_table),
+                AttentionParameters(self.sinks, window),
+            )
 
     def exact(self, window):
         """The outputs in float32, and the pools afterwards."""
         pools, real = self.pools.clone(), slice(self.real)
         at, slots = self.positions[real], self.slots[real]
-        q = reference.rope_append(self.qkv[real], *turns(), at, slots, self.page_table, *pools)
+        q = reference.rope_append(self.qkv[real], *rope(), at, slots, self.page_table, *pools)
         return reference.attention(q.float(), *pools, self.page_table, slots, at, self.sinks, window), pools
 
     def check(self, attention, window):
@@ -112,7 +119,8 @@ def test_spare_rows_append_to_the_scratch_page_only(attention):
     before = pools.clone()
     qkv, sinks = torch.randn(64, 80 * DIM, device=DEVICE).bfloat16(), torch.zeros(64, device=DEVICE)
     torch.cuda.synchronize()
-    attention(qkv, *turns(), spare, spare, table, *pools, sinks, None)
+    places, pages = TokenPlaces(spare, spare), KvPages(*pools, table)
+    attention(qkv, places, rope(), pages, AttentionParameters(sinks, None))
     assert torch.equal(pools[:, 1:], before[:, 1:])
     assert torch.equal(pools[:, 0, :, 1:], before[:, 0, :, 1:])
 
@@ -175,7 +183,8 @@ def test_replays_of_a_prefill_graph_repeat_their_bytes_and_follow_their_inputs(w
 
 def check_replays(batch, attention, window, first):
     pools = batch.pools.clone()
-    arguments = (batch.qkv, *turns(), batch.positions, batch.slots, batch.page_table, *pools, batch.sinks, window)
+    places, pages = TokenPlaces(batch.positions, batch.slots), KvPages(*pools, batch.page_table)
+    arguments = (batch.qkv, places, rope(), pages, AttentionParameters(batch.sinks, window))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outs = [attention(*arguments) for _ in range(3)]  # each starts while the one before it ends
@@ -215,12 +224,12 @@ def test_a_prompts_bytes_do_not_depend_on_its_chunks(heads, kv_heads, sizes, win
     batch = Chunks([(0, 1024)], heads, kv_heads, width=16)
     whole_pools, pools = batch.pools.clone(), batch.pools.clone()
     whole = batch.run(prefill_attention, window, pools=whole_pools)
-    parts, begin = [], 0
+    chunks, begin = [], 0
     while begin < 1024:
-        rows = slice(begin, begin + sizes[len(parts) % len(sizes)])
-        parts.append(batch.run(prefill_attention, window, rows, pools))
+        rows = slice(begin, begin + sizes[len(chunks) % len(sizes)])
+        chunks.append(batch.run(prefill_attention, window, rows, pools))
         begin = rows.stop
-    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(torch.cat(chunks), whole)
     assert torch.equal(pools.view(torch.int16), whole_pools.view(torch.int16))  # NaN where nothing was written
 
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from kernels import hopper, reference
-from kernels.hopper.experts import group
+from kernels.hopper.experts import decode_experts, group
+from kernels.ops import Routing
 
 pytestmark = pytest.mark.gpu
-HIDDEN, LIMIT, ACTIVE = 2880, 7.0, 4
+HIDDEN, LIMIT, TOP_K = 2880, 7.0, 4
 TOKENS = (1, 2, 3, 8, 17, 64, 100, 256)
-SHAPES = {  # experts, hidden, intermediate of a rank, active
+SHAPES = {  # experts, hidden, intermediate of a rank, experts a token
     "20b": (32, HIDDEN, 2880, 4),
     "20b tp 2": (32, HIDDEN, 1440, 4),
     "20b tp 4": (32, HIDDEN, 736, 4),
@@ -24,9 +25,9 @@ SHAPES = {  # experts, hidden, intermediate of a rank, active
 
 
 class Layer:
-    def __init__(self, experts, hidden, inner, active):
+    def __init__(self, experts, hidden, inner, top_k):
         self.draw = torch.Generator("cuda").manual_seed(experts * hidden + inner)
-        self.experts, self.hidden, self.active = experts, hidden, active
+        self.experts, self.hidden, self.top_k = experts, hidden, top_k
         self.gate_up, self.down = self.matrix(2 * inner, hidden), self.matrix(hidden, inner)
         self.packed = (
             hopper.pack_experts(*self.gate_up, interleaved=True),
@@ -45,13 +46,13 @@ class Layer:
     def tokens(self, count):
         x = torch.randn(count, self.hidden, generator=self.draw, device="cuda").bfloat16()
         order = torch.rand(count, self.experts, generator=self.draw, device="cuda").argsort(dim=-1)
-        weights = torch.randn(count, self.active, generator=self.draw, device="cuda").softmax(-1)
-        return x, order[:, : self.active], weights  # the ids are not contiguous, as the reference's are not
+        weights = torch.randn(count, self.top_k, generator=self.draw, device="cuda").softmax(-1)
+        return x, order[:, : self.top_k], weights  # the ids are not contiguous, as the reference's are not
 
     def run(self, x, ids, weights):
-        """[T, active, H], unsummed."""
+        """[T, K, H], not summed."""
         with uninitialised_is_nan():
-            return hopper.experts(x, ids, weights, *self.packed, LIMIT)
+            return decode_experts(x, Routing(ids, weights), *self.packed, LIMIT)
 
     def exact(self, x, ids, weights):
         gate_up, down = ((blocks, scales, bias.float()) for blocks, scales, bias in (self.gate_up, self.down))
@@ -89,8 +90,8 @@ def test_a_token_is_the_same_bytes_alone_and_among_others(layer):
     x, ids, weights = layer.tokens(300)
     together = layer.run(x, ids, weights)
     for first, count in ((0, 1), (7, 1), (255, 2), (31, 8), (100, 17), (3, 64), (20, 65), (0, 128), (44, 256)):
-        part = slice(first, first + count)
-        assert torch.equal(layer.run(x[part], ids[part], weights[part]), together[part]), (first, count)
+        rows = slice(first, first + count)
+        assert torch.equal(layer.run(x[rows], ids[rows], weights[rows]), together[rows]), (first, count)
 
 
 @pytest.mark.parametrize("count", [8, 40, 64, 65, 200])
@@ -110,8 +111,8 @@ def test_an_expert_may_have_more_pairs_than_a_block_takes_at_once(layer, count):
     ids[:, 0] = torch.where((ids == common).any(1), ids[:, 0], common)
     assert distance(layer.run(x, ids, weights), layer.exact(x, ids, weights)) < 5e-3
     for token in (0, count // 2, count - 1):
-        part = slice(token, token + 1)
-        assert torch.equal(layer.run(x[part], ids[part], weights[part]), layer.run(x, ids, weights)[part])
+        rows = slice(token, token + 1)
+        assert torch.equal(layer.run(x[rows], ids[rows], weights[rows]), layer.run(x, ids, weights)[rows])
 
 
 @pytest.mark.parametrize("count", [1, 8, 40, 64, 200])
@@ -124,11 +125,11 @@ def test_a_graph_replays_the_eager_bytes_for_new_inputs(count):
     with torch.cuda.graph(graph):
         outs = []
         for a, b, c in inputs:  # one after the other: nothing may start too early
-            hopper.experts(a, b, c, *layer.packed, LIMIT)  # its scratch and result are taken again at once
+            decode_experts(a, Routing(b, c), *layer.packed, LIMIT)  # its scratch and result are taken again at once
             for to, value in zip((x, ids, weights), (a, b, c), strict=True):
                 to.copy_(value)  # new ids right before the kernels that read them early
-            outs.append(hopper.experts(x, ids, weights, *layer.packed, LIMIT))
-            outs.append(hopper.experts(outs[-1][:, 0].contiguous(), ids, weights, *layer.packed, LIMIT))
+            outs.append(decode_experts(x, Routing(ids, weights), *layer.packed, LIMIT))
+            outs.append(decode_experts(outs[-1][:, 0].contiguous(), Routing(ids, weights), *layer.packed, LIMIT))
     for _ in range(3):
         for values in inputs:
             for old, new in zip(values, layer.tokens(count), strict=True):
@@ -144,7 +145,7 @@ def test_a_graph_replays_the_eager_bytes_for_new_inputs(count):
 @pytest.mark.parametrize(("count", "experts"), [(1, 32), (65, 32), (300, 8), (2048, 128)])
 def test_pairs_are_grouped_by_expert_in_tiles(count, experts, tile_pairs):
     draw = torch.Generator("cuda").manual_seed(count)
-    ids = torch.rand(count, experts, generator=draw, device="cuda").argsort(-1)[:, :ACTIVE]
+    ids = torch.rand(count, experts, generator=draw, device="cuda").argsort(-1)[:, :TOP_K]
     with uninitialised_is_nan():
         order, tiles = group(ids, experts, tile_pairs)
     assert torch.equal(order.long(), ids.flatten().argsort(stable=True))
@@ -187,7 +188,7 @@ def test_every_code_and_scale_is_exact(scale):
         bias = torch.tensor([7.0, -1.0], device="cuda").repeat(inner).view(1, inner, 2)
         bias[0, unit, 1] = 0.0
         gate_up = hopper.pack_experts(zeros, neutral, bias.flatten(1).bfloat16(), interleaved=True)
-        out = hopper.experts(x, ids, one, gate_up, down, LIMIT)
+        out = decode_experts(x, Routing(ids, one), gate_up, down, LIMIT)
         h = reference.swiglu(torch.tensor(7.0), torch.tensor(0.0), LIMIT).bfloat16().float().item()
         assert h == 7.0
         assert torch.equal(out[0, 0].float(), (dense[:, unit] * h).bfloat16().float())

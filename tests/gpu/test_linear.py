@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from kernels import reference
-from kernels.hopper.linear import WIDE_TOKENS, launch, linear, pack
-from kernels.hopper.norm import add_norm
-from kernels.hopper.peers import ALONE
+from kernels.hopper.decode import add_norm, linear
+from kernels.hopper.linear import WIDE_TOKENS, launch, pack
+from kernels.ops import Norm, Peers
+from tests.harness import ALONE
 
 pytestmark = pytest.mark.gpu
 
@@ -33,10 +34,10 @@ def error(out, expected):
 def check(tokens, rows, columns, with_bias=True):
     x, weight = random(tokens, columns), random(rows, columns, seed=1, scale=columns**-0.5)
     bias = random(rows, seed=2) if with_bias else None
-    packed = pack(weight)
+    packed = pack(weight, bias)
     expected = reference.linear(x.float(), weight.float(), None if bias is None else bias.float())
     poison(tokens, rows)
-    out = linear(x, packed, bias)
+    out = linear(x, packed)
     assert out.shape == (tokens, rows)
     assert out.dtype == torch.bfloat16
     assert error(out, expected) < 1e-2
@@ -56,18 +57,18 @@ def test_the_language_model_head_is_the_reference(tokens, rows):
 
 @pytest.mark.parametrize(("rows", "columns"), [*QKV, *OUT, (1000, 2880), (8192, 2880), (20000, 2880)])
 def test_a_token_alone_has_the_bytes_it_has_among_others(rows, columns):
-    x, packed, bias = random(300, columns), pack(random(rows, columns, seed=1)), random(rows, seed=2)
-    whole = linear(x, packed, bias)
+    x, packed = random(300, columns), pack(random(rows, columns, seed=1), random(rows, seed=2))
+    whole = linear(x, packed)
     for start, end in [(0, 1), (299, 300), (5, 7), (3, 11), (64, 80), (61, 93), (100, 164), (10, 275)]:
-        assert torch.equal(linear(x[start:end].clone(), packed, bias), whole[start:end]), (start, end)
+        assert torch.equal(linear(x[start:end].clone(), packed), whole[start:end]), (start, end)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [QKV[0], OUT[0], OUT[2], (17, 96), (20000, 2880)])
 def test_every_kernel_gives_the_same_bytes(rows, columns):
-    x, packed, bias = random(16, columns), pack(random(rows, columns, seed=1)), random(rows, seed=2)
+    x, packed = random(16, columns), pack(random(rows, columns, seed=1), random(rows, seed=2))
     names = ["narrow_2", "narrow_8"] + [f"wide_{tile}" for tile in WIDE_TOKENS]
-    for tokens in (1, 5, 8, 16):  # 20000 rows are cut into four runs, and each cluster has several groups
-        outs = [launch(n, x[:tokens], packed, bias) for n in names if tokens <= int(n.split("_")[1])]
+    for tokens in (1, 5, 8, 16):  # 20000 rows have four K splits, and each cluster has several groups
+        outs = [launch(n, x[:tokens], packed) for n in names if tokens <= int(n.split("_")[1])]
         assert all(torch.equal(out, outs[0]) for out in outs[1:])
 
 
@@ -94,17 +95,17 @@ def test_packing_on_the_device_needs_no_scratch_memory():
 def test_a_captured_chain_replays_what_runs_one_by_one(tokens):
     """Each kernel starts before its predecessor has ended: none may read too early or write too soon."""
     qkv, o = pack(random(5120, 2880, seed=1, scale=0.02)), pack(random(2880, 4096, seed=2, scale=0.02))
-    scale = torch.ones(2880, device="cuda")
+    norm, peers = Norm(torch.ones(2880, device="cuda"), 1e-5), Peers(ALONE)
     x = random(tokens, 2880)
 
     def chain(pause):
-        residual, h = add_norm(x, x.unsqueeze(1), scale, 1e-5, ALONE)
+        residual, h = add_norm(x, x.unsqueeze(1), norm, peers)
         for _ in range(12):
             wide = linear(h, qkv)
             pause()
             delta = linear(wide[:, :4096].contiguous(), o)
             pause()
-            residual, h = add_norm(residual, delta.unsqueeze(1), scale, 1e-5, ALONE)
+            residual, h = add_norm(residual, delta.unsqueeze(1), norm, peers)
             pause()
         return residual
 

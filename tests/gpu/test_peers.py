@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from kernels import hopper
-from kernels.hopper.linear import linear_part, pack
-from kernels.hopper.norm import add_norm, add_norm_route, prefill_add_norm, prefill_add_norm_route
-from kernels.hopper.peers import ALONE, join
-from kernels.hopper.sampler import sample
+from kernels.hopper import decode, join, sample
+from kernels.hopper import prefill as of_prefill
+from kernels.hopper.linear import pack
+from kernels.ops import Norm, Peers, Router
 from tests.gpu.test_sampler import OPTIONS, case
-from tests.harness import FULL_WIDTH, SMALL, InProcess, prompt_of
+from tests.harness import ALONE, FULL_WIDTH, SMALL, InProcess, prompt_of
 from tests.ranks import together
 
 pytestmark = pytest.mark.gpu
@@ -39,10 +39,10 @@ def draws(*shape, seed, scale=1.0):
     return (torch.randn(*shape, generator=generator, device="cuda") * scale).bfloat16()
 
 
-def summed(parts):
-    """Each rank's parts [T, n, H] -> what the ranks must add up to, as one part [T, 1, H]: in order, rounded twice."""
+def summed(partials):
+    """Each rank's outputs [T, n, H] -> what the ranks must add up to, as one [T, 1, H]: in order, rounded twice."""
     total = None
-    for own in parts:
+    for own in partials:
         row = own[:, 0].float()
         for n in range(1, own.shape[1]):
             row = row + own[:, n].float()
@@ -52,10 +52,12 @@ def summed(parts):
 
 
 def check_sums(ranks, device):
+    alone = Peers(ALONE)
     for hidden, experts in ((HIDDEN, 32), (HIDDEN, 128), (256, 8)):
         peers = join(ranks, MOST_ROWS, MOST_TOKENS, 16, hidden, device)
-        scale, router = draws(hidden, seed=1).float(), draws(experts, hidden, seed=2, scale=0.03)
-        bias, identity = draws(experts, seed=3), pack(torch.eye(hidden, device=device).bfloat16())
+        norm = Norm(draws(hidden, seed=1).float(), EPS)
+        router = Router(draws(experts, hidden, seed=2, scale=0.03), draws(experts, seed=3), 4)
+        identity = pack(torch.eye(hidden, device=device).bfloat16())
         for turn in range(3):
             for tokens, prefill in [
                 (1, False),
@@ -68,22 +70,21 @@ def check_sums(ranks, device):
                 (MOST_ROWS, False),
                 (MOST_TOKENS, True),
             ]:
-                norm, route = (prefill_add_norm, prefill_add_norm_route) if prefill else (add_norm, add_norm_route)
-                x = draws(tokens, hidden, seed=turn)
-                parts = [draws(tokens, 1, hidden, seed=10 * tokens + rank) for rank in range(ranks.size)]
-                own = parts[ranks.rank][:, 0]
-                if not prefill:  # then it was sent from where it was made
-                    own = linear_part(own, identity, None, peers)
-                found = route(x, own, scale, EPS, router, bias, 4, peers)
-                expected = route(x, summed(parts)[:, 0], scale, EPS, router, bias, 4, ALONE)
-                for left, right in zip(found, expected, strict=True):
+                ops, x = of_prefill if prefill else decode, draws(tokens, hidden, seed=turn)
+                partials = [draws(tokens, 1, hidden, seed=10 * tokens + rank) for rank in range(ranks.size)]
+                own = partials[ranks.rank][:, 0]
+                if not prefill:  # then the kernel that made it sent it
+                    own = ops.linear_partial(own, identity, peers)
+                *rows, routing = ops.add_norm_route(x, own, norm, router, peers)
+                *expected, expected_routing = ops.add_norm_route(x, summed(partials)[:, 0], norm, router, alone)
+                for left, right in zip((*rows, *routing), (*expected, *expected_routing), strict=True):
                     assert torch.equal(left, right), (hidden, tokens, prefill, "route")
-                parts = [draws(tokens, 4, hidden, seed=20 * tokens + rank) for rank in range(ranks.size)]
-                found = norm(x, parts[ranks.rank], scale, EPS, peers)
-                for left, right in zip(found, norm(x, summed(parts), scale, EPS, ALONE), strict=True):
+                outputs = [draws(tokens, 4, hidden, seed=20 * tokens + rank) for rank in range(ranks.size)]
+                rows = ops.add_norm(x, outputs[ranks.rank], norm, peers)
+                for left, right in zip(rows, ops.add_norm(x, summed(outputs), norm, alone), strict=True):
                     assert torch.equal(left, right), (hidden, tokens, prefill)
     with pytest.raises(ValueError, match="more rows"):
-        add_norm(draws(5000, 256, seed=0), draws(5000, 1, 256, seed=0), scale, EPS, peers)
+        decode.add_norm(draws(5000, 256, seed=0), draws(5000, 1, 256, seed=0), norm, peers)
 
 
 @on_gpus
@@ -94,34 +95,35 @@ def test_every_rank_holds_the_sum_in_the_order_of_ranks(gpus):
 def check_replays(ranks, device, replays):
     """A chain whose result depends on every exchange before, in graphs of many sizes; one rank dawdles now and then."""
     peers = join(ranks, MOST_ROWS, 256, 16, HIDDEN, device)
-    scale, router = draws(HIDDEN, seed=1).float(), draws(32, HIDDEN, seed=2, scale=0.03)
-    bias, identity = draws(32, seed=3), pack(torch.eye(HIDDEN, device=device).bfloat16())
+    norm = Norm(draws(HIDDEN, seed=1).float(), EPS)
+    router = Router(draws(32, HIDDEN, seed=2, scale=0.03), draws(32, seed=3), 4)
+    identity = pack(torch.eye(HIDDEN, device=device).bfloat16())
     buckets = [(1, False), (2, False), (8, False), (64, False), (100, True), (256, True)]
     every = [draws(256, 1, HIDDEN, seed=10 + rank) for rank in range(ranks.size)]
     total = summed(every)
 
-    def chain(state, parts, peers, tokens, prefill):
-        norm, route = (prefill_add_norm, prefill_add_norm_route) if prefill else (add_norm, add_norm_route)
-        own = parts[:tokens, 0] if prefill else linear_part(parts[:tokens, 0], identity, None, peers)
-        _, h, _, shares = route(state[:tokens], own, scale, EPS, router, bias, 4, peers)
-        # What is fed to the next exchange is the same on every rank, but for its part.
-        _, h = norm(h, parts[:tokens], scale, EPS, peers)
-        state[:tokens] = h * shares[:, :1].bfloat16()
+    def chain(state, partial, peers, tokens, prefill):
+        ops, own = of_prefill if prefill else decode, partial[:tokens, 0]
+        own = own if prefill else ops.linear_partial(own, identity, peers)
+        _, h, routing = ops.add_norm_route(state[:tokens], own, norm, router, peers)
+        # What is fed to the next exchange is the same on every rank, but for its partial sum.
+        _, h = ops.add_norm(h, partial[:tokens], norm, peers)
+        state[:tokens] = h * routing.weights[:, :1].bfloat16()
 
-    def captured(state, parts, peers):
+    def captured(state, partial, peers):
         graphs = []
         for tokens, prefill in buckets:
-            chain(state, parts, peers, tokens, prefill)  # compiles
+            chain(state, partial, peers, tokens, prefill)  # compiles
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                chain(state, parts, peers, tokens, prefill)
+                chain(state, partial, peers, tokens, prefill)
             graphs.append(graph)
         return graphs
 
     states = [draws(256, HIDDEN, seed=4) for _ in range(2)]
     graphs = captured(states[0], every[ranks.rank], peers)
-    expected = captured(states[1], total, ALONE)
+    expected = captured(states[1], total, Peers(ALONE))
     assert torch.equal(*states)
     order, pauses, stream = random.Random(5), random.Random(6 + ranks.rank), torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -156,12 +158,12 @@ def check_samples(ranks, device):
             for _ in range(3):
                 torch.cuda.synchronize()
                 ranks.smallest(0)  # in a step the other exchanges lie between
-                found, expected = sample(shard, *rest, peers), sample(logits, *rest, ALONE)
-                assert torch.equal(found[0], expected[0]), (vocab, rows, dtype)
-                assert torch.equal(found[2], expected[2]), (vocab, rows, dtype)
+                sampled, expected = sample(shard, *rest, peers), sample(logits, *rest, Peers(ALONE))
+                assert torch.equal(sampled[0], expected[0]), (vocab, rows, dtype)
+                assert torch.equal(sampled[2], expected[2]), (vocab, rows, dtype)
                 for n in (1, 3):
-                    torch.testing.assert_close(found[n], expected[n], atol=1e-5, rtol=1e-5)
-                seen.append([part.cpu().tolist() for part in found])
+                    torch.testing.assert_close(sampled[n], expected[n], atol=1e-5, rtol=1e-5)
+                seen.append([values.cpu().tolist() for values in sampled])
     return seen
 
 

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from kernels import reference
+from kernels.hopper.experts import prefill_experts
 from kernels.hopper.linear import pack
-from kernels.hopper.prefill import prefill_experts, prefill_linear
+from kernels.hopper.linear.prefill import prefill_linear
+from kernels.ops import Routing
 from tests.gpu.test_experts import LIMIT, SHAPES, Layer, distance, uninitialised_is_nan
 
 pytestmark = pytest.mark.gpu
@@ -21,30 +23,32 @@ def random(*shape, seed=0, scale=1.0):
 
 
 def packed_layer(rows, columns):
+    """The weight, and its packed forms with a bias and without."""
     weight = random(rows, columns, seed=1, scale=columns**-0.5)
-    return weight, pack(weight), random(rows, seed=2)
+    return weight, pack(weight, random(rows, seed=2)), pack(weight)
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize(("rows", "columns"), DENSE)
 def test_a_dense_layer_is_the_reference(tokens, rows, columns):
-    weight, packed, bias = packed_layer(rows, columns)
+    weight, biased, plain = packed_layer(rows, columns)
     x = random(tokens, columns)
-    with uninitialised_is_nan():
-        out, plain = prefill_linear(x, packed, bias), prefill_linear(x, packed)
-    assert out.shape == (tokens, rows)
-    for found, bias_of in ((out, bias.float()), (plain, None)):
-        expected = reference.linear(x.float(), weight.float(), bias_of)
-        assert (found.float() - expected).norm() / expected.norm() < 5e-3
+    for packed in (biased, plain):
+        with uninitialised_is_nan():
+            out = prefill_linear(x, packed)
+        assert out.shape == (tokens, rows)
+        bias = None if packed.bias is None else packed.bias.float()
+        expected = reference.linear(x.float(), weight.float(), bias)
+        assert (out.float() - expected).norm() / expected.norm() < 5e-3
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(5120, 2880), (2880, 512), (24, 96)])
 def test_a_token_alone_has_the_bytes_of_a_dense_layer_it_has_among_others(rows, columns):
-    _, packed, bias = packed_layer(rows, columns)
+    _, packed, _ = packed_layer(rows, columns)
     x = random(700, columns)
-    whole = prefill_linear(x, packed, bias)
+    whole = prefill_linear(x, packed)
     for start, end in [(0, 1), (699, 700), (5, 40), (3, 80), (64, 180), (100, 400)]:
-        assert torch.equal(prefill_linear(x[start:end].clone(), packed, bias), whole[start:end]), (start, end)
+        assert torch.equal(prefill_linear(x[start:end].clone(), packed), whole[start:end]), (start, end)
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -55,14 +59,14 @@ def layer(request):
 
 def run(layer, x, ids, weights):
     with uninitialised_is_nan():
-        return prefill_experts(x, ids, weights, *layer.packed, LIMIT)
+        return prefill_experts(x, Routing(ids, weights), *layer.packed, LIMIT)
 
 
 @pytest.mark.parametrize("count", [1, 17, 64, 300, 2048])
 def test_experts_are_the_reference(layer, count):
     tokens = layer.tokens(count)
     out = run(layer, *tokens)
-    assert out.shape == (count, layer.active, layer.hidden)
+    assert out.shape == (count, layer.top_k, layer.hidden)
     assert distance(out, layer.exact(*tokens)) < 5e-3
 
 
@@ -77,8 +81,8 @@ def test_a_token_alone_has_the_bytes_of_its_experts_it_has_among_others(layer):
     x, ids, weights = layer.tokens(600)
     together = run(layer, x, ids, weights)
     for first, count in ((0, 1), (599, 1), (31, 8), (100, 17), (3, 64), (20, 300)):
-        part = slice(first, first + count)
-        assert torch.equal(run(layer, x[part], ids[part], weights[part]), together[part]), (first, count)
+        rows = slice(first, first + count)
+        assert torch.equal(run(layer, x[rows], ids[rows], weights[rows]), together[rows]), (first, count)
 
 
 def test_a_nan_in_one_token_stays_there(layer):
@@ -95,12 +99,12 @@ def test_a_nan_in_one_token_stays_there(layer):
 def test_a_captured_chain_replays_the_eager_bytes_for_new_inputs(count):
     """Each kernel starts before its predecessor has ended: none may read too early or write too soon."""
     layer = Layer(*SHAPES["20b"])
-    _, packed, bias = packed_layer(2880, 2880)
+    _, packed, _ = packed_layer(2880, 2880)
 
     def chain(x, ids, weights):
         for _ in range(4):
-            parts = prefill_experts(x, ids, weights, *layer.packed, LIMIT)
-            x = prefill_linear(parts[:, 0].contiguous(), packed, bias)
+            outputs = prefill_experts(x, Routing(ids, weights), *layer.packed, LIMIT)
+            x = prefill_linear(outputs[:, 0].contiguous(), packed)
         return x
 
     inputs = [tensor.contiguous() for tensor in layer.tokens(count)]

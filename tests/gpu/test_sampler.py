@@ -1,7 +1,6 @@
 """The sampler on a GPU: the tokens and log probabilities of kernels.reference, row by row."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +8,9 @@ import torch
 from conf.limits import BIAS_ENTRIES
 from graphs.buffers import sampling_state
 from kernels import reference
-from kernels.hopper.peers import ALONE
 from kernels.hopper.sampler import sample
-from tests.harness import ALONE as ONE_RANK
+from kernels.ops import Peers, SamplingState, TokenCounts, TokenPlaces
+from tests.harness import ALONE
 
 pytestmark = pytest.mark.gpu
 
@@ -44,15 +43,15 @@ OPTIONS = {
 
 
 def draw(*arguments):
-    return sample(*arguments, ALONE)
+    return sample(*arguments, Peers(ALONE))
 
 
 def expected_draw(*arguments):
-    return reference.sample(*arguments, ONE_RANK)
+    return reference.sample(*arguments, Peers(ALONE))
 
 
 def case(vocab, names, dtype=torch.float32, spread=3.0, bias=True):
-    """Arguments of `draw` for one row an option name, in shuffled slots; the last slot is the spare one, zeros."""
+    """Arguments of `draw` for one row an option name, in shuffled slots; the last slot is the padding slot, zeros."""
     rows = len(names)
     chance = torch.Generator().manual_seed(vocab + rows)
     state = sampling_state(lambda shape, kind: torch.zeros(shape, dtype=getattr(torch, kind)), rows + 1)
@@ -77,10 +76,10 @@ def case(vocab, names, dtype=torch.float32, spread=3.0, bias=True):
         state.bias_ids[slots.long(), 10] = logits.argmax(-1).int()
     counts = torch.randint(-6, 4, (rows + 1, vocab), generator=chance).clamp(min=0).int()
     prompt = (torch.rand(rows + 1, vocab, generator=chance) < 0.1).byte()
-    state = SimpleNamespace(**{name: value.to(DEVICE) for name, value in vars(state).items()})
+    state = SamplingState(**{name: value.to(DEVICE) for name, value in vars(state).items()})
     tensors = (tensor.to(DEVICE) for tensor in (logits, slots, positions, counts, prompt))
     logits, slots, positions, counts, prompt = tensors
-    return logits, slots, positions, state, counts, prompt, min(20, vocab)
+    return logits, TokenPlaces(positions, slots), state, TokenCounts(counts, prompt), min(20, vocab)
 
 
 def check_logprobs(arguments, sampled):
@@ -112,7 +111,7 @@ def test_an_option_draws_the_references_tokens_at_many_positions(option):
     arguments = list(case(1000, [option] * 64, bias=False))
     different = 0
     for _ in range(4):
-        arguments[2] = arguments[2] + 1
+        arguments[1] = TokenPlaces(arguments[1].positions + 1, arguments[1].slots)
         different += int((draw(*arguments)[0] != expected_draw(*arguments)[0]).sum())
     assert different <= 1  # exp and log may round one tie the other way
 
@@ -126,7 +125,9 @@ def test_filters_of_flat_and_of_steep_rows(option, spread):
 
 def test_top_p_counts_a_crowd_of_unlikely_tokens():
     arguments = case(20000, ["low_p", "top_p"] * 8, spread=0.01, bias=False)
-    arguments[0][:, 1:] -= 6 * arguments[3].temperature[arguments[1]].unsqueeze(1)  # 1/400 of the best, each of them
+    arguments[0][:, 1:] -= 6 * arguments[2].temperature[arguments[1].slots].unsqueeze(
+        1
+    )  # 1/400 of the best, each of them
     sampled = draw(*arguments)
     assert len(set(sampled[0].tolist())) > 8
     assert torch.equal(sampled[0], expected_draw(*arguments)[0])
@@ -163,11 +164,11 @@ def test_fewer_likeliest_tokens(top):
 
 
 @pytest.mark.parametrize("value", [1.0, math.nan, math.inf, -math.inf])
-def test_the_spare_slot_draws_some_token_whatever_its_logits(value):
-    logits, slots, *rest = case(1000, ["plain", "filters", "plain"])
+def test_the_padding_slot_draws_some_token_whatever_its_logits(value):
+    logits, places, *rest = case(1000, ["plain", "filters", "plain"])
     logits[1:] = value
-    slots[2] = 3
-    tokens, _, ids, _ = draw(logits, slots, *rest)
+    places.slots[2] = 3
+    tokens, _, ids, _ = draw(logits, places, *rest)
     for some in (tokens, ids):
         assert int(some.min()) >= 0
         assert int(some.max()) < 1000
@@ -175,10 +176,10 @@ def test_the_spare_slot_draws_some_token_whatever_its_logits(value):
 
 @pytest.mark.parametrize("vocab", [1000, 201088])
 def test_a_row_alone_gives_the_bytes_it_gives_among_others(vocab):
-    logits, slots, positions, *rest = case(vocab, [list(OPTIONS)[row % len(OPTIONS)] for row in range(64)])
-    together = draw(logits, slots, positions, *rest)
+    logits, places, *rest = case(vocab, [list(OPTIONS)[row % len(OPTIONS)] for row in range(64)])
+    together = draw(logits, places, *rest)
     for row in range(0, 64, 5):
-        part = slice(row, row + 1)
-        alone = draw(logits[part], slots[part], positions[part], *rest)
+        only = slice(row, row + 1)
+        alone = draw(logits[only], TokenPlaces(places.positions[only], places.slots[only]), *rest)
         for one, all_rows in zip(alone, together, strict=True):
             assert torch.equal(one[0], all_rows[row])

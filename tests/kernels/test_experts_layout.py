@@ -1,13 +1,62 @@
-"""The packed layout of the experts' weights, read as experts.cu reads it, on the CPU."""
+"""The packed layout of the experts' weights, read on the CPU by the kernels' own index functions and bit operations."""
+
+import ctypes
 
 import pytest
 import torch
 
 from kernels import reference
-from kernels.hopper.experts import MAX_SCALE, pack, split_of
+from kernels.hopper.experts import MAX_SCALE, cut_of, decode_defines, pack
+from tests.kernels.host import compile_for_host
 
-SIGN, REST = 0x80008000, 0x01C001C0
 SHAPES = [(32, 64), (64, 96), (192, 160), (320, 2880)]
+CODE = """
+#define mul_bf16x2 mul_bf16x2_in_ptx
+#include "common/ptx.cuh"
+#undef mul_bf16x2
+inline unsigned mul_bf16x2(unsigned a, unsigned b) {  // exact: the products that dequantize makes are bf16 values
+    const unsigned low = __float_as_uint(__uint_as_float(a << 16) * __uint_as_float(b << 16));
+    const unsigned high = __float_as_uint(__uint_as_float(a & 0xFFFF0000u) * __uint_as_float(b & 0xFFFF0000u));
+    return low >> 16 | (high & 0xFFFF0000u);
+}
+#include "common/mxfp4.cuh"
+#include "experts/matrix.cuh"
+
+// The A fragments that each lane makes of the tiles of a whole weight: [tiles, 32 lanes, 4 steps, 4 registers].
+extern "C" void fragments(const unsigned* values, const unsigned* scales, int tiles, unsigned* a) {
+    for (int tile = 0; tile < tiles; ++tile)
+        for (int lane = 0; lane < 32; ++lane) {
+            const unsigned* words = values + (value_piece(tile) + lane) * 4;
+            const unsigned scale = scales[scale_word(tile) + lane / 4];
+            for (int step = 0; step < 4; ++step, a += 4)
+                dequantize(words[step], multiplier_of(scale, step / 2, 0), multiplier_of(scale, step / 2, 1), a);
+        }
+}
+extern "C" int packed_row(int interleaved, int g, int half) {
+    return interleaved ? row_in_strip<true>(g, half) : row_in_strip<false>(g, half);
+}
+extern "C" float deferred_scale() { return DEFERRED_SCALE; }
+
+// The tiles of one strip of expert 1's second strip, by split, in the order in which they are added.
+template <class M>
+int order(int* tile, int* split) {
+    int count = 0;
+    for (int s = 0; s < M::SPLITS; ++s)
+        for (int j = 0; j < M::tiles_of(s); ++j, ++count) tile[count] = M::tile(1, 1, s) + j, split[count] = s;
+    return count;
+}
+extern "C" int up_order(int* tile, int* split) { return order<Up>(tile, split); }
+extern "C" int down_order(int* tile, int* split) { return order<Down>(tile, split); }
+extern "C" int up_depth() { return Up::DEPTH; }
+extern "C" int down_depth() { return Down::DEPTH; }
+"""
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    library = compile_for_host(CODE, decode_defines(2880, 1440), tmp_path_factory.mktemp("host"))
+    library.deferred_scale.restype = ctypes.c_float
+    return library
 
 
 def random_experts(rows, columns, count=2, seed=0, low=100, high=141):
@@ -17,61 +66,58 @@ def random_experts(rows, columns, count=2, seed=0, low=100, high=141):
     return blocks, scales, torch.randn(count, rows, generator=draw).bfloat16()
 
 
-def bf16_halves(word):
-    """The two bf16 values of each 32-bit pattern (int64), as float64: [..., 2], the low half first."""
-    bits = torch.stack((word & 0xFFFF, word >> 16 & 0xFFFF), -1)
-    return (bits << 16).to(torch.uint32).view(torch.float32).double()
-
-
-def fragments(packed):
-    """What the lanes multiply: [E, strips, tiles, 32 lanes, 4 steps, 4 registers, 2] float64, with the bit operations
-    of `dequantize` in experts.cu."""
-    q = packed.values.long() & 0xFFFFFFFF  # [E, strips, tiles, 32, 4]
-    lane, step = torch.arange(32), torch.arange(4)
-    word = packed.scales.flatten(3).contiguous().view(torch.int32)[..., lane // 4, None].long()  # [..., 32, 1]
-    block = 16 * (step // 2)
-    low, high = (bf16_halves((word >> block + 8 * half & 0xFF) * 0x00800080)[..., 0] for half in range(2))
-    registers = (
-        (q & (SIGN | REST), low),
-        ((q << 3) & (SIGN | REST), high),
-        (((q << 2) & SIGN) | ((q << 6) & REST), low),
-        (((q << 1) & SIGN) | ((q >> 3) & REST), high),
+def fragments(host, packed):
+    """What the lanes multiply: [E, strips, tiles, 32 lanes, 4 steps, 4 registers, 2] float64, times the factor that the
+    epilogue makes good."""
+    tiles = packed.values[..., 0, 0].numel()
+    a = torch.empty(tiles, 32, 4, 4, dtype=torch.int32)
+    host.fragments(
+        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (packed.values, packed.scales)), tiles, pointer(a)
     )
-    return torch.stack([bf16_halves(word) * scale.unsqueeze(-1) for word, scale in registers], -2)
+    halves = torch.stack((a << 16, a & -65536), -1).view(torch.float32).double()
+    return halves.view(*packed.values.shape[:3], 32, 4, 4, 2) * host.deferred_scale()
 
 
-def rows_and_columns(packed):
-    """Row and column of the matrix for each element of `fragments` of one expert."""
+def pointer(tensor):
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def rows_and_columns(host, packed):
+    """Row and column of the matrix for each element of `fragments` of one expert: mma.m16n8k16 in the PTX ISA."""
     shape = (packed.values.shape[1], packed.values.shape[2], 32, 4, 4, 2)
     strip, tile, lane, step, register, odd = torch.meshgrid(*map(torch.arange, shape), indexing="ij")
-    g, t, half = lane // 4, lane % 4, register % 2  # PTX ISA, m16n8k16: registers 1 and 3 are rows g + 8
-    row = strip * 16 + (2 * g + half if packed.interleaved else g + 8 * half)
-    return row, tile * 64 + step * 16 + register // 2 * 8 + t * 2 + odd
+    g, t, half = lane // 4, lane % 4, register % 2  # registers 1 and 3 are rows g + 8
+    rows = torch.tensor([[host.packed_row(packed.interleaved, g, half) for half in range(2)] for g in range(8)])
+    return strip * 16 + rows[g, half], tile * 64 + step * 16 + register // 2 * 8 + t * 2 + odd
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
-def test_lanes_find_every_value_where_the_kernel_expects_it(rows, columns, interleaved):
+def test_lanes_find_every_value_where_the_kernel_expects_it(host, rows, columns, interleaved):
     blocks, scales, bias = random_experts(rows, columns)
     packed = pack(blocks, scales, bias, interleaved)
-    got = fragments(packed) * 2.0**32
-    row, column = rows_and_columns(packed)
+    values = fragments(host, packed)
+    row, column = rows_and_columns(host, packed)
     inside = column < columns
     for expert, dense in enumerate(reference.dequantize(blocks, scales, torch.float64)):
-        assert torch.equal(got[expert][inside], dense[row[inside], column[inside]])
-        assert got[expert][~inside].abs().sum() == 0
+        assert torch.equal(values[expert][inside], dense[row[inside], column[inside]])
+        assert values[expert][~inside].abs().sum() == 0
     assert torch.zeros(rows, columns).index_put((row[inside], column[inside]), torch.ones(1), True).eq(1).all()
 
 
+def test_a_gate_and_its_up_end_in_one_lane(host):
+    assert [host.packed_row(True, g, half) for g in range(8) for half in range(2)] == list(range(16))
+
+
 @pytest.mark.parametrize("scale", [27, 64, 100, 127, 140, MAX_SCALE])
-def test_a_bf16_multiply_dequantises_every_code_exactly(scale):
+def test_a_bf16_multiply_dequantises_every_code_exactly(host, scale):
     blocks = torch.arange(256, dtype=torch.uint8).view(1, 16, 1, 16).repeat(1, 1, 2, 1)
     scales = torch.full((1, 16, 2), scale, dtype=torch.uint8)
-    values = fragments(pack(blocks, scales, torch.zeros(1, 16).bfloat16(), False))
-    assert torch.equal(values.bfloat16().double(), values)  # subnormals included
-    largest = 6 * 2.0 ** (scale - 127)
-    assert values.max() * 2.0**32 == largest
-    assert values.min() * 2.0**32 == -largest
+    packed = pack(blocks, scales, torch.zeros(1, 16).bfloat16(), False)
+    row, column = rows_and_columns(host, packed)
+    dense = reference.dequantize(blocks, scales, torch.float64)[0]
+    assert torch.equal(fragments(host, packed)[0], dense[row, column])  # subnormals included
+    assert dense.max() == 6 * 2.0 ** (scale - 127)
 
 
 @pytest.mark.parametrize("scale", [MAX_SCALE + 1, 255])
@@ -89,9 +135,23 @@ def test_nothing_is_padded_but_the_last_half_tile():
         assert packed.scales.shape == (1, 2, tiles, 8, 2, 2)
 
 
-def test_the_parts_of_k_have_at_most_six_tiles_up_to_3072_columns():
-    assert [split_of(columns) for columns in (2880, 1440, 736, 384, 64)] == [(8, 6), (4, 6), (2, 6), (1, 6), (1, 1)]
+@pytest.mark.parametrize(
+    ("projection", "tiles", "strips", "splits"), [("up", 45, 2 * 1440 // 16, 8), ("down", 23, 2880 // 16, 4)]
+)
+def test_the_splits_of_a_strip_are_its_tiles_in_order(host, projection, tiles, strips, splits):
+    tile, split = torch.zeros(64, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+    assert getattr(host, f"{projection}_order")(pointer(tile), pointer(split)) == tiles
+    first = (strips + 1) * tiles  # of the second strip of the second expert
+    assert tile[:tiles].tolist() == list(range(first, first + tiles))
+    assert split[:tiles].tolist() == sorted(split[:tiles].tolist())
+    lengths = split[:tiles].bincount().tolist()
+    assert len(lengths) == splits
+    assert max(lengths) == getattr(host, f"{projection}_depth")() == 6
+
+
+def test_a_split_has_at_most_six_tiles_up_to_3072_columns():
+    assert [cut_of(columns).splits for columns in (2880, 1440, 736, 384, 64)] == [8, 4, 2, 1, 1]
     for columns in range(64, 4097, 32):
-        shares, depth = split_of(columns)
-        assert depth <= (6 if columns <= 3072 else 8)
-        assert shares in (1, 2, 4, 8)
+        cut = cut_of(columns)
+        assert cut.split_pitch <= (6 if columns <= 3072 else 8) * 128 + 16
+        assert cut.splits in (1, 2, 4, 8)

@@ -1,18 +1,31 @@
 """The reference operations against their plain, whole-batch definitions, and against their own neighbours."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from scipy import stats
 
 from kernels import reference
-from kernels.ops import Norm, Peers, Router
+from kernels.ops import (
+    AttentionParameters,
+    KvPages,
+    Norm,
+    Peers,
+    Rope,
+    Router,
+    Sampled,
+    SamplingState,
+    TokenCounts,
+    TokenPlaces,
+)
 from tests.harness import ALONE
 
 ONE_RANK = Peers(ALONE)
 PAGE = 64
 ABSURD = 10**9  # a page id that no pool has
+ROUNDED = 2.0**-8  # relative error of a number rounded to bfloat16, at most; over many less than half of it
 
 
 def dense_attention(q, k, v, position, sinks, window):
@@ -69,6 +82,61 @@ def test_attention_with_a_large_sink_takes_no_value():
     assert torch.equal(out, torch.zeros(1, 128))
 
 
+def test_attention_in_bfloat16_rounds_its_result_only():
+    torch.manual_seed(0)
+    keys, values = torch.randn(2, 1, 2, PAGE, 32).bfloat16()
+    q, sinks, slot, at = (
+        torch.randn(1, 8, 32).bfloat16(),
+        torch.randn(8),
+        torch.zeros(1).int(),
+        torch.tensor([63]).int(),
+    )
+    out = reference.attention(q, keys, values, slot.view(1, 1), slot, at, sinks, None)
+    expected = dense_attention(q[0], keys[0], values[0], 63, sinks, None)
+    assert relative_error(out, expected.flatten().unsqueeze(0)) < ROUNDED / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_queries_and_keys_are_rotated_and_keys_and_values_are_written_to_their_pages(dtype):
+    torch.manual_seed(0)
+    heads, kv_heads, dim = 4, 2, 32
+    angles = torch.rand(3 * PAGE, dim // 2) * 6
+    keys, values = torch.zeros(2, 5, kv_heads, PAGE, dim, dtype=dtype)
+    table = torch.tensor([[1, 4, ABSURD], [ABSURD, 3, 2]])
+    places = TokenPlaces(torch.tensor([70, 130, 3]).int(), torch.tensor([0, 1, 0]).int())
+    qkv = torch.randn(3, (heads + 2 * kv_heads) * dim).to(dtype)
+    q = reference.rope_append(
+        qkv, angles.cos(), angles.sin(), places.positions, places.slots, table, keys, values
+    )  # [3, heads, dim]
+    pairs = qkv.double().view(3, -1, 2, dim // 2)  # heads, then the two halves of each
+    turned = torch.complex(pairs[:, :, 0], pairs[:, :, 1]) * torch.polar(
+        torch.ones(3, 1, dim // 2).double(), angles[places.positions].double().unsqueeze(1)
+    )
+    expected = torch.cat((turned.real, turned.imag), dim=-1)
+    error = 1e-6 if dtype is torch.float32 else ROUNDED / 2
+    assert relative_error(q, expected[:, :heads]) < error
+    for token, (page, offset) in enumerate([(4, 6), (2, 2), (1, 3)]):
+        assert relative_error(keys[page, :, offset], expected[token, heads : heads + kv_heads]) < error
+        assert torch.equal(values[page, :, offset], qkv[token].view(-1, dim)[-kv_heads:])
+    assert int((keys != 0).any(-1).sum()) == int((values != 0).any(-1).sum()) == 3 * kv_heads  # and nowhere else
+
+
+def test_attention_of_the_contract_sees_the_keys_that_it_writes():
+    torch.manual_seed(0)
+    heads, kv_heads, dim, tokens = 4, 2, 32, 70
+    rope = Rope(torch.ones(128, dim // 2), torch.zeros(128, dim // 2))  # turns nothing
+    pages = KvPages(*torch.full((2, 3, kv_heads, PAGE, dim), math.nan), torch.tensor([[2, 1]]).int())
+    places = TokenPlaces(torch.arange(tokens).int(), torch.zeros(tokens).int())
+    qkv, sinks = torch.randn(tokens, (heads + 2 * kv_heads) * dim), torch.randn(heads)
+    q, k, v = qkv.view(tokens, -1, dim).split((heads, kv_heads, kv_heads), dim=1)
+    for window in (None, 20):
+        out = reference.prefill.attention(qkv, places, rope, pages, AttentionParameters(sinks, window))
+        expected = [
+            dense_attention(q[n], k.transpose(0, 1), v.transpose(0, 1), n, sinks, window) for n in range(tokens)
+        ]
+        assert relative_error(out, torch.stack(expected).flatten(1)) < 1e-5
+
+
 def relative_error(out, expected):
     return float((out.double() - expected.double()).norm() / expected.double().norm())
 
@@ -121,6 +189,67 @@ def test_experts_equal_a_dense_mixture(tokens, routing):
     assert relative_error(out.sum(1), expected) < 1e-5
 
 
+def test_expert_outputs_are_weighted_and_added_up_in_float32():
+    torch.manual_seed(0)
+    bias = torch.randn(5, 96).bfloat16()
+    zeros = torch.zeros(5, 96, 1, 16, dtype=torch.uint8), torch.full((5, 96, 1), 127, dtype=torch.uint8)
+    down = (*zeros, bias)  # each expert's output is its bias
+    ids, weights = torch.stack([torch.randperm(5)[:4] for _ in range(9)]), torch.rand(9, 4)
+    out = reference.experts(
+        torch.randn(9, 96).bfloat16(), ids, weights, random_experts(5, 64, 96, torch.bfloat16), down, 7.0
+    )
+    assert torch.equal(out[:, 0], (bias[ids].float() * weights.unsqueeze(-1)).sum(1).bfloat16())
+
+
+def test_the_gate_is_clamped_above_and_the_other_half_on_both_sides_in_float32():
+    gate, up = torch.tensor([[9.0, 3.0, -9.0, 1.1], [2.0, 9.0, -9.0, 0.3]]).bfloat16()
+    out = reference.swiglu(gate, up, 4.0)
+    a, b = torch.tensor([4.0, 3.0, -9.0, gate[3]]).double(), torch.tensor([2.0, 4.0, -4.0, up[3]]).double()
+    torch.testing.assert_close(out, (a * torch.sigmoid(1.702 * a) * (b + 1)).float())
+
+
+def test_norms_and_sums_round_to_bfloat16_once():
+    torch.manual_seed(0)
+    x, outputs = torch.randn(7, 96).bfloat16(), torch.randn(7, 4, 96).bfloat16()
+    norm = Norm(torch.randn(96), 1e-5)
+    residual, h = reference.decode.add_norm(x, outputs, norm, ONE_RANK)
+    assert torch.equal(residual, (x.float() + outputs.float().sum(1)).bfloat16())
+    wide = residual.double()
+    expected = wide / (wide.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
+    assert ((h.double() - expected).abs() <= 1.01 * ROUNDED * expected.abs()).all()
+
+
+class SecondOfTwo:
+    """A rank whose peer contributes `other` to each sum."""
+
+    rank, size = 1, 2
+
+    def __init__(self, other):
+        self.other = other
+
+    def all_reduce(self, x):
+        assert x.dtype is self.other.dtype  # what crosses between ranks has the compute dtype
+        return x.add_(self.other)
+
+
+def test_partial_sums_cross_between_ranks_in_the_compute_dtype():
+    torch.manual_seed(0)
+    x, outputs, other = (torch.randn(7, *n, 96).bfloat16() for n in ((), (4,), ()))
+    peers, norm, router = (
+        Peers(SecondOfTwo(other)),
+        Norm(torch.ones(96), 1e-5),
+        Router(torch.randn(8, 96).bfloat16(), torch.randn(8).bfloat16(), 2),
+    )
+    own = outputs.float().sum(1).bfloat16()
+    expected = (x.float() + (own + other).float()).bfloat16()
+    residual, h = reference.decode.add_norm(x, outputs, norm, peers)
+    assert torch.equal(residual, expected)
+    routed, same, routing = reference.decode.add_norm_route(x, own, norm, router, peers)
+    assert torch.equal(routed, expected)
+    assert torch.equal(same, h)
+    assert torch.equal(routing.expert_ids, reference.route(h, *router).expert_ids)
+
+
 def test_the_residual_stream_takes_the_sum_of_expert_outputs_and_is_normed():
     torch.manual_seed(0)
     x, outputs, norm = torch.randn(5, 96), torch.randn(5, 4, 96), Norm(torch.randn(96), 1e-3)
@@ -143,6 +272,14 @@ def test_router_takes_the_softmax_of_the_chosen_and_the_lower_id_of_equals():
     torch.testing.assert_close(routing.weights[0], torch.tensor([3.0, 2.0, 2.0]).softmax(0))
 
 
+def test_routing_weights_are_float32_whatever_the_compute_dtype():
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(*shape).bfloat16() for shape in ((9, 96), (8, 96), (8,)))
+    routing = reference.route(x, weight, bias, 4)
+    chosen = reference.linear(x, weight, bias).double().gather(1, routing.expert_ids)
+    torch.testing.assert_close(routing.weights, chosen.softmax(-1).float())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_token_has_the_same_bytes_alone_and_in_any_company(dtype):
     torch.manual_seed(0)
@@ -159,8 +296,11 @@ def test_a_token_has_the_same_bytes_alone_and_in_any_company(dtype):
 
     def everything(rows):
         expert_ids, routing_weights = reference.route(x[rows], *router, 4)
+        chosen, _, top = reference.top_logprobs(x[rows].float(), rows, 5)
         return torch.cat(
             [
+                chosen.unsqueeze(1),
+                top,
                 reference.rms_norm(x[rows], torch.ones(hidden), 1e-5),
                 reference.linear(x[rows], weight, bias),
                 reference.experts(x[rows], expert_ids, routing_weights, gate_up, down, 7.0).flatten(1),
@@ -175,6 +315,20 @@ def test_a_token_has_the_same_bytes_alone_and_in_any_company(dtype):
         assert torch.equal(everything(torch.tensor([token]))[0], together[token])
     shuffled = torch.randperm(tokens)
     assert torch.equal(everything(shuffled), together[shuffled])
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 37])
+def test_a_product_shows_the_library_one_shape_whatever_the_batch(tokens, monkeypatch):
+    shapes, linear = set(), reference.F.linear
+
+    def record(x, weight, bias):
+        shapes.add(tuple(x.shape))
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(reference.F, "linear", record)
+    x, weight, bias = torch.randn(tokens, 96), torch.randn(50, 96), torch.randn(50)
+    torch.testing.assert_close(reference.linear(x, weight, bias), x @ weight.T + bias)
+    assert shapes == {(reference.TILE, 96)}
 
 
 # The sampler's filters ------------------------------------------------------------------------------------------------
@@ -303,3 +457,87 @@ def test_log_probabilities_are_those_of_the_raw_logits():
     torch.testing.assert_close(chosen.double(), expected[torch.arange(3), tokens.long()], atol=1e-5, rtol=0)
     torch.testing.assert_close(values.double(), expected.topk(20).values, atol=1e-5, rtol=0)
     assert torch.equal(ids, expected.topk(20).indices)
+
+
+# The start and the end of a step --------------------------------------------------------------------------------------
+
+
+def sampling_state(slots, **values):
+    """Neutral sampling parameters of `slots` slots, but for `values`."""
+    floats, ints = torch.zeros(slots), torch.zeros(slots, dtype=torch.int32)
+    entries = torch.zeros(slots, 2)
+    neutral = SamplingState(
+        temperature=floats,
+        top_k=ints,
+        top_p=floats + 1,
+        min_p=floats,
+        repetition_penalty=floats + 1,
+        frequency_penalty=floats,
+        presence_penalty=floats,
+        seed=torch.zeros(slots, 2, dtype=torch.int32),
+        prompt_tokens=ints,
+        bias_ids=entries.int(),
+        bias_values=entries,
+        bias_until=entries.int(),
+    )
+    return replace(neutral, **values)
+
+
+def test_each_row_is_sampled_by_the_parameters_and_counts_of_its_slot():
+    torch.manual_seed(0)
+    slots, vocab = 4, 30
+    logits = torch.randn(3, vocab)
+    best = logits.argmax(1)
+    counts = TokenCounts(torch.zeros(slots, vocab, dtype=torch.int32), torch.zeros(slots, vocab, dtype=torch.uint8))
+    counts.output[2, best[0]] = 3  # row 0: a frequency penalty drives its best token away
+    counts.in_prompt[0, best[1]] = 1  # row 1: has no penalty
+    state = sampling_state(slots, frequency_penalty=torch.tensor([0.0, 0.0, 2.0, 0.0]))
+    state.bias_ids[3, 1], state.bias_values[3, 1], state.bias_until[3, 1] = int(best[2]), -math.inf, 10
+    places = TokenPlaces(torch.tensor([5, 5, 9]).int(), torch.tensor([2, 0, 3]).int())
+    sampled = reference.sample(logits, places, state, counts, 5, ONE_RANK)
+    second = logits.topk(2).indices[:, 1]
+    assert sampled.tokens.tolist() == [int(second[0]), int(best[1]), int(second[2])]
+    raw = logits.double().log_softmax(-1)  # of the raw logits: neither penalties nor bias show
+    torch.testing.assert_close(
+        sampled.logprobs.double(), raw[torch.arange(3), sampled.tokens.long()], atol=1e-5, rtol=0
+    )
+    assert torch.equal(sampled.top_ids, raw.topk(5).indices)
+    late = TokenPlaces(torch.tensor([5, 5, 10]).int(), places.slots)
+    assert reference.sample(logits, late, state, counts, 5, ONE_RANK).tokens.tolist()[2] == int(best[2])
+
+
+def test_an_emitted_token_is_its_slots_next_input_and_counts_once_a_row():
+    slots, padding = torch.tensor([4, 1, 6, 6]).int(), 6
+    counts = TokenCounts(torch.zeros(7, 9, dtype=torch.int32), torch.zeros(7, 9, dtype=torch.uint8))
+    counts.output[1, 8] = 2
+    last_token, outputs = torch.full((7,), -1).int(), torch.full((5, 2 + 2 * 3), -1).int()
+    sampled = Sampled(
+        torch.tensor([3, 8, 5, 5]).int(),
+        torch.tensor([-0.5, -1.5, -2.5, -3.5]),
+        torch.arange(8).view(4, 2),
+        -torch.arange(8).view(4, 2) / 4,
+    )
+    reference.emit(sampled, slots, last_token, counts, outputs)
+    assert last_token.tolist() == [-1, 8, -1, -1, 3, -1, 5]
+    assert {tuple(at): int(counts.output[tuple(at)]) for at in counts.output.nonzero().tolist()} == {
+        (4, 3): 1,
+        (1, 8): 3,
+        (padding, 5): 2,
+    }
+    assert not counts.in_prompt.any()
+    assert outputs[:4, 0].tolist() == sampled.tokens.tolist()
+    assert outputs[:4, 1].view(torch.float32).tolist() == sampled.logprobs.tolist()
+    assert outputs[:4, 2:4].tolist() == sampled.top_ids.tolist()
+    assert outputs[:4, 5:7].view(torch.float32).tolist() == sampled.top_logprobs.tolist()
+    assert (outputs[4] == -1).all()
+    assert (outputs[:, [4, 7]] == -1).all()  # room for a third of the likeliest
+
+
+def test_a_decode_step_begins_with_last_tokens_and_notes_pages_that_begin():
+    pages = KvPages(*torch.zeros(2, 3, 1, 16, 8), torch.full((3, 4), 7).int())  # 16 tokens a page
+    places = TokenPlaces(torch.tensor([16, 31, 0]).int(), torch.tensor([2, 0, 1]).int())
+    last_token = torch.tensor([10, 11, 12]).int()
+    tokens, next_positions = reference.advance(places, torch.tensor([5, -1, 0]).int(), pages, last_token)
+    assert tokens.tolist() == [12, 10, 11]
+    assert next_positions.tolist() == [17, 32, 1]
+    assert pages.table.tolist() == [[7, 7, 7, 7], [0, 7, 7, 7], [7, 5, 7, 7]]

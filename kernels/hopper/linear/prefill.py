@@ -1,0 +1,42 @@
+"""Dense layers of a prefill step: how prefill.cu is launched, over the weights that `pack` of this package made.
+
+A token's bytes depend on itself alone, whatever the prompt was cut into and whoever shares the step; they are not those
+of the decode kernels.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels.build import load_kernel
+from kernels.hopper.linear import check_input
+from kernels.hopper.product import SHARED_BYTES, THREADS, TOKENS, product_defines, product_grid
+from kernels.ops import PackedLinear, Peers
+
+
+def prefill_defines(columns: int) -> dict[str, int]:
+    """The macros of prefill.cu."""
+    return {"COLUMNS": columns} | product_defines()
+
+
+def prefill_linear(x: Tensor, weight: PackedLinear) -> Tensor:
+    """x [T, K] bf16 -> [T, N] bf16. Raises ValueError for an x that does not fit, and for N not a multiple of 8."""
+    tokens = x.shape[0]
+    check_input(x, weight)
+    if weight.rows % 8:
+        raise ValueError(f"{weight.rows} rows: a multiple of 8, which prefill stores in pieces of 16 bytes")
+    out = torch.empty(tokens, weight.rows, dtype=torch.bfloat16, device=x.device)
+    defines = prefill_defines(weight.columns)
+    kernel = load_kernel(Path(__file__).with_name("prefill.cu"), "prefill_linear", defines, SHARED_BYTES)
+    kernel.launch(
+        grid=product_grid(weight.rows, -(-tokens // TOKENS), x.device),
+        block=THREADS,
+        args=(weight.tiles, x, weight.bias, out, weight.rows, tokens),
+    )
+    return out
+
+
+def prefill_linear_partial(x: Tensor, weight: PackedLinear, peers: Peers) -> Tensor:
+    """`prefill_linear` for a partial sum: `prefill_add_norm_route` sends it to the other ranks."""
+    return prefill_linear(x, weight)
