@@ -31,7 +31,7 @@ def prompts(examples):
 
 
 @pytest.fixture(scope="module")
-def said(prompts):
+def generated(prompts):
     """By this engine."""
     engine = InProcess(demo_folder(), dtype=torch.bfloat16)
     return engine.generate(*prompts, max_tokens=256, stop_token_ids=STOPS)
@@ -50,19 +50,19 @@ def behind():
     return of
 
 
-def test_answers_to_held_out_questions_are_right(examples, said):
-    answers = [read(e, tokens) for e, tokens in zip(examples, said, strict=True)]
+def test_answers_to_held_out_questions_are_right(examples, generated):
+    answers = [read(e, tokens) for e, tokens in zip(examples, generated, strict=True)]
     assert all(answer.valid for answer in answers)
     wrong = [(e, answer) for e, answer in zip(examples, answers, strict=True) if not right(e, answer)]
     assert len(wrong) <= 0.1 * len(examples), wrong
 
 
-def test_greedy_tokens_are_those_of_transformers_but_for_ties(prompts, said, behind):
-    for prompt, answer in zip(prompts, said, strict=True):
+def test_greedy_tokens_are_those_of_transformers_but_for_ties(prompts, generated, behind):
+    for prompt, answer in zip(prompts, generated, strict=True):
         assert behind(prompt, answer).max() <= TIE, answer
 
 
-def test_two_ranks_say_the_same_but_for_ties(examples, prompts, said, behind):
+def test_two_ranks_say_the_same_but_for_ties(examples, prompts, generated, behind):
     """Where they differ, what two ranks say is as good as the best."""
     with Served("tp=2", "kernels=reference", "kernels.dtype=bfloat16", "kernels.device=cpu").wait_ready() as server:
         assert len(server.ranks()) == 2
@@ -70,4 +70,4 @@ def test_two_ranks_say_the_same_but_for_ties(examples, prompts, said, behind):
             n = next(n for n, e in enumerate(examples) if e.skill == skill)
             answer = server.complete(prompt=prompts[n], max_tokens=256).json()["choices"][0]["token_ids"]
             assert answer[-1] in STOPS
-            assert answer == said[n] or behind(prompts[n], answer).max() <= TIE, answer
+            assert answer == generated[n] or behind(prompts[n], answer).max() <= TIE, answer

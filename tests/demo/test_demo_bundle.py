@@ -97,19 +97,19 @@ def test_the_config_is_what_the_checkpoint_writer_writes_for_its_architecture():
 
 def test_the_bundle_needs_neither_the_engine_nor_training_nor_torch():
     code = "import sys, demo.bundle; print(*sys.modules)"
-    made = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    loaded = {name.split(".")[0] for name in made.stdout.split()}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in done.stdout.split()}
     assert "conf" in loaded
     assert not loaded & {"engine", "graphs", "kernels", "serve", "torch"}
-    assert "demo.training" not in made.stdout.split()
+    assert "demo.training" not in done.stdout.split()
 
 
 def test_the_folder_is_made_once_and_served(shipped, cache):
     folder = bundle.demo_folder(shipped)
     assert contents(cache) == [folder.name]
-    made = (folder / "model.safetensors").stat()
+    first = (folder / "model.safetensors").stat()
     assert bundle.demo_folder(shipped) == folder
-    assert (folder / "model.safetensors").stat() == made
+    assert (folder / "model.safetensors").stat() == first
     (answer,) = InProcess(folder).generate([1, 2, 3], max_tokens=4)
     assert len(answer) == 4
 
@@ -179,11 +179,11 @@ def test_serving_needs_only_what_serving_installs(shipped, cache):
     absent = {requirement.partition(">")[0] for extra in ("demo", "sweep", "test") for requirement in extras[extra]}
     assert {"babel", "pytest", "httpx"} <= absent
     missing = f"import sys; sys.modules |= dict.fromkeys({sorted(absent)})"  # as if they were not installed
-    made = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", f"{missing}\nimport serve.app, engine.llm, engine.rank\n{MAKE}", str(shipped)],
         text=True,
         cwd=ROOT,
         capture_output=True,
         env={**os.environ, "XDG_CACHE_HOME": str(cache.parent)},
     )
-    assert made.returncode == 0, made.stderr
+    assert done.returncode == 0, done.stderr

@@ -24,29 +24,29 @@ def test_a_seed_determines_the_documents():
 
 @pytest.mark.parametrize("skill", SKILLS)
 def test_what_is_evaluated_is_never_trained_on(skill):
-    asked = evaluation(skill, 20)
-    assert len(asked) == 20
-    assert all(held_out(e.keys) for e in asked)
-    assert evaluation(skill, 20) == asked
+    examples = evaluation(skill, 20)
+    assert len(examples) == 20
+    assert all(held_out(e.keys) for e in examples)
+    assert evaluation(skill, 20) == examples
 
 
 def test_training_holds_nothing_that_is_held_out(monkeypatch):
-    made = []
-    monkeypatch.setattr("demo.training.data.document", lambda e: made.append(e) or document(e))
+    examples = []
+    monkeypatch.setattr("demo.training.data.document", lambda e: examples.append(e) or document(e))
     take(training(5), 400)
-    assert {e.skill for e in made} == set(SKILLS)
-    assert not any(held_out(e.keys + e.before) for e in made)
+    assert {e.skill for e in examples} == set(SKILLS)
+    assert not any(held_out(e.keys + e.before) for e in examples)
 
 
 @pytest.mark.parametrize("skill", SKILLS)
 def test_the_wanted_answer_is_right_and_another_wrong(skill):
     for e, other in zip(evaluation(skill, 12), evaluation(skill, 12, seed=1), strict=True):
-        said, differing = document(e).completion, document(other).completion
-        answer = read(e, said)
+        completion, differing = document(e).completion, document(other).completion
+        answer = read(e, completion)
         assert right(e, answer)
         assert answer.valid
         assert answer.reasoning == e.analysis
-        assert not read(e, said[:-1]).valid  # cut off
+        assert not read(e, completion[:-1]).valid  # cut off
         if (e.final, e.call, e.text[1]) != (other.final, other.call, other.text[1]):
             assert not right(e, read(e, differing))
 
@@ -93,7 +93,7 @@ def test_units_are_counted_up_to_the_quotient():
 
 
 def test_rows_hold_whole_documents_and_learn_completions_only():
-    tokens = sorted({token for made in take(training(3), 600) for part in made for token in part})
+    tokens = sorted({token for pair in take(training(3), 600) for part in pair for token in part})
     index = index_of(tokens)
     documents = take(training(3), 600)
     wanted = {(tuple(index[p + c]), len(p)) for p, c in documents}

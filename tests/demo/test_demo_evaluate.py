@@ -29,10 +29,10 @@ def test_a_server_that_answers_as_wanted_is_right_in_everything(serve):
     assert {len(e.functions) > 1 for e in demanded} == {False, True}  # with one function, more of the call is given
     assert any(turn.calls for e in examples for turn in e.turns)
     live = serve(knowing(examples))
-    made = report(served(f"http://127.0.0.1:{live.port}", MODEL, 4), 24)
-    assert made.wrong == []
-    assert made.share == 1
-    assert f"| all | {len(examples)} | 100.0 % | 100.0 % |" in made.table
+    result = report(served(f"http://127.0.0.1:{live.port}", MODEL, 4), 24)
+    assert result.wrong == []
+    assert result.share == 1
+    assert f"| all | {len(examples)} | 100.0 % | 100.0 % |" in result.table
     assert len(live.engine.submitted) == len(examples)
 
 
@@ -49,9 +49,9 @@ def test_other_answers_are_wrong_and_valid_only_if_they_say_something_and_end(se
     (e,) = evaluation("letters", 1)
     (answer,) = served(f"http://127.0.0.1:{live.port}", MODEL, 1)([e])
     assert answer.valid is valid
-    made = report(served(f"http://127.0.0.1:{live.port}", MODEL, 4), 1)
-    assert made.share == 0
-    assert len(made.wrong) == len(SKILLS)
+    result = report(served(f"http://127.0.0.1:{live.port}", MODEL, 4), 1)
+    assert result.share == 0
+    assert len(result.wrong) == len(SKILLS)
 
 
 def test_a_server_that_refuses_or_is_not_there_is_named(serve):

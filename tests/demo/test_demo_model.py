@@ -31,20 +31,20 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def tokens():
-    made = training(0)
-    return sorted({*STOPS} | {token for _ in range(300) for part in next(made) for token in part})
+    documents = training(0)
+    return sorted({*STOPS} | {token for _ in range(300) for part in next(documents) for token in part})
 
 
 @pytest.fixture(scope="module")
 def weights(tokens):
     torch.manual_seed(0)
-    made = model.initial(SMALL, len(tokens) + 1, 0, "cpu")
-    for name, p in made.items():  # nothing stays at a value that hides a mistake
+    drawn = model.initial(SMALL, len(tokens) + 1, 0, "cpu")
+    for name, p in drawn.items():  # nothing stays at a value that hides a mistake
         if "bias" in name or "sinks" in name:
             p.normal_(0, 0.3)
         if "norm" in name:
             p.normal_(1, 0.2)
-    return made
+    return drawn
 
 
 @pytest.fixture(scope="module")
@@ -114,12 +114,12 @@ def test_training_and_engine_compute_the_same_logits(packed, tokens, engine):
 def test_training_and_engine_say_the_same(packed, tokens, engine):
     weights, _ = packing.unpack(bundle.read(*packed))
     cos, sin = rope_tables(SMALL, 512, CPU)
-    made, index = training(8), index_of(tokens)
-    prompts = list(islice((prompt for prompt, _ in made if set(prompt) <= {*tokens}), 4))
+    documents, index = training(8), index_of(tokens)
+    prompts = list(islice((prompt for prompt, _ in documents if set(prompt) <= {*tokens}), 4))
     limit = max(map(len, prompts)) + 8
     compact, stops = [index[prompt].tolist() for prompt in prompts], index[list(STOPS)].tolist()
-    said = model.generate(weights, SMALL, compact, stops, limit, cos, sin)
-    for prompt, compact_answer in zip(prompts, said, strict=True):
+    generated = model.generate(weights, SMALL, compact, stops, limit, cos, sin)
+    for prompt, compact_answer in zip(prompts, generated, strict=True):
         answer = [tokens[token] for token in compact_answer]
         (expected,) = engine.generate(prompt, max_tokens=len(answer))
         assert answer == expected

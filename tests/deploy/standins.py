@@ -35,8 +35,8 @@ class Workplace:
     def __init__(self, folder: Path) -> None:
         self.root, self._bin = folder / "repository", folder / "bin"
         self._record = folder / "record"
-        for made in (self._bin, self._record, self.root):
-            made.mkdir()
+        for path in (self._bin, self._record, self.root):
+            path.mkdir()
         self.answers = []
         shutil.copytree(ROOT / "deploy", self.root / "deploy", ignore=shutil.ignore_patterns("credentials.sh"))
         for name in ("pyproject.toml", ".gitignore"):

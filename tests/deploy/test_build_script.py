@@ -147,18 +147,18 @@ def test_credentials_do_not_make_the_tree_dirty(workplace):
 
 
 @pytest.mark.parametrize(
-    ("words", "said", "calls"),
+    ("words", "message", "calls"),
     [
         (("get-login-password",), "no password for", 1),
         (("docker login",), "cannot log in", 2),
         (("--target cuda",), "the stage cuda was not built", 5),
     ],
 )
-def test_what_fails_ends_the_build_with_its_reason(workplace, words, said, calls):
+def test_what_fails_ends_the_build_with_its_reason(workplace, words, message, calls):
     workplace.answer(*words, status=7, output="the tool's own words")
     done = workplace.sourced("./deploy/scripts/build.sh all")
     assert done.returncode == 1
-    assert said in done.stderr
+    assert message in done.stderr
     assert "the tool's own words" in done.stderr
     assert len(workplace.calls) == calls
     assert "pushed" not in done.stdout
@@ -174,7 +174,7 @@ def test_a_builder_that_cannot_be_made_ends_the_build(workplace):
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("./deploy/scripts/build.sh", "which stage?"),
         ("./deploy/scripts/build.sh --dry-run", "which stage?"),
@@ -182,10 +182,10 @@ def test_a_builder_that_cannot_be_made_ends_the_build(workplace):
         ("./deploy/scripts/build.sh server --fast", "unknown argument: --fast"),
     ],
 )
-def test_a_wrong_argument_is_named_beside_the_usage(workplace, line, said):
+def test_a_wrong_argument_is_named_beside_the_usage(workplace, line, message):
     done = workplace.sourced(line)
     assert done.returncode == 1
-    assert said in done.stderr
+    assert message in done.stderr
     assert "usage: build.sh" in done.stderr
     assert workplace.calls == []
 

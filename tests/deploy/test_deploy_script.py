@@ -136,8 +136,8 @@ def test_a_failed_rollout_prints_events_and_last_log_lines_and_is_a_failure(work
     workplace.answer("logs --selector", output="[pod-a] loading")
     done = workplace.sourced("./deploy/scripts/deploy.sh tp2")
     assert done.returncode == 1
-    for said in ("no GPUs", "cannot start: no checkpoint", "[pod-a] loading", "did not come up", "rollout undo"):
-        assert said in done.stderr
+    for message in ("no GPUs", "cannot start: no checkpoint", "[pod-a] loading", "did not come up", "rollout undo"):
+        assert message in done.stderr
     assert "other/thing" not in done.stderr
     assert not any(" exec " in call for call in workplace.calls)
 
@@ -170,10 +170,10 @@ def test_a_pod_that_is_not_ready_is_named_and_is_a_failure(workplace):
 
 @needs_kubectl
 @pytest.mark.parametrize(
-    ("pod", "asked"),
+    ("pod", "health"),
     [({"name": "pod-a"}, "pod-a"), ({"name": "pod-b", "deletionTimestamp": "2026-01-01T00:00:00Z"}, "")],
 )
-def test_a_pod_that_is_being_replaced_is_not_asked(workplace, tmp_path, pod, asked):
+def test_a_pod_that_is_being_replaced_is_not_asked(workplace, tmp_path, pod, health):
     workplace.sourced("./deploy/scripts/deploy.sh tp2 status")
     template = workplace.records[2]["call"][-1]
     one = template.replace("{{range .items}}", "").replace("{{end}}{{end}}", "{{end}}")  # kubectl has no list offline
@@ -187,7 +187,7 @@ def test_a_pod_that_is_being_replaced_is_not_asked(workplace, tmp_path, pod, ask
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == asked
+    assert done.stdout.strip() == health
 
 
 @pytest.mark.parametrize("status", [200, 503])
@@ -259,13 +259,14 @@ def test_status_shows_deployment_pods_and_health(workplace):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"), [(("get deployment",), "is not deployed"), (("get pods", "go-template"), "cannot list the pods")]
+    ("words", "message"),
+    [(("get deployment",), "is not deployed"), (("get pods", "go-template"), "cannot list the pods")],
 )
-def test_status_fails_where_there_is_nothing_to_show(workplace, words, said):
+def test_status_fails_where_there_is_nothing_to_show(workplace, words, message):
     workplace.answer(*words, status=1)
     done = workplace.sourced("./deploy/scripts/deploy.sh tp2 status")
     assert done.returncode == 1
-    assert said in done.stderr
+    assert message in done.stderr
 
 
 def test_status_without_pods_is_a_failure(workplace):
@@ -306,7 +307,7 @@ def test_a_cluster_that_refuses_is_a_failure(workplace, action):
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("./deploy/scripts/deploy.sh", "usage: deploy.sh"),
         ("./deploy/scripts/deploy.sh tp2 apply now", "usage: deploy.sh"),
@@ -314,25 +315,25 @@ def test_a_cluster_that_refuses_is_a_failure(workplace, action):
         ("./deploy/scripts/deploy.sh tp2 restart", "no such action: restart"),
     ],
 )
-def test_a_wrong_argument_asks_nothing_of_the_cluster(workplace, line, said):
+def test_a_wrong_argument_asks_nothing_of_the_cluster(workplace, line, message):
     done = workplace.sourced(line)
     assert done.returncode != 0
-    assert said in done.stderr
+    assert message in done.stderr
     assert workplace.calls == []
 
 
 @pytest.mark.parametrize(
-    ("environment", "said"),
+    ("environment", "message"),
     [
         ({"NODE_SELECTOR": "h100"}, "NODE_SELECTOR: got 'h100'"),
         ({"REPLICAS": "many"}, "REPLICAS: got 'many'"),
         ({"REPLICAS": "2", "AUTOSCALE": "1"}, "AUTOSCALE and REPLICAS"),
     ],
 )
-def test_a_wrong_value_is_named_before_anything_is_asked(workplace, environment, said):
+def test_a_wrong_value_is_named_before_anything_is_asked(workplace, environment, message):
     done = workplace.sourced("./deploy/scripts/deploy.sh tp2", **environment)
     assert done.returncode == 1
-    assert said in done.stderr
+    assert message in done.stderr
     assert workplace.calls == []
 
 

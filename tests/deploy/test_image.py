@@ -27,17 +27,17 @@ START_SECONDS = 120
 def stages():
     """Instructions [(name, rest)] of each stage, by name; lines that go on are joined."""
     text = re.sub(r"^#.*\n", "", DOCKERFILE.read_text(), flags=re.M)
-    found, current = {}, []  # what stands before the first stage is in none
+    by_name, current = {}, []  # what stands before the first stage is in none
     for line in text.replace("\\\n", "").splitlines():
         if not line.strip():
             continue
         name, rest = line.split(None, 1) if " " in line else (line, "")
         if name == "FROM":
             base, _, stage = rest.partition(" AS ")
-            current = found.setdefault(stage, [("FROM", base)])
+            current = by_name.setdefault(stage, [("FROM", base)])
         else:
             current.append((name, rest.strip()))
-    return found
+    return by_name
 
 
 def copies(stage):

@@ -91,10 +91,10 @@ def test_everything_is_of_one_name_label_and_namespace(tp):
 @overlays
 def test_a_pod_asks_for_as_many_gpus_as_the_server_has_ranks(tp):
     objects = overlay(tp)
-    asked = server_of(objects)["resources"]
-    assert asked["requests"]["nvidia.com/gpu"] == asked["limits"]["nvidia.com/gpu"] == str(tp)
-    assert int(asked["requests"]["cpu"]) > tp
-    assert "cpu" not in asked["limits"]
+    resources = server_of(objects)["resources"]
+    assert resources["requests"]["nvidia.com/gpu"] == resources["limits"]["nvidia.com/gpu"] == str(tp)
+    assert int(resources["requests"]["cpu"]) > tp
+    assert "cpu" not in resources["limits"]
     assert objects["ConfigMap"]["data"] == {
         "TP": str(tp),
         "MODEL": "gpt-oss-20b",

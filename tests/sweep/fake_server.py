@@ -25,23 +25,23 @@ class Engine(FakeEngine):
 
     def submit(self, prompt, sampling):
         stream = super().submit(prompt, sampling)
-        asked = len(self.submitted) - GATE_PROMPTS
+        answered = len(self.submitted) - GATE_PROMPTS
         self.stats = Stats(
-            prefix_query_tokens=100 * asked,
-            prefix_hit_tokens=25 * asked,
-            buckets=[BucketStats("decode", 4, 10 * asked, 30 * asked, 10 * asked)],
+            prefix_query_tokens=100 * answered,
+            prefix_hit_tokens=25 * answered,
+            buckets=[BucketStats("decode", 4, 10 * answered, 30 * answered, 10 * answered)],
         )
-        if self.kind == CRASHES and asked > 0:
+        if self.kind == CRASHES and answered > 0:
             print("CRITICAL rank 0 ended with signal SIGKILL: the server stops", flush=True)
             os._exit(1)
-        if (self.kind == HANGS and asked > 0) or (self.kind == IS_SLOW and asked > 10):
+        if (self.kind == HANGS and answered > 0) or (self.kind == IS_SLOW and answered > 10):
             self.delay = 1000.0
         return stream
 
 
-def unlikely(stream, tokens, told=FakeStream._logprobs):
-    found = told(stream, tokens)
-    return found and [msgspec.structs.replace(entry, logprob=-3.0) for entry in found]
+def unlikely(stream, tokens, original=FakeStream._logprobs):
+    entries = original(stream, tokens)
+    return entries and [msgspec.structs.replace(entry, logprob=-3.0) for entry in entries]
 
 
 def main():

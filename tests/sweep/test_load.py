@@ -15,18 +15,19 @@ from tests.sweep.virtual import run
 
 
 class Fake:
-    """A server that answers `first` seconds after it is asked, then a token each `step` seconds; one at a time if
-    `serial`. Remembers when it was asked and how many requests it had at once.
+    """A server that answers `first` seconds after a request came, then with a token each `step` seconds.
+
+    It takes one request at a time if `serial`, and remembers when requests came and how many it had at once.
     """
 
     def __init__(self, first=0.5, step=0.02, serial=False):
         self.first, self.step = first, step
         self.turn = asyncio.Semaphore(1 if serial else 10**6)
-        self.asked, self.under_way, self.seen = [], 0, []
+        self.times, self.under_way, self.seen = [], 0, []
 
     async def send(self, request):
         now = asyncio.get_running_loop().time
-        self.asked.append(now())
+        self.times.append(now())
         self.under_way += 1
         self.seen.append(self.under_way)
         try:
@@ -49,18 +50,18 @@ def closed(fake, count, users, seconds=1e9, stall=60):
 
 
 def test_every_figure_of_a_closed_loop_is_the_truth():
-    found = measure.figures(closed(Fake(), 12, 4), Limits(), gpus=2)
+    figures = measure.figures(closed(Fake(), 12, 4), Limits(), gpus=2)
     for name in ("ttft_mean", "ttft_p50", "ttft_p90", "ttft_p99"):
-        assert found[f"{name}_ms"] == pytest.approx(500)
+        assert figures[f"{name}_ms"] == pytest.approx(500)
     for name in ("tpot_mean", "tpot_p50", "tpot_p99", "itl_mean", "itl_p50", "itl_p99"):
-        assert found[f"{name}_ms"] == pytest.approx(20)
+        assert figures[f"{name}_ms"] == pytest.approx(20)
     for name in ("e2e_mean", "e2e_p50", "e2e_p99"):
-        assert found[f"{name}_ms"] == pytest.approx(700)
-    assert found["tokens_per_s"] == pytest.approx(4 * 11 / 0.7)
-    assert found["tokens_per_s_per_gpu"] == pytest.approx(2 * 11 / 0.7)
-    assert found["tokens_per_s_per_user"] == pytest.approx(50)
-    assert found["requests_per_s"] == found["goodput_per_s"] == pytest.approx(4 / 0.7)
-    assert (found["requests"], found["errors"]) == (12, 0)
+        assert figures[f"{name}_ms"] == pytest.approx(700)
+    assert figures["tokens_per_s"] == pytest.approx(4 * 11 / 0.7)
+    assert figures["tokens_per_s_per_gpu"] == pytest.approx(2 * 11 / 0.7)
+    assert figures["tokens_per_s_per_user"] == pytest.approx(50)
+    assert figures["requests_per_s"] == figures["goodput_per_s"] == pytest.approx(4 / 0.7)
+    assert (figures["requests"], figures["errors"]) == (12, 0)
 
 
 def test_a_closed_loop_holds_its_concurrency_and_ends_with_its_budget():
@@ -69,7 +70,7 @@ def test_a_closed_loop_holds_its_concurrency_and_ends_with_its_budget():
     assert max(fake.seen) == 3
     assert fake.seen[3:] == [3] * (len(fake.seen) - 3)
     assert done.begin + 7 <= done.end <= done.begin + 7.7
-    assert max(fake.asked) < 7
+    assert max(fake.times) < 7
 
 
 def test_rates_leave_out_the_tail_in_which_users_have_nothing_to_do():
@@ -87,7 +88,7 @@ def test_an_open_loop_sends_on_time_and_counts_from_when_a_request_was_due():
     arrivals = [0.0, 0.1, 0.2, 0.3]
     fake = Fake(first=1.0, step=0.0, serial=True)  # each waits for those before it
     done = run(load.opened(fake.send, requests(4, 1), arrivals, 60, lambda record: None))
-    assert fake.asked == pytest.approx(arrivals)
+    assert fake.times == pytest.approx(arrivals)
     assert [measure.ttft(record) for record in done.records] == pytest.approx([1000, 1900, 2800, 3700])
 
 
@@ -98,7 +99,7 @@ def test_latencies_of_a_client_that_falls_behind_count_from_when_requests_were_d
         asyncio.get_running_loop()._clock.now += 2.0
 
     done = run(load.opened(fake.send, requests(2, 1), [0.0, 1.0], 60, busy))
-    assert fake.asked == pytest.approx([0.0, 2.5])
+    assert fake.times == pytest.approx([0.0, 2.5])
     assert [measure.ttft(record) for record in done.records] == pytest.approx([500, 2000])
 
 
@@ -134,11 +135,11 @@ def test_tokens_that_arrive_together_share_the_time():
 
 def test_percentiles_of_uneven_requests():
     records = [load.Record(0.0, 0.0, [n / 1000, 2 * n / 1000], [1, 1]) for n in range(1, 101)]
-    found = measure.figures(load.Run(records, 0.0, 1.0), Limits(tpot_ms=50, ttft_ms=80), 1)
-    assert found["ttft_p50_ms"] == pytest.approx(50.5)
-    assert found["ttft_p99_ms"] == pytest.approx(99.01)
-    assert found["e2e_p90_ms"] == pytest.approx(2 * 90.1)
-    assert found["goodput_per_s"] == 50
+    figures = measure.figures(load.Run(records, 0.0, 1.0), Limits(tpot_ms=50, ttft_ms=80), 1)
+    assert figures["ttft_p50_ms"] == pytest.approx(50.5)
+    assert figures["ttft_p99_ms"] == pytest.approx(99.01)
+    assert figures["e2e_p90_ms"] == pytest.approx(2 * 90.1)
+    assert figures["goodput_per_s"] == 50
 
 
 def test_a_request_that_stalls_fails_or_ends_early_is_an_error_of_its_own():
@@ -162,8 +163,8 @@ def test_a_request_that_stalls_fails_or_ends_early_is_an_error_of_its_own():
         "3 tokens came, 2 were asked for",
         None,
     ]
-    found = measure.figures(done, Limits(), 1)
-    assert (found["requests"], found["errors"]) == (5, 4)
+    figures = measure.figures(done, Limits(), 1)
+    assert (figures["requests"], figures["errors"]) == (5, 4)
 
 
 def test_intervals_are_students():
@@ -234,8 +235,8 @@ def test_arrivals_are_a_poisson_process_within_the_budget():
 def test_prompts_from_a_file(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "Hello"}\n{"prompt": [1, 2], "output_tokens": 3}\n')
-    made = Workload(SweepConfig(prompts=str(file)), config()).requests(50, 0)
-    assert {(str(request.prompt), request.output_tokens) for request in made} == {("Hello", 64), ("[1, 2]", 3)}
+    drawn = Workload(SweepConfig(prompts=str(file)), config()).requests(50, 0)
+    assert {(str(request.prompt), request.output_tokens) for request in drawn} == {("Hello", 64), ("[1, 2]", 3)}
     file.write_text('{"text": "Hello"}\n')
     with pytest.raises(ConfigError, match=r"sweep\.prompts"):
         Workload(SweepConfig(prompts=str(file)), config())

@@ -114,8 +114,8 @@ def test_arrivals_lie_between_the_servers_sending_and_the_end(serve):
 
 def test_the_gate_reads_tokens_and_log_probabilities(serve):
     live = serve(FakeEngine(TOKENS))
-    found = gate.answers(f"http://127.0.0.1:{live.port}", MODEL, [[1, 2], [3]], 4, 60)
-    assert found == [gate.Greedy(TOKENS[:4], [-0.5] * 4)] * 2
+    answers = gate.answers(f"http://127.0.0.1:{live.port}", MODEL, [[1, 2], [3]], 4, 60)
+    assert answers == [gate.Greedy(TOKENS[:4], [-0.5] * 4)] * 2
     assert {sampling.temperature for _, sampling in live.engine.submitted} == {0}
     assert not {*END_OF_TURN} & {id for _, sampling in live.engine.submitted for id in sampling.stop_token_ids}
     live.engine.break_after = 2
@@ -133,15 +133,15 @@ def test_the_gates_prompts_leave_room_for_an_answer_and_are_always_the_same():
 def test_the_gate_lets_ties_pass_and_nothing_else():
     baseline = [gate.Greedy([1, 2, 3], [-0.1, -0.7, -0.2])]
 
-    def said(tokens, logprobs):
+    def difference(tokens, logprobs):
         return gate.difference(baseline, [gate.Greedy(tokens, logprobs)], 0.125)
 
-    assert said([1, 2, 3], [-0.1, -0.7, -0.2]) is None
-    assert said([1, 9, 8], [-0.1, -0.75, -5.0]) is None
-    assert said([1, 9, 8], [-0.1, -0.2, -0.2]) == (
+    assert difference([1, 2, 3], [-0.1, -0.7, -0.2]) is None
+    assert difference([1, 9, 8], [-0.1, -0.75, -5.0]) is None
+    assert difference([1, 9, 8], [-0.1, -0.2, -0.2]) == (
         "prompt 0, token 1: 9, the baseline has 2 (log probabilities 0.500 apart)"
     )
-    assert said([1, 9, 3], [-0.1, -1.5, -0.2]) == (
+    assert difference([1, 9, 3], [-0.1, -1.5, -0.2]) == (
         "prompt 0, token 1: 9, the baseline has 2 (log probabilities 0.800 apart)"
     )
-    assert said([1, 2], [-0.1, -0.7]) == "prompt 0: 2 tokens, 3 in the baseline"
+    assert difference([1, 2], [-0.1, -0.7]) == "prompt 0: 2 tokens, 3 in the baseline"

@@ -188,21 +188,21 @@ def test_the_objective_reaches_the_sweeper(swept):
         "sweep.objective=-tokens_per_s",
     )
     assert status == 0, output
-    found = (swept.folder / "optimization_results.yaml").read_text()
+    results = (swept.folder / "optimization_results.yaml").read_text()
     rates = [row["figures"]["tokens_per_s"] for row in swept.rows() if row["status"] == "ok"]
     assert len(rates) == 2
-    assert f"best_value: {-min(rates)}" in found  # of a job with several loads the worst counts
+    assert f"best_value: {-min(rates)}" in results  # of a job with several loads the worst counts
 
 
 def test_nonsense_is_refused_in_one_line(swept):
-    for wrong, said in (
+    for wrong, message in (
         ("sweep.concurrency=0", "sweep.concurrency: got 0, allowed: positive numbers"),
         ("sweep.objective=speed", "sweep.objective: got 'speed', allowed: requests"),
         ("sweep.seconds=0", "sweep.seconds: got 0.0, allowed: more than 0"),
     ):
         status, output = swept.run(wrong, "sweep.gate=false")
         assert status == 1
-        assert said in output, output
+        assert message in output, output
 
 
 def test_the_last_row_of_a_key_counts_and_a_failure_is_measured_again(tmp_path):

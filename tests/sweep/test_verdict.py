@@ -63,7 +63,7 @@ ROWS = [
 
 
 def test_the_front_is_what_nothing_without_fault_beats():
-    assert [found["key"] for found in verdict.front(ROWS)] == [
+    assert [point["key"] for point in verdict.front(ROWS)] == [
         "buckets=latency1",
         "buckets=latency8",
         "buckets=balanced64",
@@ -83,13 +83,13 @@ def test_small_steps_in_cost_do_not_add_up_to_a_choice_that_costs_more():
 def test_choices_differ_by_enough_to_choose_between_them():
     rows = [row("a", 1, 2.0, 500), row("b", 1, 2.03, 510), row("a", 8, 4.0, 530), row("a", 16, 8.0, 700)]
     assert len(verdict.front(rows)) == 4
-    assert [found["key"] for found in verdict.choices(rows)] == ["b1", "a16"]
+    assert [choice["key"] for choice in verdict.choices(rows)] == ["b1", "a16"]
 
 
 def test_the_verdict_names_a_target_and_a_command():
-    said = verdict.words(ROWS)
-    assert len(said) == 3
-    assert said[1].startswith("For p99 TPOT ≤ 4.01 ms: `python serve.py buckets=latency` with 8 users (")
+    sentences = verdict.words(ROWS)
+    assert len(sentences) == 3
+    assert sentences[1].startswith("For p99 TPOT ≤ 4.01 ms: `python serve.py buckets=latency` with 8 users (")
     none = verdict.words([row("tp=2", status="failed", reason="it did not start")])
     assert none == ["No configuration can be recommended: tp=2: it did not start"]
 
@@ -131,13 +131,13 @@ def test_files_to_use_as_they_are():
 def test_a_comparison_tells_what_lies_beyond_noise():
     old = [row("a", 1, 10.0), row("b", 1, 10.0), row("c"), row("d")]
     new = [row("a", 1, 9.0), row("b", 1, 10.13), row("c", status="failed", figures={}), row("e")]
-    said = compare.changes(old, new)
-    assert said[0] == (
+    lines = compare.changes(old, new)
+    assert lines[0] == (
         "a · 1 users: tpot_p50_ms 10 → 9 (-10.0%, noise ±1.4%), tpot_p99_ms 10 → 9 (-10.0%, noise ±1.4%)"
     )
-    assert said[1] == "b · 1 users: nothing beyond noise"  # 0.13, within the root of 0.1² + 0.1²
-    assert said[2] == "c · 1 users: ok → failed"
-    assert said[-2:] == ["e · 1 users: new", "d · 1 users: no longer there"]
+    assert lines[1] == "b · 1 users: nothing beyond noise"  # 0.13, within the root of 0.1² + 0.1²
+    assert lines[2] == "c · 1 users: ok → failed"
+    assert lines[-2:] == ["e · 1 users: new", "d · 1 users: no longer there"]
     once = [row("a", 1, 10, spread=math.nan)]  # one repeat: nobody knows its noise
     assert compare.changes(once, [row("a", 1, 1)]) == ["a · 1 users: nothing beyond noise"]
 
@@ -188,17 +188,17 @@ def hydra():
     ],
 )
 def test_overrides_give_the_configuration_again(hydra, given):
-    def made(arguments):
+    def composed_of(arguments):
         composed = compose("config", overrides=arguments, return_hydra_config=True)
         choices = dict(composed.hydra.runtime.choices)
         return load(OmegaConf.masked_copy(composed, ["model", "buckets", "kernels", "server", "tp"])), choices
 
-    config, choices = made(given)
-    found = overrides(config, choices)
-    again, _ = made(found)
+    config, choices = composed_of(given)
+    shortest = overrides(config, choices)
+    again, _ = composed_of(shortest)
     assert identity(again) == identity(config)
-    assert len(found) <= len(given)
-    assert shlex.split(shlex.join(found)) == found
+    assert len(shortest) <= len(given)
+    assert shlex.split(shlex.join(shortest)) == shortest
 
 
 def test_another_address_is_the_same_server_and_anything_else_is_not():
