@@ -1,25 +1,18 @@
 """A whole engine in the test's own process: real scheduler, buffers, steps and model; only the sockets are missing."""
 
 import itertools
-import os
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
-from conf.schema import RandomShape
-from engine import checkpoint
+from conf.limits import SCRATCH_PAGE
+from conf.schema import BucketsConfig, Config, Dtype, KernelsConfig, ModelConfig, RandomShape, Weights
 from engine.architecture import Architecture
-from engine.core import Core
 from engine.messages import Abort, Delta, StepReport, Submit
-from engine.model import Model
-from engine.pages import PagePool
 from engine.parallel import Ranks
-from engine.scheduler import Scheduler
-from engine.weights import random_weights
-from graphs.buckets import Buckets
-from graphs.buffers import Buffers
-from graphs.capture import steps_for
+from engine.start import start
 from graphs.plan import Chunk, PrefillStep, SamplingParams
 from kernels import reference
 from kernels.ops import TokenPlaces
@@ -52,46 +45,47 @@ class InProcess:
         ops=reference,
         ranks=ALONE,
     ) -> None:
-        shard = ranks.rank, ranks.size, device, dtype
-        if isinstance(source, Architecture):
-            self.shape, weights = source, random_weights(source, *shard)
-        else:
-            self.shape, weights = checkpoint.load(source, *shard)
-        self.buckets = Buckets.of(list(decode_rows), list(prefill_tokens), sequences)
-        peers = ops.join(ranks, self.buckets.max_rows, max(prefill_tokens), sequences, self.shape.hidden, device)
-        self.model = Model(self.shape, weights, ops, peers, max_context)
-        self.buffers = Buffers(
-            buckets=self.buckets,
-            layers=self.shape.layers,
-            kv_heads=self.shape.kv_heads // ranks.size,
-            head_dim=self.shape.head_dim,
-            vocab=self.shape.vocab,
-            max_context=max_context,
-            pages=pages,
-            device=device,
-            dtype=dtype,
+        random = isinstance(source, Architecture)
+        config = Config(
+            model=ModelConfig(
+                name="test",
+                weights=Weights.random if random else Weights.checkpoint,
+                path=None if random else str(source),
+                random_shape=random_shape(source) if random else RandomShape(),
+            ),
+            buckets=BucketsConfig(
+                decode_rows=list(decode_rows),
+                prefill_tokens=list(prefill_tokens),
+                prefill_sequences=sequences,
+                max_context=max_context,
+                pages=pages,
+            ),
+            kernels=KernelsConfig(dtype=Dtype[str(dtype).removeprefix("torch.")]),
+            tp=ranks.size,
         )
+        with patch("kernels.choose", lambda *_: ops):
+            engine = start(config, ranks, device)
+        self.model, self.buffers, self.steps = engine.model, engine.buffers, engine.steps
+        self.shape, self.buckets = self.model.architecture, self.buffers.buckets
         if poison:
             self.buffers.keys.fill_(float("nan"))
             self.buffers.values.fill_(float("nan"))
-        self.steps = steps_for(self.buffers, max(1, os.cpu_count() // ranks.size))
-        for bucket in sorted(self.buckets.all, key=lambda bucket: -bucket.tokens):
-            self.steps.capture(bucket, self.body(bucket, poison))
-        self.pool = PagePool(pages)
-        self.scheduler = Scheduler(self.pool, self.buckets, max_context, prefix_cache)
-        self.core = Core(self.scheduler, self.buffers, self.steps, lambda *_: None, self._published)
+            for bucket in self.buckets.prefill:
+                self.steps.capture(bucket, self._poisoned(bucket))
+        self.core = engine.core(self._published, prefix_cache=prefix_cache)
+        self.scheduler = self.core.scheduler
+        self.pool = self.scheduler.pool
         self.deltas: dict[int, list[Delta]] = {}
         self.reports = 0
         self._ids = itertools.count()
 
-    def body(self, bucket, poison):
+    def _poisoned(self, bucket):
+        """A prefill step that finds an index no pool has in every unused entry of a request's page table."""
         step, inputs = self.model.step(bucket, self.buffers), self.buffers.inputs[bucket]
 
         def run() -> None:
-            if poison and bucket.kind == "prefill":
-                real = inputs.page_table[:, :1] != 0
-                unused = (inputs.page_table == 0) & real
-                inputs.page_table.masked_fill_(unused, 10**9)
+            used = inputs.page_table[:, :1] != SCRATCH_PAGE
+            inputs.page_table.masked_fill_((inputs.page_table == SCRATCH_PAGE) & used, 10**9)
             step()
 
         return run
@@ -129,9 +123,9 @@ class InProcess:
         """Logits [tokens, V] of each of a prompt's tokens, computed in chunks, through plan, buffers and forward."""
         pages, out = list(range(1, len(prompt) // 64 + 2)), []
         sampling = SamplingParams(max_tokens=1, seed=0)
-        for start in range(0, len(prompt), chunk):
-            tokens = prompt[start : start + chunk]
-            step = PrefillStep([Chunk(0, tokens, start, len(prompt), pages, False, sampling)])
+        for first in range(0, len(prompt), chunk):
+            tokens = prompt[first : first + chunk]
+            step = PrefillStep([Chunk(0, tokens, first, len(prompt), pages, False, sampling)])
             bucket, staging = self.buckets.choose("prefill", len(tokens)), self.buffers.staging()
             self.buffers.fill(step, bucket, staging)
             words = self.buffers.words_of(bucket)
@@ -142,6 +136,24 @@ class InProcess:
             hidden = self.model.forward("prefill", self.buffers, inputs.tokens, places)
             out.append(self.model.logits(hidden)[: len(tokens)].float())
         return torch.cat(out)
+
+
+def random_shape(a: Architecture) -> RandomShape:
+    """The `model.random_shape` of which `a` is the architecture."""
+    shape = RandomShape(
+        num_hidden_layers=a.layers,
+        num_local_experts=a.experts,
+        num_experts_per_tok=a.experts_per_token,
+        hidden_size=a.hidden,
+        intermediate_size=a.intermediate,
+        num_attention_heads=a.heads,
+        num_key_value_heads=a.kv_heads,
+        head_dim=a.head_dim,
+        vocab_size=a.vocab,
+        sliding_window=next(window for window in a.windows if window),
+    )
+    assert Architecture.from_random_shape(shape) == a, "not a shape that random weights can have"
+    return shape
 
 
 FULL_SIZE = Architecture.from_random_shape(RandomShape())

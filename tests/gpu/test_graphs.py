@@ -35,7 +35,7 @@ def answers(engine):
 def test_every_bucket_is_captured_and_replays_the_eager_step(folder, monkeypatch):
     graphs = InProcess(folder, dtype=torch.bfloat16, device=CUDA)
     assert isinstance(graphs.steps, capture.GraphSteps)
-    monkeypatch.setattr("tests.harness.steps_for", capture.EagerSteps)  # takes the same arguments
+    monkeypatch.setattr("engine.start.steps_for", capture.EagerSteps)  # takes the same arguments
     eager = InProcess(folder, dtype=torch.bfloat16, device=CUDA)
     assert answers(graphs) == answers(eager)
     used = {(b.kind, b.size): b.steps for b in graphs.core.stats().buckets}

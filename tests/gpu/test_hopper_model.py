@@ -57,7 +57,7 @@ def test_logits_are_as_close_to_float32_as_those_of_transformers(tmp_path):
 def test_graphs_replay_the_eager_step(monkeypatch):
     prompts = [prompt_of(length, SMALL.vocab) for length in (1, 5, 64, 65, 130, 256, 300)]
     replayed = engine(SMALL).generate(*prompts, max_tokens=20)
-    monkeypatch.setattr("tests.harness.steps_for", capture.EagerSteps)  # takes the same arguments
+    monkeypatch.setattr("engine.start.steps_for", capture.EagerSteps)  # takes the same arguments
     eager = engine(SMALL)
     assert isinstance(eager.steps, capture.EagerSteps)
     assert eager.generate(*prompts, max_tokens=20) == replayed
