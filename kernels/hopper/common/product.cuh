@@ -129,8 +129,8 @@ __device__ __forceinline__ void produce(const Layer& layer, int tile_count, cons
 
 // The sums [64 rows, N tokens] of a warpgroup's 64 rows of an item. count: turns before this item's.
 template <class Layer, int N>
-__device__ __forceinline__ void multiply(
-    const Layer& layer, const Item& item, int strip, int count, const Pipeline& pipeline, float (&sums)[N / 2]) {
+__device__ __forceinline__ void multiply(const Layer& layer, const Item& item, int strip, int count,
+                                         const Pipeline& pipeline, float (&sums)[N / 2]) {
     constexpr int AHEAD = Layer::template AHEAD<N>, UNROLL = AHEAD > 2 ? AHEAD : 2, TURNS = ::TURNS<Layer>;
     const int lane = threadIdx.x % 32;
     auto weights = layer.template weights<AHEAD>(item.expert, strip);
@@ -163,8 +163,8 @@ __device__ __forceinline__ void multiply(
 
 // A warpgroup's 64 rows of one item to `out`, by way of shared memory, so that whole lines leave.
 template <class Layer, int N>
-__device__ __forceinline__ void consume(
-    const Layer& layer, const Item& item, int& count, const Pipeline& pipeline, bf16* staged) {
+__device__ __forceinline__ void consume(const Layer& layer, const Item& item, int& count, const Pipeline& pipeline,
+                                        bf16* staged) {
     const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, g = lane / 4;
     const int strip = (item.block * CONSUMERS + group) * 4 + warp;
     float sums[N / 2] = {};
@@ -227,15 +227,19 @@ __device__ __forceinline__ void multiply_tiles(const Layer& layer, int tile_coun
         produce(layer, tile_count, pipeline);
         return;
     }
-    bf16* const staged = reinterpret_cast<bf16*>(
-        dynamic + (stages - shared_address(dynamic)) + STAGES * STAGE_BYTES + threadIdx.x / 128 * OUT_BYTES);
+    bf16* const staged = reinterpret_cast<bf16*>(dynamic + (stages - shared_address(dynamic)) + STAGES * STAGE_BYTES +
+                                                 threadIdx.x / 128 * OUT_BYTES);
     int count = 0;
     for (int index = blockIdx.x;; index += gridDim.x) {
         const Item item = item_at(layer, index, tile_count);
         if (item.live == 0) break;
-        if (item.live > 96) consume<Layer, 128>(layer, item, count, pipeline, staged);
-        else if (item.live > 64) consume<Layer, 96>(layer, item, count, pipeline, staged);
-        else if (item.live > 32) consume<Layer, 64>(layer, item, count, pipeline, staged);
-        else consume<Layer, 32>(layer, item, count, pipeline, staged);
+        if (item.live > 96)
+            consume<Layer, 128>(layer, item, count, pipeline, staged);
+        else if (item.live > 64)
+            consume<Layer, 96>(layer, item, count, pipeline, staged);
+        else if (item.live > 32)
+            consume<Layer, 64>(layer, item, count, pipeline, staged);
+        else
+            consume<Layer, 32>(layer, item, count, pipeline, staged);
     }
 }
