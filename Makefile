@@ -48,6 +48,7 @@ gpu-bench: $(BIN)/.tests ## steps and kernels on an H100 against the memory floo
 lint: $(BIN)/.tests ## ruff, the formatters and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	git ls-files -z "*.cu" "*.cuh" | xargs -0 $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/mypy
 	$(BIN)/mypy serve.py
 

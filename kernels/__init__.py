@@ -5,9 +5,12 @@ from typing import Literal
 import torch
 
 from kernels import hopper, reference
-from kernels.ops import KernelSet, UnsupportedError
+from kernels.ops import KernelSet, Operations, UnsupportedError
 
 HOPPER = (9, 0)  # compute capability
+
+# For mypy, which does not look into a module that is a member of another: it is told that these keep the contract too.
+_NAMESPACES: tuple[Operations, ...] = (hopper.decode, hopper.prefill)
 
 
 def choose(name: Literal["auto", "hopper", "reference"], device: torch.device, dtype: torch.dtype) -> KernelSet:

@@ -171,6 +171,11 @@ class EngineClient:
             elif self._streams and time.monotonic() - self._last_progress > self._deadline:
                 self.fail(f"no step finished within {self._deadline:g} s while {self.outstanding} requests wait")
 
+    def close(self) -> None:
+        """Close both sockets; messages that the engine has not taken yet are dropped."""
+        self._requests.close()
+        self._reports.close()
+
     def _receive(self, message: FromEngine) -> None:
         self._last_progress = time.monotonic()
         if isinstance(message, Ready):

@@ -120,7 +120,8 @@ def served(url: str, model: str, streams: int) -> Ask:
         request = urllib.request.Request(f"{url}/v1/{route}", data, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=600) as reply:
-                return json.load(reply)["choices"][0]
+                choice: dict[str, Any] = json.load(reply)["choices"][0]
+                return choice
         except urllib.error.HTTPError as error:
             text = error.read().decode("utf-8", "replace")
             try:

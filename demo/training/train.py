@@ -34,7 +34,7 @@ from engine.model import rope_tables
 WARM_UP = 0.03  # of the time
 
 
-class Rows(IterableDataset):
+class Rows(IterableDataset[Any]):
     """Endless packed rows, different in every worker.
 
     A worker builds the index itself: pickled it is larger than a pipe's buffer, and the workers would start one by one.
@@ -77,7 +77,8 @@ def orthogonal(matrices: Tensor) -> Tensor:
     for _ in range(5):
         square = x @ x.mT
         x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return (x.mT if tall else x).float()
+    out: Tensor = x.mT if tall else x
+    return out.float()
 
 
 def is_matrix(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""What is compiled ahead of time is what serving asks for, and is found by a machine that cannot compile."""
+"""What is compiled ahead of time is what serving loads, and suffices on a machine that cannot compile."""
 
 import re
 import shutil
@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from conf.schema import RandomShape
-from engine import ahead, checkpoint
+from engine import ahead
+from engine import weights as shards
 from engine.architecture import Architecture
 from engine.model import Model
 from graphs.buckets import Buckets
@@ -54,8 +55,8 @@ def compiled(monkeypatch):
 
 @pytest.mark.parametrize(("rank", "tp"), [(0, 1), (1, 2), (0, 4), (3, 4), (0, 8), (7, 8)])
 def test_the_list_is_what_a_ranks_steps_ask_for(compiled, rank, tp):
-    specs = checkpoint.tensor_specs(SHAPE)
-    weights = checkpoint.assemble(
+    specs = shards.tensor_specs(SHAPE)
+    weights = shards.assemble(
         SHAPE, rank, tp, CPU, torch.bfloat16, lambda name, index: torch.zeros(()).expand(specs[name].shape)[index]
     )
     ranks = SimpleNamespace(rank=rank, size=tp)

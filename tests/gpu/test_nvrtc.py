@@ -4,7 +4,7 @@ import pytest
 
 from conf.schema import RandomShape
 from engine.ahead import FOLDER, units
-from engine.checkpoint import Architecture
+from engine.architecture import Architecture
 from kernels import build
 
 pytestmark = pytest.mark.gpu

@@ -99,6 +99,15 @@ def test_tokens_that_arrive_together_share_their_time(monkeypatch):
     assert f'mini_vllm:inter_token_latency_seconds_sum{{model_name="{MODEL}"}} 0.5' in said
 
 
+def test_a_request_that_runs_out_of_time_counts_as_aborted(serve):
+    engine = FakeEngine([1] * 100)
+    engine.delay = 0.05
+    live = serve(engine, request_timeout=0.1)
+    live.complete(prompt=[1], max_tokens=100)
+    live.complete(prompt=[1], max_tokens=100, stream=True)
+    assert samples(live)["request_success_total", "abort"] == 2
+
+
 def test_failures_are_counted_apart(serve):
     engine = FakeEngine([1, 2, 3])
     engine.break_after = 1

@@ -54,8 +54,13 @@ def test_a_streamed_completion_says_the_same(serve, plain):
     assert last.usage.completion_tokens == 5
 
 
-def test_usage_is_streamed_only_on_request(serve, plain):
+def test_usage_is_streamed_only_on_request_and_null_until_the_last_event(serve, plain, chatty):
     assert all("usage" not in event for event in events(serve(plain).complete(stream=True)))
+    options = {"stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True}
+    for response in (serve(plain).complete(**options), serve(chatty).chat(**options)):
+        *earlier, last = events(response)
+        assert [event["usage"] for event in earlier] == [None] * len(earlier)
+        assert last["usage"]["completion_tokens"] > 0
 
 
 def test_a_chat(serve, chatty):
@@ -347,6 +352,13 @@ def test_echo_begins_with_the_prompt(serve, plain):
     )
 
 
+def test_an_echo_shows_control_tokens_on_request(serve, plain):
+    live = serve(plain)
+    for skip, shown in ((True, "#"), (False, "#<|end|>")):
+        body = {"prompt": [2, 200007], "echo": True, "skip_special_tokens": skip, "max_tokens": 1}
+        assert live.complete(**body).json()["choices"][0]["text"] == shown + " one"
+
+
 def test_control_tokens_are_shown_on_request(serve, tokenizer):
     live = serve(FakeEngine([200007, *tokenizer.encode(" one two three four"), 200002]))
     assert live.complete().json()["choices"][0]["text"] == " one two three four"
@@ -374,6 +386,12 @@ def test_token_ids_stand_where_vllm_puts_them(serve, chatty, harmony):
 def test_the_model_list(serve, plain):
     (model,) = serve(plain).openai().models.list().data
     assert (model.id, model.max_model_len) == (MODEL, 1024)
+
+
+def test_before_the_engine_is_ready_the_model_has_no_length(serve, plain):
+    plain.ready = None
+    (model,) = serve(plain).http.get("/v1/models").json()["data"]
+    assert (model["id"], "max_model_len" in model) == (MODEL, False)
 
 
 def test_tokenize_and_detokenize(serve, plain, tokenizer):

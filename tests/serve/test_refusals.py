@@ -1,13 +1,16 @@
 """What is refused, with which status and which field; and what is accepted because it changes nothing."""
 
+import asyncio
 import http.client
 import json
 import logging
 
 import pytest
 
+from conf.limits import BIAS_ENTRIES, END_OF_TURN, MAX_LOGIT_BIAS, MAX_STOP_TOKENS, MAX_TOP_LOGPROBS
 from conf.schema import ServerConfig
 from serve.app import create_app
+from serve.guard import Guard
 from tests.fakes import FakeEngine
 from tests.serve.conftest import MODEL
 
@@ -125,6 +128,22 @@ def test_a_prompt_that_does_not_fit_is_refused_with_all_numbers(live):
     assert error(live.complete(prompt=[1] * 1024), 400)["param"] == "prompt"
     assert error(live.chat(messages=[{"role": "user", "content": "word " * 2000}]), 400)["param"] == "messages"
     assert live.complete(prompt=[1] * 999, max_tokens=25).status_code == 200
+
+
+def test_a_request_at_every_limit_is_within_the_engines_own(live):
+    stop_token_ids = list(range(100, 100 + MAX_STOP_TOKENS - len(END_OF_TURN)))
+    logit_bias = {str(token): 1 for token in range(MAX_LOGIT_BIAS)}
+    limits = {"stop_token_ids": stop_token_ids, "logit_bias": logit_bias, "logprobs": MAX_TOP_LOGPROBS}
+    assert live.complete(**limits).status_code == 200
+    sampling = live.engine.submitted[0][1]
+    assert len(sampling.stop_token_ids) == MAX_STOP_TOKENS
+    assert len(sampling.logit_bias) + len(sampling.stop_token_ids) == BIAS_ENTRIES
+    error(live.complete(stop_token_ids=[*stop_token_ids, 1]), 400)
+
+
+def test_two_names_of_the_longest_answer_must_agree(live):
+    assert error(live.chat(max_tokens=3, max_completion_tokens=4), 400)["param"] == "max_completion_tokens"
+    assert live.chat(max_tokens=3, max_completion_tokens=3).status_code == 200
 
 
 def test_n_times_prompts_is_capped(live):
@@ -275,6 +294,18 @@ def test_unknown_fields_inside_messages_and_options_are_named_too(live):
     assert response.headers["x-ignored-parameters"] == "messages.name, stream_options.every"
 
 
+def test_the_header_of_ignored_fields_has_an_end(live):
+    names = live.complete(**{f"{i:02}" + "x" * 100: 1 for i in range(30)}).headers["x-ignored-parameters"].split(", ")
+    assert names == [f"{i:02}" + "x" * 62 for i in range(20)]
+
+
+@pytest.mark.parametrize("messages", ["text", [5], [[]], {"a": 1}])
+def test_an_unknown_field_may_hold_anything(live, messages):
+    response = live.complete(messages=messages)
+    assert response.status_code == 200
+    assert "messages" in response.headers["x-ignored-parameters"]
+
+
 def test_another_model_is_not_found(live):
     told = error(live.complete(model="other"), 404)
     assert (told["param"], told["code"]) == ("model", "model_not_found")
@@ -303,6 +334,12 @@ def test_detokenize_refuses_ids_outside_the_vocabulary(live):
 )
 def test_tokenize_takes_a_prompt_or_messages_of_at_most_the_context(live, body):
     error(live.http.post("/tokenize", json=body), 400)
+
+
+def test_tokenize_takes_a_prompt_that_fills_the_context(live, tokenizer):
+    text = " word" * 1024
+    assert live.http.post("/tokenize", json={"prompt": text}).json()["count"] == 1024
+    error(live.http.post("/tokenize", json={"prompt": text + " word"}), 400)
 
 
 # --- the guard ---
@@ -346,6 +383,23 @@ def test_a_key_file_without_a_key_stops_the_start(tmp_path):
     (tmp_path / "keys").write_text("\n")
     with pytest.raises(ValueError, match="holds no key"):
         create_app(FakeEngine([]), ServerConfig(api_key_file=str(tmp_path / "keys")), MODEL)
+
+
+def test_an_exception_after_the_response_has_begun_sends_no_second_one(caplog):
+    sent = []
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise KeyError("late")
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+    with caplog.at_level(logging.ERROR, "serve"):
+        asyncio.run(Guard(app, (), 1000)(scope, None, send))
+    assert [message["type"] for message in sent] == ["http.response.start"]
+    assert "late" in caplog.text
 
 
 def test_an_unexpected_exception_is_logged_and_not_told(serve, caplog):

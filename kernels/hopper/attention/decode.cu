@@ -80,9 +80,9 @@ struct ItemList {
     int count;
     int slot;  // of the item found last
 
-    __device__ __forceinline__ ItemList(
-        const Launch& launch, int (&begins)[MOST_TOKENS + 1], int (&positions)[MOST_TOKENS], int (&slots)[MOST_TOKENS],
-        int (&warp_sums)[WARPS])
+    __device__ __forceinline__ ItemList(const Launch& launch, int (&begins)[MOST_TOKENS + 1],
+                                        int (&positions)[MOST_TOKENS], int (&slots)[MOST_TOKENS],
+                                        int (&warp_sums)[WARPS])
         : launch(launch), begins(begins), positions(positions), slots(slots) {
         searched = launch.most_splits > 1 && launch.tokens > 1;
         count = launch.tokens * launch.kv_heads;
@@ -181,9 +181,8 @@ __device__ __forceinline__ void fetch(const Launch& launch, unsigned to, const c
 
 // Rotate the token's own key, and write it and its value to page `page` and to `fresh`. A lane takes a quarter of each
 // half of a row, four lanes the key and four the value.
-__device__ __forceinline__ void append_own(
-    const Launch& launch, const Item& item, const char* token_qkv, long long page,
-    uint4 (&fresh)[2][ROW_BYTES / 16]) {
+__device__ __forceinline__ void append_own(const Launch& launch, const Item& item, const char* token_qkv,
+                                           long long page, uint4 (&fresh)[2][ROW_BYTES / 16]) {
     const int lane = lane_of_warp();
     if (lane < 8) {
         const bool of_values = lane / 4;
@@ -203,16 +202,15 @@ __device__ __forceinline__ void append_own(
 }
 
 // The token's own key and value to this warp's copies of their pages, whose other rows are still under way.
-__device__ __forceinline__ void copy_own(
-    char* my_pages, int position, const uint4 (&fresh)[2][ROW_BYTES / 16]) {
+__device__ __forceinline__ void copy_own(char* my_pages, int position, const uint4 (&fresh)[2][ROW_BYTES / 16]) {
     const int lane = lane_of_warp(), chunk = lane % 8, row = position % PAGE;
     char* to = my_pages + (lane / 8) * PAGE_BYTES;
     if (lane < 16) *reinterpret_cast<uint4*>(to + swizzled(row, chunk)) = fresh[lane / 8][chunk];
 }
 
 // The GROUP query heads of the kv head, rotated, as A fragments: heads x dimensions.
-__device__ __forceinline__ void load_queries(
-    const Launch& launch, const Item& item, const char* token_qkv, unsigned (&queries)[DIM / 16][4]) {
+__device__ __forceinline__ void load_queries(const Launch& launch, const Item& item, const char* token_qkv,
+                                             unsigned (&queries)[DIM / 16][4]) {
     const int lane = lane_of_warp();
 #pragma unroll
     for (int k = 0; k < DIM / 16; k++) {
@@ -255,9 +253,8 @@ struct SoftmaxState {
 // One page: scores, softmax, values. `between` is called when the page's keys are no longer needed and must leave one
 // commit group more behind it.
 template <class Between>
-__device__ __forceinline__ void attend(
-    SoftmaxState& state, const unsigned (&q)[DIM / 16][4], unsigned page_keys, unsigned page_values, int page_key,
-    const Keys& keys, Between between) {
+__device__ __forceinline__ void attend(SoftmaxState& state, const unsigned (&q)[DIM / 16][4], unsigned page_keys,
+                                       unsigned page_values, int page_key, const Keys& keys, Between between) {
     const int lane = lane_of_warp();
     float scores[PAGE / 8][4];  // heads x keys: tile n holds keys 8 n ... 8 n + 7
     cp_async_wait<1>();         // the values are still under way
@@ -342,8 +339,8 @@ __device__ __forceinline__ void store_out(const Launch& launch, long long row, i
 }
 
 // This warp's state to shared memory, its values over its page of values.
-__device__ __forceinline__ void share_state(
-    const SoftmaxState& state, float* my_out, float (&warp_peak)[WARPS][16], float (&warp_total)[WARPS][16]) {
+__device__ __forceinline__ void share_state(const SoftmaxState& state, float* my_out, float (&warp_peak)[WARPS][16],
+                                            float (&warp_total)[WARPS][16]) {
     const int warp = warp_of_block(), lane = lane_of_warp();
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
@@ -358,9 +355,9 @@ __device__ __forceinline__ void share_state(
 }
 
 // The four warps' states to one, in the order of the warps: a token's only split to `out`, others to `partial`.
-__device__ __forceinline__ void combine_warps(
-    const Launch& launch, const Item& item, int splits, char* pages, const float (&warp_peak)[WARPS][16],
-    const float (&warp_total)[WARPS][16]) {
+__device__ __forceinline__ void combine_warps(const Launch& launch, const Item& item, int splits, char* pages,
+                                              const float (&warp_peak)[WARPS][16],
+                                              const float (&warp_total)[WARPS][16]) {
     const long long owner = static_cast<long long>(item.token) * launch.kv_heads + item.head;
 #pragma unroll
     for (int quad = int(threadIdx.x); quad < QUADS; quad += THREADS) {
@@ -392,8 +389,8 @@ __device__ __forceinline__ void combine_warps(
 
 // All splits of a (token, kv head) to `out`: half a warp serves a head. Each of its lanes weighs every sixteenth split,
 // then takes four outputs.
-__device__ __forceinline__ void combine_splits(
-    const Launch& launch, const Item& item, int splits, float (&weights)[GROUP][MOST_SPLITS]) {
+__device__ __forceinline__ void combine_splits(const Launch& launch, const Item& item, int splits,
+                                               float (&weights)[GROUP][MOST_SPLITS]) {
     const long long owner = static_cast<long long>(item.token) * launch.kv_heads + item.head;
 #pragma unroll
     for (int quad = int(threadIdx.x); quad < (QUADS + THREADS - 1) / THREADS * THREADS; quad += THREADS) {
@@ -439,10 +436,11 @@ __device__ __forceinline__ void combine_splits(
 
 // A grid of any number of blocks: block b takes items b, b + blocks, b + 2 blocks ..., and the block that finishes the
 // last of a token's splits combines them.
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_attention(
-    const char* qkv, const float* cos, const float* sin, const int* positions, const int* slots, const int* page_table,
-    char* keys, char* values, const float* sinks, char* out, float* partial, float2* stats, unsigned* counters,
-    int tokens, int kv_heads, int table_width, int window, int most_splits) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    decode_attention(const char* qkv, const float* cos, const float* sin, const int* positions, const int* slots,
+                     const int* page_table, char* keys, char* values, const float* sinks, char* out, float* partial,
+                     float2* stats, unsigned* counters, int tokens, int kv_heads, int table_width, int window,
+                     int most_splits) {
     extern __shared__ __align__(128) char pages[];  // [WARPS, 2, PAGE_BYTES]
     __shared__ int begins[MOST_TOKENS + 1], known_positions[MOST_TOKENS], known_slots[MOST_TOKENS];
     __shared__ int warp_sums[WARPS];
@@ -452,8 +450,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_attention(
     __shared__ float weights[GROUP][MOST_SPLITS];
 
     griddep_wait_first();
-    const Launch launch = {qkv, cos, sin, positions, slots, page_table, keys, values, sinks, out, partial, stats,
-                           counters, tokens, kv_heads, table_width, window, most_splits};
+    const Launch launch = {qkv, cos,     sin,   positions, slots,  page_table, keys,        values, sinks,
+                           out, partial, stats, counters,  tokens, kv_heads,   table_width, window, most_splits};
     const int thread = threadIdx.x, warp = thread / 32;
     char* my_pages = pages + warp * 2 * PAGE_BYTES;
     const unsigned my_keys = shared_address(my_pages), my_values = my_keys + PAGE_BYTES;
@@ -495,9 +493,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) decode_attention(
             const bool more = n + 1 < count;
             if (n == last_page) copy_own(my_pages, item.position, fresh);
             attend(state, queries, my_keys, my_values, item.page_key(seen, n), seen, [&] {
-                if (more) fetch(launch, my_keys, keys, item, n + 1);
-                else if (next.count > 0) fetch(launch, my_keys, keys, next, 0);
-                else cp_async_commit();  // an empty group, so that the count of groups behind is the same
+                if (more)
+                    fetch(launch, my_keys, keys, item, n + 1);
+                else if (next.count > 0)
+                    fetch(launch, my_keys, keys, next, 0);
+                else
+                    cp_async_commit();  // an empty group, so that the count of groups behind is the same
             });
             if (more) fetch(launch, my_values, values, item, n + 1);
         }

@@ -32,7 +32,7 @@
 constexpr int CONSUMER_WARPS = 4 * CONSUMERS;
 constexpr int THREADS = 32 * (CONSUMER_WARPS + 1);
 constexpr int TILE = CONSUMERS * WARPGROUP_TOKENS;
-constexpr int LAG = 2;  // pages under way before the oldest is waited for
+constexpr int LAG = 2;                // pages under way before the oldest is waited for
 constexpr int RING_ALIGNMENT = 1024;  // the swizzle is a function of address bits 4 to 9
 constexpr int RING_BYTES = STAGES * 2 * PAGE_BYTES;
 constexpr unsigned ALL_LANES = 0xffffffffu;
@@ -46,9 +46,9 @@ static_assert(ROW_THREADS == 4, "a thread takes an element's 16 bytes of each ha
 // RoPE and append ----------------------------------------------------------------------------------------------------
 
 // One thread for each token, row of 64 (keys, then values) and quarter of half a row.
-extern "C" __global__ void __launch_bounds__(APPEND_THREADS) rope_append(
-    const char* qkv, const float* cos, const float* sin, const int* positions, const int* slots, const int* page_table,
-    char* keys, char* values, int tokens, int kv_heads, int table_width) {
+extern "C" __global__ void __launch_bounds__(APPEND_THREADS)
+    rope_append(const char* qkv, const float* cos, const float* sin, const int* positions, const int* slots,
+                const int* page_table, char* keys, char* values, int tokens, int kv_heads, int table_width) {
     griddep_wait_first();
     griddep_launch_dependents();
     griddep_wait();
@@ -134,8 +134,8 @@ struct Run {
     }
 
     // Of the tokens from `from` to before `to`; none: from the largest to -1.
-    __device__ __forceinline__ static void keys_of(
-        int from, int to, const Token& token, int lane, int& first, int& last) {
+    __device__ __forceinline__ static void keys_of(int from, int to, const Token& token, int lane, int& first,
+                                                   int& last) {
         const bool in = lane >= from && lane < to;
         first = __reduce_min_sync(ALL_LANES, in ? token.first_key : 0x7fffffff);
         last = __reduce_max_sync(ALL_LANES, in ? token.position : -1);
@@ -155,8 +155,8 @@ __device__ __forceinline__ void fetch(unsigned to, const char* from, int page_ke
 }
 
 // The pages of all runs into the ring, in the order in which the consumers take them.
-__device__ __forceinline__ void produce(
-    const Launch& launch, const Ring& ring, int head, unsigned runs, int tokens, const Token& token, int lane) {
+__device__ __forceinline__ void produce(const Launch& launch, const Ring& ring, int head, unsigned runs, int tokens,
+                                        const Token& token, int lane) {
     int step = 0;
     while (runs) {
         const Run run(runs, tokens, token, lane);
@@ -196,9 +196,9 @@ struct Rows {
 };
 
 // A warpgroup's rows, and their queries, rotated, as A fragments.
-__device__ __forceinline__ void load_queries(
-    const Launch& launch, int head, int tile_begin, int my_begin, int count, const Token& token, int warp, int lane,
-    Rows& rows, unsigned (&queries)[DIM / 16][4]) {
+__device__ __forceinline__ void load_queries(const Launch& launch, int head, int tile_begin, int my_begin, int count,
+                                             const Token& token, int warp, int lane, Rows& rows,
+                                             unsigned (&queries)[DIM / 16][4]) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const int row = accumulator_row(warp, lane, r);
@@ -207,8 +207,7 @@ __device__ __forceinline__ void load_queries(
         rows.position[r] = __shfl_sync(ALL_LANES, token.position, rows.of_tile[r] % 32);
         rows.first_key[r] = __shfl_sync(ALL_LANES, token.first_key, rows.of_tile[r] % 32);
         const long long at = tile_begin + (used ? rows.of_tile[r] : 0);
-        const char* from =
-            launch.qkv + (at * launch.kv_heads * (GROUP + 2) + head * GROUP + row % GROUP) * ROW_BYTES;
+        const char* from = launch.qkv + (at * launch.kv_heads * (GROUP + 2) + head * GROUP + row % GROUP) * ROW_BYTES;
 #pragma unroll
         for (int k = 0; k < DIM / 16; k++) {
 #pragma unroll
@@ -249,8 +248,8 @@ struct SoftmaxState {
     }
 
     // Take in a page's scores -> its powers, the second product's A fragments.
-    __device__ __forceinline__ void raise(
-        float (&scores)[32], int page_key, int lane, unsigned (&powers)[PAGE / 16][4]) {
+    __device__ __forceinline__ void raise(float (&scores)[32], int page_key, int lane,
+                                          unsigned (&powers)[PAGE / 16][4]) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             if (page_key < first[r] || page_key + PAGE - 1 > last[r]) {
@@ -285,8 +284,8 @@ struct SoftmaxState {
     }
 
     // The sink joins the denominator, and rows of this run leave.
-    __device__ __forceinline__ void store(
-        const Launch& launch, const Rows& rows, int head, int tile_begin, int warp, int lane) {
+    __device__ __forceinline__ void store(const Launch& launch, const Rows& rows, int head, int tile_begin, int warp,
+                                          int lane) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             total[r] += __shfl_xor_sync(ALL_LANES, total[r], 1);
@@ -308,9 +307,8 @@ struct SoftmaxState {
 };
 
 // A warpgroup's rows over the pages of all runs.
-__device__ __forceinline__ void consume(
-    const Launch& launch, const Ring& ring, int head, int tile_begin, unsigned runs, int count, const Token& token,
-    int warp, int lane) {
+__device__ __forceinline__ void consume(const Launch& launch, const Ring& ring, int head, int tile_begin, unsigned runs,
+                                        int count, const Token& token, int warp, int lane) {
     const int my_begin = warp / 4 * WARPGROUP_TOKENS, my_end = my_begin + WARPGROUP_TOKENS;
     Rows rows;
     unsigned queries[DIM / 16][4];
@@ -366,10 +364,10 @@ __device__ __forceinline__ void consume(
 }
 
 // Heavy tiles first: those at the end of a long prompt see most keys, and short ones fill the gaps at the end.
-extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill_attention(
-    const char* qkv, const float* cos, const float* sin, const int* positions, const int* slots, const int* page_table,
-    const char* keys, const char* values, const float* sinks, char* out, int tokens, int kv_heads, int table_width,
-    int window) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    prefill_attention(const char* qkv, const float* cos, const float* sin, const int* positions, const int* slots,
+                      const int* page_table, const char* keys, const char* values, const float* sinks, char* out,
+                      int tokens, int kv_heads, int table_width, int window) {
     extern __shared__ char shared[];  // the ring, from a multiple of RING_ALIGNMENT, and its barriers
     griddep_wait_first();
     const Launch launch = {qkv, cos, sin, page_table, keys, values, sinks, out, kv_heads, table_width};
@@ -392,6 +390,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill_attention(
     const unsigned runs = __ballot_sync(ALL_LANES, token.real && (lane == 0 || token.slot != slot_before));
     __syncthreads();
     griddep_wait();
-    if (warp == CONSUMER_WARPS) produce(launch, ring, head, runs, count, token, lane);
-    else consume(launch, ring, head, tile_begin, runs, count, token, warp, lane);
+    if (warp == CONSUMER_WARPS)
+        produce(launch, ring, head, runs, count, token, lane);
+    else
+        consume(launch, ring, head, tile_begin, runs, count, token, warp, lane);
 }

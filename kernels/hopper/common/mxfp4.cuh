@@ -19,8 +19,8 @@ __device__ __forceinline__ unsigned multiplier_of(unsigned scales, int block, in
 // which is the checkpoint's + 94: the scale, times 2^126, times 2^-32 to keep the byte below 255 for scales up to 2^33.
 __device__ __forceinline__ void dequantize(unsigned word, unsigned scale_low, unsigned scale_high, unsigned* a) {
     constexpr unsigned SIGN = 0x80008000u, REST = 0x01C001C0u;
-    a[0] = mul_bf16x2(word & (SIGN | REST), scale_low);                                // row g, columns 2 t, + 1
-    a[1] = mul_bf16x2((word << 3) & (SIGN | REST), scale_high);                        // row g + 8
-    a[2] = mul_bf16x2(((word << 2) & SIGN) | ((word << 6) & REST), scale_low);         // row g, columns 8 + 2 t, + 1
-    a[3] = mul_bf16x2(((word << 1) & SIGN) | ((word >> 3) & REST), scale_high);        // row g + 8
+    a[0] = mul_bf16x2(word & (SIGN | REST), scale_low);                          // row g, columns 2 t, + 1
+    a[1] = mul_bf16x2((word << 3) & (SIGN | REST), scale_high);                  // row g + 8
+    a[2] = mul_bf16x2(((word << 2) & SIGN) | ((word << 6) & REST), scale_low);   // row g, columns 8 + 2 t, + 1
+    a[3] = mul_bf16x2(((word << 1) & SIGN) | ((word >> 3) & REST), scale_high);  // row g + 8
 }

@@ -2,14 +2,14 @@
 // share. What differs is a `Layer`: which weights, which tokens, and what becomes of the sums.
 //
 // Operations: 2 T K rows, at 2,048 tokens of the 20b 0.11 TFLOP a layer dense and 0.41 experts: 0.1 and 0.5 ms at 773
-// TFLOP/s. The bytes that count are those out of the L2, not memory's: a block of 192 rows by 128 tokens reads 512 + 320
-// (dense: 512 + 768) bytes for every two columns, that is 118 (77) operations a byte, and the L2 gives about 5 TB/s.
+// TFLOP/s. The bytes that count are those out of the L2, not memory's: a block of 192 rows by 128 tokens reads 512 +
+// 320 (dense: 512 + 768) bytes for every two columns, that is 118 (77) operations a byte, and the L2 gives about 5 TB/s.
 //
 // An item is 192 rows (three warpgroups of 64) by up to 128 tokens. There are as many blocks as multiprocessors, and
-// block b takes items b, b + blocks, b + 2 blocks ... A fourth warpgroup brings tokens to shared memory, 64 columns at a
-// time, STAGES deep, and runs ahead into the next item; rows of pairs are gathered as they come. While one product of 64
-// columns runs, each warpgroup makes the A operand of the next. An item with fewer live tokens multiplies by 32, 64 or
-// 96. Warpgroups meet only at the stages: while one stores its sums, the others multiply.
+// block b takes items b, b + blocks, b + 2 blocks ... A fourth warpgroup brings tokens to shared memory, 64 columns at
+// a time, STAGES deep, and runs ahead into the next item; rows of pairs are gathered as they come. While one product of
+// 64 columns runs, each warpgroup makes the A operand of the next. An item with fewer live tokens multiplies by 32, 64
+// or 96. Warpgroups meet only at the stages: while one stores its sums, the others multiply.
 //
 // Weights are packed in the order of mma's A operand: a warp's 16 of wgmma's 64 rows are laid out alike, so they go
 // from memory to registers and multiply from there.
@@ -129,8 +129,8 @@ __device__ __forceinline__ void produce(const Layer& layer, int tile_count, cons
 
 // The sums [64 rows, N tokens] of a warpgroup's 64 rows of an item. count: turns before this item's.
 template <class Layer, int N>
-__device__ __forceinline__ void multiply(
-    const Layer& layer, const Item& item, int strip, int count, const Pipeline& pipeline, float (&sums)[N / 2]) {
+__device__ __forceinline__ void multiply(const Layer& layer, const Item& item, int strip, int count,
+                                         const Pipeline& pipeline, float (&sums)[N / 2]) {
     constexpr int AHEAD = Layer::template AHEAD<N>, UNROLL = AHEAD > 2 ? AHEAD : 2, TURNS = ::TURNS<Layer>;
     const int lane = threadIdx.x % 32;
     auto weights = layer.template weights<AHEAD>(item.expert, strip);
@@ -163,8 +163,8 @@ __device__ __forceinline__ void multiply(
 
 // A warpgroup's 64 rows of one item to `out`, by way of shared memory, so that whole lines leave.
 template <class Layer, int N>
-__device__ __forceinline__ void consume(
-    const Layer& layer, const Item& item, int& count, const Pipeline& pipeline, bf16* staged) {
+__device__ __forceinline__ void consume(const Layer& layer, const Item& item, int& count, const Pipeline& pipeline,
+                                        bf16* staged) {
     const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, g = lane / 4;
     const int strip = (item.block * CONSUMERS + group) * 4 + warp;
     float sums[N / 2] = {};
@@ -227,15 +227,19 @@ __device__ __forceinline__ void multiply_tiles(const Layer& layer, int tile_coun
         produce(layer, tile_count, pipeline);
         return;
     }
-    bf16* const staged = reinterpret_cast<bf16*>(
-        dynamic + (stages - shared_address(dynamic)) + STAGES * STAGE_BYTES + threadIdx.x / 128 * OUT_BYTES);
+    bf16* const staged = reinterpret_cast<bf16*>(dynamic + (stages - shared_address(dynamic)) + STAGES * STAGE_BYTES +
+                                                 threadIdx.x / 128 * OUT_BYTES);
     int count = 0;
     for (int index = blockIdx.x;; index += gridDim.x) {
         const Item item = item_at(layer, index, tile_count);
         if (item.live == 0) break;
-        if (item.live > 96) consume<Layer, 128>(layer, item, count, pipeline, staged);
-        else if (item.live > 64) consume<Layer, 96>(layer, item, count, pipeline, staged);
-        else if (item.live > 32) consume<Layer, 64>(layer, item, count, pipeline, staged);
-        else consume<Layer, 32>(layer, item, count, pipeline, staged);
+        if (item.live > 96)
+            consume<Layer, 128>(layer, item, count, pipeline, staged);
+        else if (item.live > 64)
+            consume<Layer, 96>(layer, item, count, pipeline, staged);
+        else if (item.live > 32)
+            consume<Layer, 64>(layer, item, count, pipeline, staged);
+        else
+            consume<Layer, 32>(layer, item, count, pipeline, staged);
     }
 }

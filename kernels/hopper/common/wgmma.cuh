@@ -38,7 +38,7 @@ __device__ __forceinline__ void hold(float (&registers)[COUNT]) {
 #define WGMMA_LIST(...) __VA_ARGS__
 #define WGMMA(N, SUMS, OPERANDS, A, B, ADD, TRANS)                                                                     \
     template <bool ACCUMULATE = true, bool TRANSPOSED = false>                                                         \
-    __device__ __forceinline__ void wgmma(float(&d)[N / 2], const unsigned* a, unsigned long long b) {                 \
+    __device__ __forceinline__ void wgmma(float (&d)[N / 2], const unsigned* a, unsigned long long b) {                \
         asm volatile("{\n .reg .pred add;\n setp.ne.b32 add, " ADD                                                     \
                      ", 0;\n"                                                                                          \
                      " wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" SUMS "}, {" A "}, " B               \

@@ -25,8 +25,10 @@ constexpr int THREADS = 32 * WARPS;
 
 // Of the 8 warps of one of two teams; barrier 0 is the block's.
 __device__ __forceinline__ void wait_for_team(int team) {
-    if (team == 0) asm volatile("bar.sync 1, %0;" :: "n"(THREADS) : "memory");
-    else asm volatile("bar.sync 2, %0;" :: "n"(THREADS) : "memory");
+    if (team == 0)
+        asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
+    else
+        asm volatile("bar.sync 2, %0;" ::"n"(THREADS) : "memory");
 }
 
 // The partial sums of SPLITS splits, `stride` apart, in their order.
@@ -51,9 +53,9 @@ __device__ __forceinline__ float4 add_splits(const float4* sums, int stride) {
 // `down` asks for its first strips before `up` has ended, as its blocks take the places of `up`'s one by one.
 
 template <class M, bool UP>
-__device__ __forceinline__ void few_tokens(
-    const bf16* source, bf16* out, const uint4* values, const unsigned* scales, const bf16* bias, const long long* ids,
-    const float* weights, int pairs, int top_k, float limit) {
+__device__ __forceinline__ void few_tokens(const bf16* source, bf16* out, const uint4* values, const unsigned* scales,
+                                           const bf16* bias, const long long* ids, const float* weights, int pairs,
+                                           int top_k, float limit) {
     constexpr int PITCH = M::ROW_PITCH, PIECES = M::TILES * 8;
     extern __shared__ __align__(16) unsigned char rows[];  // UP: [tokens][PITCH]. DOWN: [pairs of an expert][PITCH]
     __shared__ float4 partial[2][WARPS][32];
@@ -132,8 +134,10 @@ __device__ __forceinline__ void few_tokens(
 #pragma unroll 1
         for (; item < until; item++, at++, turn++) {
             const bool more = item + 1 < end;
-            if (item + 1 < until) aim(expert, at + 1);
-            else if (more) aim(next_expert, 0);
+            if (item + 1 < until)
+                aim(expert, at + 1);
+            else if (more)
+                aim(next_expert, 0);
             const int job = (warp + turn) % WARPS, strip = at * M::GROUPS + job;  // which warps add up
             const bool busy = job < M::GROUPS && strip < M::STRIPS;
             unsigned biases = 0;  // asked for well before they are needed
@@ -165,9 +169,9 @@ __device__ __forceinline__ void few_tokens(
 }
 
 #define FEW_TOKENS(NAME, MATRIX, UP)                                                                                   \
-    extern "C" __global__ void __launch_bounds__(THREADS, FEW_BLOCKS) NAME(                                            \
-        const bf16* source, bf16* out, const uint4* values, const unsigned* scales, const bf16* bias,                  \
-        const long long* ids, const float* weights, int pairs, int top_k, float limit) {                               \
+    extern "C" __global__ void __launch_bounds__(THREADS, FEW_BLOCKS)                                                  \
+        NAME(const bf16* source, bf16* out, const uint4* values, const unsigned* scales, const bf16* bias,             \
+             const long long* ids, const float* weights, int pairs, int top_k, float limit) {                          \
         griddep_wait_first();                                                                                          \
         few_tokens<MATRIX, UP>(source, out, values, scales, bias, ids, weights, pairs, top_k, limit);                  \
     }
@@ -210,18 +214,18 @@ struct SmallRun {
 
 // The pairs of an expert that are in shared memory.
 struct SmallPairs {
-    const int* pair;           // ascending
-    const float* weight_of;    // of every pair of the batch
-    unsigned rows;             // what this lane names to ldmatrix for the first of them and the split's first tile
+    const int* pair;         // ascending
+    const float* weight_of;  // of every pair of the batch
+    unsigned rows;           // what this lane names to ldmatrix for the first of them and the split's first tile
     int live;
     bool again;  // the same strips are needed once more, for more pairs
 };
 
 // The strips of an expert, until `until`, for up to 8 N_TILES pairs. n: the expert's number among the chosen ones.
 template <class M, bool UP, int N_TILES>
-__device__ __forceinline__ void small_run(
-    SmallRun& run, Stream<M>& stream, const SmallPairs& pairs, float4* sums, int tiles, int n, int expert, int until,
-    unsigned chosen, const bf16* bias, float limit, bf16* out) {
+__device__ __forceinline__ void small_run(SmallRun& run, Stream<M>& stream, const SmallPairs& pairs, float4* sums,
+                                          int tiles, int n, int expert, int until, unsigned chosen, const bf16* bias,
+                                          float limit, bf16* out) {
     constexpr int JOBS = M::GROUPS * N_TILES, HALF = SUMS_BYTES / (2 * TEAMS * sizeof(float4));
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int team = warp / WARPS, in_team = warp % WARPS, split = in_team % M::SPLITS, group = in_team / M::SPLITS;
@@ -240,8 +244,8 @@ __device__ __forceinline__ void small_run(
 #pragma unroll
         for (int j = 0; j < M::DEPTH; j++) {
             if (j >= tiles) break;
-            multiply_tile<N_TILES, M::ROW_PITCH>(
-                sum, stream.value[j], stream.scale[j], pairs.rows + j * 128, 8 * N_TILES);
+            multiply_tile<N_TILES, M::ROW_PITCH>(sum, stream.value[j], stream.scale[j], pairs.rows + j * 128,
+                                                 8 * N_TILES);
             if (more) stream.load(j);
         }
         float4* const now = sums + run.turn % 2 * HALF;
@@ -257,8 +261,8 @@ __device__ __forceinline__ void small_run(
             const float4 total =
                 add_splits<M::SPLITS, 2>(now + (of_group * M::SPLITS * N_TILES + i) * 32 + lane, N_TILES * 32);
             const int token = i * 8 + 2 * t;
-            const int pair[2] = {
-                token < pairs.live ? pairs.pair[token] : -1, token + 1 < pairs.live ? pairs.pair[token + 1] : -1};
+            const int pair[2] = {token < pairs.live ? pairs.pair[token] : -1,
+                                 token + 1 < pairs.live ? pairs.pair[token + 1] : -1};
             float weight[2] = {};
 #pragma unroll
             for (int c = 0; c < 2; c++)
@@ -270,9 +274,9 @@ __device__ __forceinline__ void small_run(
 
 // capacity: rows of activations in shared memory, at most 8 TOKEN_TILES. Reads of rows past them end in the sums.
 template <class M, bool UP>
-__device__ __forceinline__ void small_batch(
-    const bf16* source, bf16* out, const uint4* values, const unsigned* scales, const bf16* bias, const long long* ids,
-    const float* weights, int pairs, int top_k, int capacity, float limit) {
+__device__ __forceinline__ void small_batch(const bf16* source, bf16* out, const uint4* values, const unsigned* scales,
+                                            const bf16* bias, const long long* ids, const float* weights, int pairs,
+                                            int top_k, int capacity, float limit) {
     static_assert(TEAMS == 2 && TOKEN_TILES == 3, "the barriers and the numbers of token tiles below");
     static_assert(SUMS_BYTES == 2 * TEAMS * WARPS * TOKEN_TILES * 32 * sizeof(float4), "two turns of each team");
     constexpr int PITCH = M::ROW_PITCH;
@@ -286,8 +290,8 @@ __device__ __forceinline__ void small_batch(
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     const int team = warp / WARPS, in_team = warp % WARPS;
     const int split = in_team % M::SPLITS, group = in_team / M::SPLITS, tiles = opaque(M::tiles_of(split));
-    float4* const sums = reinterpret_cast<float4*>(shared + capacity * PITCH) +
-                         team * (SUMS_BYTES / TEAMS / sizeof(float4));
+    float4* const sums =
+        reinterpret_cast<float4*>(shared + capacity * PITCH) + team * (SUMS_BYTES / TEAMS / sizeof(float4));
 
     if (thread < 32) chosen[thread] = 0;
     __syncthreads();
@@ -338,24 +342,26 @@ __device__ __forceinline__ void small_batch(
             const unsigned lane_rows = matrix_address<PITCH>(rows, capacity - 1) + M::first_of(split) * 128;
             const SmallPairs in_rows = {pair_of + base, weight_of, lane_rows, live, base + capacity < count};
             const auto run_with = [&](auto number) {
-                small_run<M, UP, decltype(number)::value>(
-                    run, stream, in_rows, sums, tiles, n, expert, until, chosen[lane], bias, limit, out);
+                small_run<M, UP, decltype(number)::value>(run, stream, in_rows, sums, tiles, n, expert, until,
+                                                          chosen[lane], bias, limit, out);
             };
-            if (live <= 8) run_with(Number<1>());
-            else if (live <= 16) run_with(Number<2>());
-            else run_with(Number<3>());
+            if (live <= 8)
+                run_with(Number<1>());
+            else if (live <= 16)
+                run_with(Number<2>());
+            else
+                run_with(Number<3>());
         }
         while (run.item < until) run.item += TEAMS;
     }
 }
 
 #define SMALL_BATCH(NAME, MATRIX, UP)                                                                                  \
-    extern "C" __global__ void __launch_bounds__(TEAMS* THREADS, 1) NAME(                                              \
-        const bf16* source, bf16* out, const uint4* values, const unsigned* scales, const bf16* bias,                  \
-        const long long* ids, const float* weights, int pairs, int top_k, int capacity, float limit) {                 \
+    extern "C" __global__ void __launch_bounds__(TEAMS* THREADS, 1)                                                    \
+        NAME(const bf16* source, bf16* out, const uint4* values, const unsigned* scales, const bf16* bias,             \
+             const long long* ids, const float* weights, int pairs, int top_k, int capacity, float limit) {            \
         griddep_wait_first();                                                                                          \
-        small_batch<MATRIX, UP>(                                                                                       \
-            source, out, values, scales, bias, ids, weights, pairs, top_k, capacity, limit);                           \
+        small_batch<MATRIX, UP>(source, out, values, scales, bias, ids, weights, pairs, top_k, capacity, limit);       \
     }
 SMALL_BATCH(experts_up_small, Up, true)
 SMALL_BATCH(experts_down_small, Down, false)
@@ -365,9 +371,9 @@ SMALL_BATCH(experts_down_small, Down, false)
 // Block (x, y): strips 8 x .. 8 x + 7, one a warp, for the pairs of tile y. Activations come to shared memory a split
 // of K at a time, the next split while this one is multiplied.
 template <class M, bool UP>
-__device__ __forceinline__ void large_batch(
-    const bf16* source, bf16* out, const uint4* values, const unsigned* scales, const bf16* bias,
-    const int4* all_tiles, const int* order, const float* weights, int top_k, float limit) {
+__device__ __forceinline__ void large_batch(const bf16* source, bf16* out, const uint4* values, const unsigned* scales,
+                                            const bf16* bias, const int4* all_tiles, const int* order,
+                                            const float* weights, int top_k, float limit) {
     constexpr int N_TILES = LARGE_TOKENS / 8, PITCH = M::SPLIT_PITCH;
     extern __shared__ __align__(16) unsigned char shared[];  // [2][LARGE_TOKENS][PITCH]
     __shared__ int pair_of[LARGE_TOKENS];
@@ -431,9 +437,9 @@ __device__ __forceinline__ void large_batch(
 }
 
 #define LARGE_BATCH(NAME, MATRIX, UP)                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) NAME(                                                     \
-        const bf16* source, bf16* out, const uint4* values, const unsigned* scales, const bf16* bias,                  \
-        const int4* tiles, const int* order, const float* weights, int top_k, float limit) {                           \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                           \
+        NAME(const bf16* source, bf16* out, const uint4* values, const unsigned* scales, const bf16* bias,             \
+             const int4* tiles, const int* order, const float* weights, int top_k, float limit) {                      \
         griddep_wait_first();                                                                                          \
         large_batch<MATRIX, UP>(source, out, values, scales, bias, tiles, order, weights, top_k, limit);               \
     }

@@ -51,12 +51,12 @@ struct ExpertLayer {
     template <int N>
     static constexpr int AHEAD = N <= 64 ? 4 : 2;
 
-    const uint4* values;    // of all experts, as are scales and bias
+    const uint4* values;  // of all experts, as are scales and bias
     const unsigned* scales;
     const bf16 *bias, *source;
     bf16* out;
-    const int4* tiles;  // (expert, first place in order, pairs, 0), as experts_group makes them
-    const int* order;   // pairs by expert
+    const int4* tiles;             // (expert, first place in order, pairs, 0), as experts_group makes them
+    const int* order;              // pairs by expert
     const float* routing_weights;  // [pairs]
     int rows, top_k;
     float limit;
@@ -83,8 +83,8 @@ struct ExpertLayer {
     static __device__ __forceinline__ int bias_row(int strip, int g, int half) {
         return strip * STRIP_ROWS + row_in_strip<UP>(g, half);
     }
-    __device__ __forceinline__ void finish(
-        bf16* at, float low, float high, float bias_low, float bias_high, float weight) const {
+    __device__ __forceinline__ void finish(bf16* at, float low, float high, float bias_low, float bias_high,
+                                           float weight) const {
         low = fmaf(low, DEFERRED_SCALE, bias_low), high = fmaf(high, DEFERRED_SCALE, bias_high);
         if (UP) {
             at[0] = round_bf16(swiglu(low, high, limit));
@@ -95,10 +95,10 @@ struct ExpertLayer {
 };
 
 #define PREFILL_EXPERTS(NAME, UP, COLUMNS)                                                                             \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(                                                     \
-        const uint4* values, const unsigned* scales, const bf16* bias, const bf16* source, bf16* out,                  \
-        const int4* tiles, const int* order, const float* routing_weights, int rows, int top_k, int tile_count,        \
-        float limit) {                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                           \
+        NAME(const uint4* values, const unsigned* scales, const bf16* bias, const bf16* source, bf16* out,             \
+             const int4* tiles, const int* order, const float* routing_weights, int rows, int top_k, int tile_count,   \
+             float limit) {                                                                                            \
         griddep_wait_first();                                                                                          \
         griddep_launch_dependents();                                                                                   \
         griddep_wait();                                                                                                \

@@ -12,8 +12,8 @@ constexpr unsigned ALL_LANES = 0xFFFFFFFFu;
 // names to ldmatrix for the tile's first 32 columns and the first 8 tokens; rows are PITCH bytes apart. Tokens from
 // `live` on are left out, 16 at a time: every branch keeps the products before it and behind it from overlapping.
 template <int N_TILES, int PITCH>
-__device__ __forceinline__ void multiply_tile(
-    float (&sum)[N_TILES][4], uint4 value, unsigned scale, unsigned activations, int live) {
+__device__ __forceinline__ void multiply_tile(float (&sum)[N_TILES][4], uint4 value, unsigned scale,
+                                              unsigned activations, int live) {
     const unsigned words[4] = {value.x, value.y, value.z, value.w};
 #pragma unroll
     for (int block = 0; block < 2; block++) {
@@ -66,8 +66,8 @@ struct Stream {
 
 // Copy columns [first_tile * 64, (first_tile + TILES) * 64) of `live` pairs' rows to shared memory; zeros beyond K.
 template <class M, bool UP, int TILES, int PITCH, int STRIDE>
-__device__ __forceinline__ void stage(
-    unsigned char* to, const bf16* source, const int* pair, int live, int top_k, int first_tile) {
+__device__ __forceinline__ void stage(unsigned char* to, const bf16* source, const int* pair, int live, int top_k,
+                                      int first_tile) {
     constexpr int PIECES = TILES * 8;  // a piece is 16 bytes, a thread takes every STRIDE-th
 #pragma unroll 1
     for (int i = opaque(threadIdx.x); i < live * PIECES; i += STRIDE) {
@@ -91,9 +91,8 @@ __device__ __forceinline__ unsigned biases_of(const bf16* bias, int expert, int 
 // Bias, then SwiGLU or the routing weight, for the rows g, g + 8 of a strip and two pairs (-1: none).
 // sum: row g of both pairs, row g + 8 of both pairs.
 template <bool UP>
-__device__ __forceinline__ void finish(
-    float4 sum, int strip, int g, const int (&pair)[2], const float (&weight)[2], unsigned biases, float limit,
-    bf16* out) {
+__device__ __forceinline__ void finish(float4 sum, int strip, int g, const int (&pair)[2], const float (&weight)[2],
+                                       unsigned biases, float limit, bf16* out) {
     const float bias_low = widen_low(biases), bias_high = widen_high(biases);
     const float low[2] = {sum.x, sum.y}, high[2] = {sum.z, sum.w};
 #pragma unroll

@@ -61,6 +61,8 @@ __device__ __forceinline__ void multiply_step(float (&sums)[4], const uint4 (&a)
     mma(sums, a[1].x, a[1].y, a[1].z, a[1].w, b.z, b.w);
 }
 
+__device__ __forceinline__ unsigned pair_of(bf16 low, bf16 high) { return low | unsigned(high) << 16; }
+
 // By the copy engine, counted by a barrier that is made for it.
 __device__ __forceinline__ void copy_counted(unsigned to, const uint4* from, int bytes, unsigned barrier) {
     mbarrier_init(barrier, 1);
@@ -149,7 +151,7 @@ __device__ __forceinline__ void narrow(const Layer& layer) {
         if (RANKS > 1) {  // rows in pairs, a word each
             const bf16 next = __shfl_down_sync(0xffffffffu, result, 1);
             if (wanted && row % 2 == 0)
-                others.send_all((size_t(layer.rank) * tokens * rows + place) * 2, result | unsigned(next) << 16);
+                others.send_all((size_t(layer.rank) * tokens * rows + place) * 2, pair_of(result, next));
         }
     }
 }
@@ -200,10 +202,10 @@ __device__ __forceinline__ void wide(const Layer& layer) {
         for (int i = from * TOKENS * 4 + threadIdx.x; i < to * TOKENS * 4; i += blockDim.x) {
             const int piece = i % 4, token = i / 4 % TOKENS, step = i / 4 / TOKENS;
             const bool present = first + token < tokens;  // zeros for tokens past the last
-            cp_async(wide_x<TOKENS>(x_at, step, token, piece),
-                     layer.x + size_t(present ? first + token : 0) * COLUMNS + (begin + step) * STEP_COLUMNS +
-                         piece * 8,
-                     present);
+            cp_async(
+                wide_x<TOKENS>(x_at, step, token, piece),
+                layer.x + size_t(present ? first + token : 0) * COLUMNS + (begin + step) * STEP_COLUMNS + piece * 8,
+                present);
         }
         cp_async_commit();
     };
@@ -275,8 +277,7 @@ __device__ __forceinline__ void wide(const Layer& layer) {
                 if (RANKS > 1) {  // rows in pairs, a word each
                     const bf16 next = __shfl_down_sync(0xffffffffu, result, 4);
                     if (wanted && row % 2 == 0)
-                        others.send_all((size_t(layer.rank) * tokens * rows + place) * 2,
-                                        result | unsigned(next) << 16);
+                        others.send_all((size_t(layer.rank) * tokens * rows + place) * 2, pair_of(result, next));
                 }
             }
         }

@@ -58,15 +58,15 @@ struct DenseLayer {
         return DenseWeights<AHEAD>(weight, min(strip, (rows + 15) / 16 - 1));  // past the end: sums that are not stored
     }
     static __device__ __forceinline__ int bias_row(int strip, int g, int half) { return strip * 16 + g + 8 * half; }
-    __device__ __forceinline__ void finish(
-        bf16* at, float low, float high, float bias_low, float bias_high, float) const {
+    __device__ __forceinline__ void finish(bf16* at, float low, float high, float bias_low, float bias_high,
+                                           float) const {
         at[0] = round_bf16(low + bias_low), at[8] = round_bf16(high + bias_high);
     }
 };
 
 // bias may be null.
-extern "C" __global__ void __launch_bounds__(THREADS, 1) prefill_linear(
-    const uint4* weight, const bf16* x, const bf16* bias, bf16* out, int rows, int tokens) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    prefill_linear(const uint4* weight, const bf16* x, const bf16* bias, bf16* out, int rows, int tokens) {
     griddep_wait_first();
     griddep_launch_dependents();
     griddep_wait();

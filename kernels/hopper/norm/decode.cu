@@ -25,23 +25,25 @@ constexpr int AHEAD = RANKS <= 2 ? 3 : 1;  // pieces that a thread of the router
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(ROW_THREADS) embed_norm(
-    const int* tokens, const bf16* table, const float* weight, bf16* residual, bf16* out, float eps) {
+extern "C" __global__ void __launch_bounds__(ROW_THREADS)
+    embed_norm(const int* tokens, const bf16* table, const float* weight, bf16* residual, bf16* out, float eps) {
+    griddep_wait_first();
     norm_row<true, false>(table, tokens, nullptr, 0, weight, residual, out, eps);
 }
 
-extern "C" __global__ void __launch_bounds__(ROW_THREADS) add_norm(
-    const bf16* x, const bf16* outputs, const float* weight, bf16* residual, bf16* out, int count, float eps,
-    const unsigned long long* memories, int offset, int rank) {
+extern "C" __global__ void __launch_bounds__(ROW_THREADS)
+    add_norm(const bf16* x, const bf16* outputs, const float* weight, bf16* residual, bf16* out, int count, float eps,
+             const unsigned long long* memories, int offset, int rank) {
+    griddep_wait_first();
     norm_row<false, false>(x, nullptr, outputs, count, weight, residual, out, eps, Area<uint4>(memories, offset, rank));
 }
 
 // Grid (ROUTER_BLOCKS, clusters); a block has a warp for every ROUTER_BLOCKS-th expert. A cluster takes `group` <=
 // ROUTER_TOKENS tokens at once, then as many again, further on by what all clusters take.
-extern "C" __global__ void __cluster_dims__(ROUTER_BLOCKS, 1, 1) __launch_bounds__(ROUTER_WARPS * 32, 1) add_norm_route(
-    const bf16* x, const bf16* delta, const float* scale, const bf16* weight, const bf16* bias, bf16* residual,
-    bf16* out, long long* ids, float* weights, int tokens, int experts, int top_k, int group, float eps,
-    const unsigned long long* memories, int offset, int rank) {
+extern "C" __global__ void __cluster_dims__(ROUTER_BLOCKS, 1, 1) __launch_bounds__(ROUTER_WARPS * 32, 1)
+    add_norm_route(const bf16* x, const bf16* delta, const float* scale, const bf16* weight, const bf16* bias,
+                   bf16* residual, bf16* out, long long* ids, float* weights, int tokens, int experts, int top_k,
+                   int group, float eps, const unsigned long long* memories, int offset, int rank) {
     __shared__ uint4 rows[ROUTER_TOKENS][PIECES], factors[PIECES][2];
     __shared__ float of_warp[ROUTER_TOKENS][ROUTER_WARPS];
     __shared__ float logits[ROUTER_TOKENS][MOST_EXPERTS];  // the first block's takes the whole cluster's

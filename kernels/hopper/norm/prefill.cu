@@ -31,9 +31,9 @@ struct Piece {
 // x [T, H] -> ids and routing weights. A block takes ROUTE_TOKENS tokens; its warps take every ROUTE_WARPS-th run of 64
 // columns, and their sums are added in order. Weights are the A operand of mma.m16n8k16,
 // read from L2 by every block: 184 KB at 32 experts, 24 MB for 2,048 tokens, 5 us.
-extern "C" __global__ void __launch_bounds__(ROUTE_WARPS * 32) route(
-    const bf16* x, const bf16* weight, const bf16* bias, long long* ids, float* weights, int tokens, int experts,
-    int top_k) {
+extern "C" __global__ void __launch_bounds__(ROUTE_WARPS * 32)
+    route(const bf16* x, const bf16* weight, const bf16* bias, long long* ids, float* weights, int tokens, int experts,
+          int top_k) {
     constexpr int TILES = MOST_EXPERTS / 16, COLUMN_TILES = ROUTE_TOKENS / 8;
     extern __shared__ float sums_of[];  // [ROUTE_WARPS][ROUTE_TOKENS][experts]
     griddep_wait_first();
@@ -68,8 +68,7 @@ extern "C" __global__ void __launch_bounds__(ROUTE_WARPS * 32) route(
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int expert = tile * 16 + g + i / 2 * 8, token = n * 8 + t * 2 + i % 2;
-                if (expert < experts)
-                    sums_of[(warp * ROUTE_TOKENS + token) * experts + expert] = sums[tile][n][i];
+                if (expert < experts) sums_of[(warp * ROUTE_TOKENS + token) * experts + expert] = sums[tile][n][i];
             }
     __syncthreads();
     for (int i = threadIdx.x; i < ROUTE_TOKENS * experts; i += ROUTE_WARPS * 32) {
@@ -83,8 +82,9 @@ extern "C" __global__ void __launch_bounds__(ROUTE_WARPS * 32) route(
                weights + size_t(first + token) * top_k);
 }
 
-extern "C" __global__ void __launch_bounds__(ROW_THREADS) prefill_add_norm(
-    const bf16* x, const bf16* outputs, const float* weight, bf16* residual, bf16* out, int count, float eps,
-    const unsigned long long* memories, int offset, int rank) {
+extern "C" __global__ void __launch_bounds__(ROW_THREADS)
+    prefill_add_norm(const bf16* x, const bf16* outputs, const float* weight, bf16* residual, bf16* out, int count,
+                     float eps, const unsigned long long* memories, int offset, int rank) {
+    griddep_wait_first();
     norm_row<false, true>(x, nullptr, outputs, count, weight, residual, out, eps, Area<uint4>(memories, offset, rank));
 }

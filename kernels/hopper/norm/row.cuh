@@ -126,7 +126,6 @@ __device__ __forceinline__ void norm_row(const bf16* x, const int* tokens, const
                                          const float* weight, bf16* residual, bf16* out, float eps,
                                          Area<uint4> area = {}) {
     __shared__ float of_warp[ROW_WARPS];
-    griddep_wait_first();
     if (!EMBED) griddep_launch_dependents();
     uint4 scale[TURNS][2];
     float row[TURNS][8];

@@ -131,9 +131,9 @@ struct Exchange {
     // From the `other`-th of the other ranks.
     __device__ __forceinline__ uint64_t wait(int other, int word) const {
         uint64_t value;
-        do
+        do {
             value = area.look(area.rank_of(other) * of_rank + word);
-        while (!has_come(value));
+        } while (!has_come(value));
         return value;
     }
     __device__ __forceinline__ void empty(int word) const {
@@ -210,9 +210,9 @@ __device__ void find_top(Shared& shared, uint64_t* candidates, const Range& rang
     __syncthreads();
     if (warp == 0) {  // a first bound: the TOP-th best of the warps, 0 where fewer have tokens
         const uint64_t key = shared.warp_keys[lane];
-        const uint32_t found = __ballot_sync(ALL, greater_than(key, shared.warp_keys, WARPS) == TOP - 1);
-        const uint64_t bound = __shfl_sync(ALL, key, found ? __ffs(found) - 1 : 0);
-        if (lane == 0) shared.bound = found ? bound : 0;
+        const uint32_t reached = __ballot_sync(ALL, greater_than(key, shared.warp_keys, WARPS) == TOP - 1);
+        const uint64_t bound = __shfl_sync(ALL, key, reached ? __ffs(reached) - 1 : 0);
+        if (lane == 0) shared.bound = reached ? bound : 0;
     }
     __syncthreads();
     if (best != 0 && best >= shared.bound) shared.groups[atomicAdd(&shared.group_count, 1)] = best;
@@ -265,9 +265,8 @@ __device__ __forceinline__ int distance_digit(float x, float peak) {
 // The largest t such that the row's logits of order >= t have a count of at least top_k, or (MASS) top_p of the mass of all
 // logits of order >= least. `turn` is the histogram to fill first.
 template <bool MASS>
-__device__ uint32_t threshold(
-    Shared& shared, const float* values, const Range& range, float peak, uint32_t least, int top_k, float top_p,
-    int& turn, const Exchange& exchange) {
+__device__ uint32_t threshold(Shared& shared, const float* values, const Range& range, float peak, uint32_t least,
+                              int top_k, float top_p, int& turn, const Exchange& exchange) {
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     uint64_t target = MASS ? 0 : top_k;
     uint32_t prefix = 0;  // digits of the order found so far
@@ -339,7 +338,6 @@ __device__ __forceinline__ uint32_t mix(uint32_t x) {
     x = (x ^ x >> 15) * 0x735A2D97u;
     return x ^ x >> 15;
 }
-
 
 // Collect the row's bias entries that count for this range in `shared` -> whether this thread's is one of them.
 __device__ __forceinline__ bool collect_bias(Shared& shared, const State& state, const Row& row, const Range& range) {
@@ -422,7 +420,7 @@ __device__ __forceinline__ uint32_t filter(Shared& shared, const Row& row, const
     }
     int turn = 0;
     if (row.by_count) least = threshold<false>(shared, values, range, peak, 0, row.top_k, 1.0f, turn, exchange);
-    // Nothing below top_k's threshold can be the threshold of top_p, which is a share of the mass that top_k left.
+    // Nothing below top_k's threshold can be the threshold of top_p, a fraction of the mass that top_k left.
     if (row.by_mass) least = threshold<true>(shared, values, range, peak, least, 0, row.top_p, turn, exchange);
     return least;
 }
@@ -507,19 +505,19 @@ __device__ __forceinline__ float2 meet_ranks(Shared& shared, const Row& row, con
 // A cluster a row: grid (ROW_BLOCKS, R). Row r's parameters are those of slot slots[r]. The rank's shard of the
 // vocabulary is `shard` tokens from first_token on, of which a block takes range_size; rows of logits are `stride`
 // apart. `values` in shared memory takes the block's range, and behind it the candidates for the best tokens.
-extern "C" __global__ void __cluster_dims__(ROW_BLOCKS, 1, 1) __launch_bounds__(THREADS, 1) sample(
-    const Logit* logits, const int* slots, const int* positions, const float* temperatures, const int* top_ks,
-    const float* top_ps, const float* min_ps, const float* repetitions, const float* frequencies,
-    const float* presences, const uint32_t* seeds, const int* bias_ids, const float* bias_values,
-    const int* bias_until, const int* output_counts, const uint8_t* in_prompt, int* tokens, float* logprobs,
-    int* top_ids, float* top_logprobs, int vocab, int range_size, int first_token, int shard, int stride,
-    const uint64_t* memories, int offset, int rank) {
+extern "C" __global__ void __cluster_dims__(ROW_BLOCKS, 1, 1) __launch_bounds__(THREADS, 1)
+    sample(const Logit* logits, const int* slots, const int* positions, const float* temperatures, const int* top_ks,
+           const float* top_ps, const float* min_ps, const float* repetitions, const float* frequencies,
+           const float* presences, const uint32_t* seeds, const int* bias_ids, const float* bias_values,
+           const int* bias_until, const int* output_counts, const uint8_t* in_prompt, int* tokens, float* logprobs,
+           int* top_ids, float* top_logprobs, int vocab, int range_size, int first_token, int shard, int stride,
+           const uint64_t* memories, int offset, int rank) {
     extern __shared__ __align__(16) float values[];  // [range_size]
     __shared__ Shared shared;
     griddep_wait_first();
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-    const State state{temperatures, top_ps,      min_ps,     repetitions,   frequencies, presences, top_ks,
-                      seeds,        bias_ids,    bias_values, bias_until,   output_counts, in_prompt};
+    const State state{temperatures, top_ps,   min_ps,      repetitions, frequencies,   presences, top_ks,
+                      seeds,        bias_ids, bias_values, bias_until,  output_counts, in_prompt};
     Range range;
     range.block = blockIdx.x;
     const int begin = min(range.block * range_size, shard);
@@ -565,8 +563,7 @@ extern "C" __global__ void __cluster_dims__(ROW_BLOCKS, 1, 1) __launch_bounds__(
         token = max(token, shared.drawn[block]);
     }
     float logit = minus_infinity();
-    if (thread == 0 && token != 0)
-        logit = load(logits + size_t(blockIdx.y) * stride + token_of(token) - first_token);
+    if (thread == 0 && token != 0) logit = load(logits + size_t(blockIdx.y) * stride + token_of(token) - first_token);
     const uint64_t* tops = &shared.top[0][0];
     int top_count = ROW_BLOCKS * TOP;
     if (RANKS > 1) {

@@ -5,9 +5,9 @@
 
 #include "common/ptx.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS) advance(
-    const int* slots, const int* positions, const int* new_pages, int* page_table, const int* last_token, int* tokens,
-    int* next_positions, int rows, int table_width) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+    advance(const int* slots, const int* positions, const int* new_pages, int* page_table, const int* last_token,
+            int* tokens, int* next_positions, int rows, int table_width) {
     griddep_wait_first();
     griddep_launch_dependents();
     griddep_wait();

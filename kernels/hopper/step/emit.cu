@@ -5,9 +5,9 @@
 
 #include "common/ptx.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS) emit(
-    const int* slots, const int* tokens, const int* logprobs, const int* top_ids, const int* top_logprobs,
-    int* last_token, int* output_counts, int* outputs, int rows, int top, int vocab, int width) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+    emit(const int* slots, const int* tokens, const int* logprobs, const int* top_ids, const int* top_logprobs,
+         int* last_token, int* output_counts, int* outputs, int rows, int top, int vocab, int width) {
     griddep_wait_first();
     griddep_launch_dependents();
     griddep_wait();
