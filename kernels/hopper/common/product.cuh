@@ -3,7 +3,7 @@
 //
 // Operations: 2 T K rows, at 2,048 tokens of the 20b 0.11 TFLOP a layer dense and 0.41 experts: 0.1 and 0.5 ms at 773
 // TFLOP/s. The bytes that count are those out of the L2, not memory's: a block of 192 rows by 128 tokens reads 512 +
-// 320 (dense: 512 + 768) bytes for every two columns, that is 118 (77) operations a byte, and the L2 gives about 5 TB/s.
+// 320 (dense: 512 + 768) bytes for every two columns, that is 118 (77) operations a byte; the L2 gives about 5 TB/s.
 //
 // An item is 192 rows (three warpgroups of 64) by up to 128 tokens. There are as many blocks as multiprocessors, and
 // block b takes items b, b + blocks, b + 2 blocks ... A fourth warpgroup brings tokens to shared memory, 64 columns at
