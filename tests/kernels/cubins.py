@@ -20,7 +20,7 @@ from pathlib import Path
 
 from conf.schema import RandomShape
 from engine.ahead import FOLDER, Unit, units
-from engine.checkpoint import Architecture
+from engine.architecture import Architecture
 from kernels import build
 
 RESOURCES = Path(__file__).with_name("resources.json")

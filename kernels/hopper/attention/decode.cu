@@ -434,8 +434,8 @@ __device__ __forceinline__ void combine_splits(const Launch& launch, const Item&
     }
 }
 
-// A grid of any number of blocks: each takes every so-many-th item, and the last to finish a token's splits combines
-// them.
+// A grid of any number of blocks: block b takes items b, b + blocks, b + 2 blocks ..., and the block that finishes the
+// last of a token's splits combines them.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     decode_attention(const char* qkv, const float* cos, const float* sin, const int* positions, const int* slots,
                      const int* page_table, char* keys, char* values, const float* sinks, char* out, float* partial,

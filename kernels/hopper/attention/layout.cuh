@@ -1,5 +1,5 @@
-// Where keys, values and a prefill tile's queries lie: index arithmetic and nothing else, so that tests/kernels compiles
-// it for the host and replays it.
+// Where keys, values and a prefill tile's queries lie: index arithmetic and nothing else, so that tests/kernels
+// compiles it for the host and replays it.
 #pragma once
 
 #include "common/layout.cuh"
@@ -14,8 +14,8 @@ constexpr int PAGE_BYTES = PAGE * ROW_BYTES;  // of one kv head
 LAYOUT int swizzled(int row, int chunk) { return row * ROW_BYTES + (chunk ^ row % 8) * 16; }
 
 // What a lane names to ldmatrix for mma's B fragments, in bytes from the start of a page. Keys: of 8 n ... 8 n + 7 the
-// dimensions 32 half ... 32 half + 31, two steps of 16. Values, transposed: of keys 16 k ... 16 k + 15 the dimensions 16
-// pair ... 16 pair + 15, two tiles of 8.
+// dimensions 32 half ... 32 half + 31, two steps of 16. Values, transposed: of keys 16 k ... 16 k + 15 the dimensions
+// 16 pair ... 16 pair + 15, two tiles of 8.
 LAYOUT int key_matrix(int n, int half, int lane) { return swizzled(8 * n + lane % 8, 4 * half + lane / 8); }
 LAYOUT int value_matrix(int k, int pair, int lane) {
     return swizzled(16 * k + lane / 8 % 2 * 8 + lane % 8, 2 * pair + lane / 8 / 2);
@@ -35,6 +35,6 @@ LAYOUT unsigned long long page_operand(unsigned address) {
 }
 constexpr int SIXTEEN_DIMENSIONS = 32 >> 4, SIXTEEN_KEYS = 2048 >> 4;  // in a descriptor
 
-// The row of a warpgroup's 64 that a lane has in the r-th (of 2) of its accumulators' rows. Rows are (token, query head)
-// pairs, the heads of a token beside each other: row / GROUP is the token, row % GROUP the head.
+// The row of a warpgroup's 64 that a lane has in the r-th (of 2) of its accumulators' rows. Rows are (token, query
+// head) pairs, the heads of a token beside each other: row / GROUP is the token, row % GROUP the head.
 LAYOUT int accumulator_row(int warp, int lane, int r) { return warp % 4 * 16 + lane / 4 + 8 * r; }

@@ -2,14 +2,14 @@
 // share. What differs is a `Layer`: which weights, which tokens, and what becomes of the sums.
 //
 // Operations: 2 T K rows, at 2,048 tokens of the 20b 0.11 TFLOP a layer dense and 0.41 experts: 0.1 and 0.5 ms at 773
-// TFLOP/s. Bytes past the L2 do not count here, those out of it do: a block of 192 rows by 128 tokens reads 512 + 320
-// (dense: 512 + 768) bytes for every two columns, that is 118 (77) operations a byte, and the L2 gives about 5 TB/s.
+// TFLOP/s. The bytes that count are those out of the L2, not memory's: a block of 192 rows by 128 tokens reads 512 +
+// 320 (dense: 512 + 768) bytes for every two columns, that is 118 (77) operations a byte; the L2 gives about 5 TB/s.
 //
-// A block takes items, 192 rows (three warpgroups of 64) by up to 128 tokens, one after the other: as many blocks as
-// multiprocessors, and each takes every so-many-th item. A fourth warpgroup brings tokens to shared memory, 64 columns
-// at a time, STAGES deep, and runs ahead into the next item; rows of pairs are gathered as they come. While one product
-// of 64 columns runs, each warpgroup makes the A operand of the next. An item with fewer live tokens multiplies by 32,
-// 64 or 96. Warpgroups meet only at the stages: while one stores its sums, the others multiply.
+// An item is 192 rows (three warpgroups of 64) by up to 128 tokens. There are as many blocks as multiprocessors, and
+// block b takes items b, b + blocks, b + 2 blocks ... A fourth warpgroup brings tokens to shared memory, 64 columns at
+// a time, STAGES deep, and runs ahead into the next item; rows of pairs are gathered as they come. While one product of
+// 64 columns runs, each warpgroup makes the A operand of the next. An item with fewer live tokens multiplies by 32, 64
+// or 96. Warpgroups meet only at the stages: while one stores its sums, the others multiply.
 //
 // Weights are packed in the order of mma's A operand: a warp's 16 of wgmma's 64 rows are laid out alike, so they go
 // from memory to registers and multiply from there.

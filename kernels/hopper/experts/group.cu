@@ -11,8 +11,8 @@ static_assert(WARPS == 32, "a lane for each warp");
 static_assert(MOST_EXPERTS == THREADS, "each thread clears one expert's count");
 
 // Sort pairs by expert, each expert's in ascending order, and cut them in tiles of at most tile_pairs of one expert.
-// ids [pairs]; order [pairs]; tiles [max_tiles]: (expert, first place in order, pairs, 0), pairs = 0 in those left over.
-// Block e looks at every id and writes expert e's pairs and tiles: no block waits for another.
+// ids [pairs]; order [pairs]; tiles [max_tiles]: (expert, first place in order, pairs, 0), pairs = 0 in those left
+// over. Block e looks at every id and writes expert e's pairs and tiles: no block waits for another.
 extern "C" __global__ void __launch_bounds__(THREADS)
     experts_group(const long long* ids, int* order, int4* tiles, int pairs, int experts, int max_tiles,
                   int tile_pairs) {
