@@ -18,6 +18,7 @@ from serve.text import Tokenizer
 
 
 def utc_today() -> datetime.date:
+    """The current date, the same wherever the server stands."""
     return datetime.datetime.now(datetime.UTC).date()
 
 
