@@ -18,6 +18,7 @@ from serve.protocol import ApiError
 
 
 def utc_today() -> datetime.date:
+    """The current date, the same wherever the server stands."""
     return datetime.datetime.now(datetime.UTC).date()
 
 

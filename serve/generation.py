@@ -117,6 +117,7 @@ async def in_thread_if_large(
 
 
 def engine_failed(reason: object) -> ApiError:
+    """The answer once the engine is lost."""
     return ApiError(503, f"the engine failed: {reason}", code="engine_failed", headers=RETRY)
 
 

@@ -65,6 +65,7 @@ async def collected(generation: Generation[AnyDelta], seconds: float, receive: R
 
 
 def timed_out(seconds: float) -> ApiError:
+    """The answer to a request that was not finished in time."""
     return ApiError(504, f"the request took longer than {seconds:g} s", code="timeout")
 
 

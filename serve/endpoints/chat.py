@@ -17,6 +17,8 @@ from serve.text import StopStrings
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
+    """Add the route of this file to `app`."""
+
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         return await create(service, request)

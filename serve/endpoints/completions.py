@@ -102,6 +102,8 @@ class TextChoice:
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
+    """Add the route of this file to `app`."""
+
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         return await create(service, request)

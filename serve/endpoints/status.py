@@ -12,6 +12,7 @@ from serve.stream import json_response
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
+    """Add the routes of this file to `app`."""
     model: JsonObject = {"id": service.model_name, "object": "model", "created": int(time.time())}
     model["owned_by"] = "mini-vllm"
 

@@ -12,6 +12,7 @@ from serve.stream import json_response
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
+    """Add the routes of this file to `app`."""
     tokenizer = service.tokenizer
 
     @app.post("/tokenize")

@@ -18,6 +18,7 @@ class Endless:
         return self
 
     async def __anext__(self):
+        await asyncio.sleep(0)
         self.read += 1
         return Delta(0, [self.read])
 

@@ -306,6 +306,10 @@ def test_text_goes_where_it_belongs(output, content, reasoning):
     assert shown(output) == (content, reasoning)
 
 
+def test_text_in_place_of_a_channel_names_none():
+    assert read("<|channel|>Well, no name") == [(Segment(), "Well, no name")]
+
+
 def test_a_tool_call_is_read_with_channel_recipient_and_type():
     assert read("<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|call|>") == [
         (Segment("assistant", "commentary", "functions.f", "json"), "{}")

@@ -247,6 +247,11 @@ def test_several_choices_draw_with_consecutive_seeds_and_keep_their_indices(serv
     assert texts == expected
 
 
+def test_tokens_that_show_nothing_send_no_event(serve, chatty):
+    _, *streamed = [event["choices"][0] for event in events(serve(chatty).chat(stream=True))]
+    assert all(choice["delta"] or choice["finish_reason"] for choice in streamed)
+
+
 def test_several_chat_choices_are_streamed_side_by_side(serve, chatty):
     streamed = events(serve(chatty).chat(n=3, stream=True))
     assert [e["choices"][0]["delta"].get("role") for e in streamed[:3]] == ["assistant"] * 3
