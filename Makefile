@@ -55,6 +55,7 @@ lint: $(BIN)/.tests ## ruff, the formatters and mypy
 format: $(BIN)/.tests ## rewrite the files as the formatters want them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	git ls-files -z "*.cu" "*.cuh" | xargs -0 $(BIN)/clang-format -i
 
 bench-host: $(BIN)/.tests ## host cost of a step, the model left out
 	$(BIN)/python -m tests.bench_host

@@ -35,10 +35,10 @@ class Unit(NamedTuple):
 
 def units(shape: Architecture, rank: int, tp: int) -> set[Unit]:
     """What a rank's steps ask `kernels.build.load_kernel` for."""
-    found = set()
+    needed = set()
 
     def unit(file: str, defines: dict[str, int]) -> None:
-        found.add(Unit(file, tuple(sorted(defines.items()))))
+        needed.add(Unit(file, tuple(sorted(defines.items()))))
 
     first, last = expert_blocks(shape, rank, tp)
     heads, kv_heads, inner = shape.heads // tp, shape.kv_heads // tp, max(last - first, 1) * BLOCK
@@ -63,7 +63,7 @@ def units(shape: Architecture, rank: int, tp: int) -> set[Unit]:
     unit("sampler/sampler.cu", sampler.defines(torch.bfloat16, top, BIAS_ENTRIES, tp))
     unit("step/advance.cu", step.advance_defines(PAGE_TOKENS))
     unit("step/emit.cu", step.emit_defines())
-    return found
+    return needed
 
 
 def main(arguments: list[str] | None = None) -> None:

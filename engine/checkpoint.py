@@ -75,8 +75,8 @@ def find_folder(path: Path) -> Path:
     for folder in (path, path / "original"):
         if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
             return folder
-    found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "an empty folder"
-    raise mismatch(path, found=found, expected="config.json and *.safetensors, here or in original/")
+    entries = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "an empty folder"
+    raise mismatch(path, found=entries, expected="config.json and *.safetensors, here or in original/")
 
 
 def _json_object(file: Path) -> dict[str, Any]:
@@ -129,17 +129,17 @@ def _check_tensors(
 ) -> dict[str, Path]:
     """Stored name -> file, after checking that the folder holds every tensor in its dtype and shape."""
     files: dict[str, Path] = {}
-    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    stored: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         for name, tensor in _header(file).items():
             if name in files:
                 raise mismatch(file, name, found=f"it in {files[name].name} too", expected="each tensor once")
-            files[name], found[name] = file, tensor
+            files[name], stored[name] = file, tensor
 
     # In the order of `specs` v comes after q and k, so its end is the number of rows of the tensor they share.
     expected = {
-        stored: ((row + specs[name].shape[0], *specs[name].shape[1:]), specs[name].dtypes)
-        for name, (stored, row) in places.items()
+        place: ((row + specs[name].shape[0], *specs[name].shape[1:]), specs[name].dtypes)
+        for name, (place, row) in places.items()
     }
     for name, (shape, dtypes) in expected.items():
         wanted = f"{' or '.join(dtypes)} {list(shape)}"
@@ -149,9 +149,9 @@ def _check_tensors(
                 if stated := _json_object(index).get("weight_map", {}).get(name):
                     where = f" in {stated}, as {index.name} says"
             raise mismatch(folder, name, found="no such tensor", expected=f"{wanted}{where}")
-        dtype, have = found[name]
-        if dtype not in dtypes or have != shape:
-            raise mismatch(files[name], name, found=f"{dtype} {list(have)}", expected=wanted)
-    if warn and (extra := sorted(found.keys() - expected.keys())):
+        dtype, stored_shape = stored[name]
+        if dtype not in dtypes or stored_shape != shape:
+            raise mismatch(files[name], name, found=f"{dtype} {list(stored_shape)}", expected=wanted)
+    if warn and (extra := sorted(stored.keys() - expected.keys())):
         log.warning("%s: ignoring %d tensors GPT-OSS does not have, the first is %s", folder, len(extra), extra[0])
     return {name: files[name] for name in expected}

@@ -30,7 +30,7 @@ class Launched(NamedTuple):
 
 
 class Core:
-    """Rank 0's loop body, over parts that it is given; one step in flight while the next is planned."""
+    """Rank 0's loop body: one step is in flight while the next is planned."""
 
     def __init__(
         self,
@@ -40,8 +40,11 @@ class Core:
         send: Send | None,
         publish: Callable[[FromEngine], None],
     ) -> None:
-        """`send` hands a bucket's index and packed inputs to the other ranks, `publish` a message to who asked."""
-        self._scheduler = scheduler
+        """`send` hands a bucket's index and packed inputs to the other ranks, None where there are none.
+
+        `publish` takes what the engine reports.
+        """
+        self.scheduler = scheduler
         self._buffers = buffers
         self._steps = steps
         self._send = send
@@ -55,16 +58,16 @@ class Core:
     def handle(self, message: ToEngine) -> None:
         """Take in a message. A request that can never run is answered at once, with an error."""
         if isinstance(message, Abort):
-            self._scheduler.abort(message.id)
+            self.scheduler.abort(message.id)
             return
         try:
-            self._scheduler.add(message, time.monotonic())
+            self.scheduler.add(message, time.monotonic())
         except ValueError as error:
             self._publish(StepReport([Delta(message.id, [], "error", error=str(error))], self.stats()))
 
     def turn(self) -> bool:
         """Launch the next step if there is one, then collect the one before. False when there was nothing to do."""
-        scheduled = self._scheduler.schedule(time.monotonic())
+        scheduled = self.scheduler.schedule(time.monotonic())
         launched = self._launch(scheduled) if scheduled else None
         collected, self._in_flight = self._in_flight, launched
         if collected:
@@ -88,12 +91,12 @@ class Core:
         launched.wait()
         rows = launched.scheduled.rows
         sampled = self._buffers.sampled(launched.staging, len(rows))
-        deltas = self._scheduler.update(launched.scheduled, sampled.tokens, lambda row, n: _logprobs(sampled, row, n))
+        deltas = self.scheduler.update(launched.scheduled, sampled.tokens, lambda row, n: _logprobs(sampled, row, n))
         self._publish(StepReport(deltas, self.stats()))
 
     def stats(self) -> Stats:
         """The engine's state now."""
-        scheduler = self._scheduler
+        scheduler = self.scheduler
         return Stats(
             running=scheduler.running,
             waiting=scheduler.waiting,

@@ -36,10 +36,10 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Delta(msgspec.Struct, frozen=True, array_like=True):
-    """What one step brought one request: usually one token, or none with finish_reason "error".
+    """What one step adds to one request: usually one token, or none with finish_reason "error".
 
-    The last token of a request that stopped on a stop token id is that id. `logprobs` is as long as `tokens` where the
-    request asked for it. `cached_tokens` and `queue_seconds` stand in the first Delta only.
+    The last token of a request that stopped on a stop token id is that id. `logprobs` is as long as `tokens` if the
+    request wants them. `cached_tokens` and `queue_seconds` are in the first Delta only.
     """
 
     id: int

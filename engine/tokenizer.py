@@ -13,9 +13,9 @@ from openai_harmony import HarmonyEncoding, load_harmony_encoding
 from conf.limits import FIRST_SPECIAL, VOCABULARY
 
 # The library's encoder takes time quadratic in the length of one pre-token and holds the interpreter lock meanwhile:
-# 200,000 times the same letter would stop the server for 14 s. So it sees slices, cut where a pre-token surely ends
-# (after a letter, before a space or a stop), and a run that may be one pre-token is cut after RUN characters. Such runs
-# (letters without a break, signs or blanks without a letter) are the only text that encodes otherwise than in one go.
+# 200,000 times the same letter would stop the server for 14 s. So it gets slices, cut where a pre-token surely ends
+# (after a letter, before a space or a stop), and a run that may be one pre-token is cut after RUN characters. Only such
+# runs (letters without a break, signs or blanks without a letter) encode otherwise than the whole text would.
 SLICE = 16384
 RUN = 512
 _CJK_STOPS = r"\u3001\u3002\uff0c"
@@ -24,13 +24,13 @@ _RUN = re.compile(rf"[^\s\d!-/:-@\[-`{{-~{_CJK_STOPS}]{{{RUN},}}|[\W_]{{{RUN},}}
 
 
 def slices(text: str) -> Iterator[str]:
-    """Consecutive parts of `text`, each cheap to encode."""
+    """Consecutive slices of `text`, each cheap to encode."""
     start = 0
     while start < len(text):
         end = len(text)
         if end - start > 2 * SLICE:
-            found = _BREAK.search(text, start + SLICE, start + 2 * SLICE)
-            end = found.start() if found else start + 2 * SLICE
+            pre_token_end = _BREAK.search(text, start + SLICE, start + 2 * SLICE)
+            end = pre_token_end.start() if pre_token_end else start + 2 * SLICE
         for run in _RUN.finditer(text, start, end):
             for cut in range(run.start() + RUN, run.end(), RUN):
                 yield text[start:cut]
@@ -53,8 +53,8 @@ class Tokenizer:
     def encode(self, text: str, limit: int | None = None) -> list[int]:
         """`text` -> ids. Stops early once there are more than `limit`, so that no input takes long to refuse."""
         ids: list[int] = []
-        for part in slices(text):
-            ids += self.encoding.encode(part, disallowed_special=())
+        for piece in slices(text):
+            ids += self.encoding.encode(piece, disallowed_special=())
             if limit is not None and len(ids) > limit:
                 break
         return ids

@@ -1,7 +1,7 @@
 """Steps as something to launch: CUDA graphs on a GPU, the same body run eagerly in order on a CPU.
 
-Both take a body for each bucket once (`capture`), then `launch` it over packed words without waiting, and hand back a
-ticket to wait on. Knows buffers and bodies; not what a body computes.
+Both take a body for each bucket once (`capture`), then `launch` it over packed inputs without waiting, and return a
+function that waits for it. Knows buffers and bodies; not what a body computes.
 """
 
 import ctypes
@@ -19,17 +19,20 @@ Wait = Callable[[], None]  # returns once the step has run and its outputs lie i
 
 
 class Steps(Protocol):
+    """What runs a rank's steps."""
+
     def capture(self, bucket: Bucket, body: Callable[[], None]) -> None:
         """Prepare a bucket's step. `body` reads and writes the buffers, and never waits for the device."""
 
     def launch(self, bucket: Bucket, staging: Staging) -> Wait:
-        """Start a step behind all launched before: words to the device, body, outputs back.
+        """Start a step behind all launched before: inputs to the device, body, outputs back.
 
         The staging must not be touched until the returned function has been called and has returned.
         """
 
 
 def steps_for(buffers: Buffers, cpu_threads: int) -> Steps:
+    """What suits the buffers' device. `cpu_threads`: see EagerSteps."""
     return GraphSteps(buffers) if buffers.device.type == "cuda" else EagerSteps(buffers, cpu_threads)
 
 
@@ -82,9 +85,9 @@ class GraphSteps:
     def capture(self, bucket: Bucket, body: Callable[[], None]) -> None:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            body()  # once for real: libraries and lazily loaded kernels initialise, which a capture forbids
+            body()  # once without capture, which forbids that libraries and lazily loaded kernels initialise
         graph = torch.cuda.CUDAGraph()
-        gc.disable()  # to free an older graph while one is captured ends the capture
+        gc.disable()  # a graph that is freed during a capture would end that
         try:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 body()

@@ -162,7 +162,7 @@ def compile_ahead(source: Path, defines: Mapping[str, int], folder: Path) -> Pat
     """Compile with nvcc into `folder`, under the name by which `cubin` looks in AHEAD. Raises BuildError."""
     nvcc = _find_nvcc()
     if not nvcc:
-        raise BuildError("kernels are compiled ahead of time with nvcc, and none was found")
+        raise BuildError("kernels are compiled ahead of time with nvcc, and there is no nvcc here")
     path = folder / _name(source, defines)
     _publish(_nvcc(nvcc, source, _options(defines)), path)
     return path
@@ -181,10 +181,10 @@ def included_files(source: Path) -> list[Path]:
         files.append(path)
         for header in re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.MULTILINE):
             candidates = [path.parent / header, INCLUDE / header]
-            found = next((candidate.resolve() for candidate in candidates if candidate.exists()), None)
-            if found is None:
+            included = next((candidate.resolve() for candidate in candidates if candidate.exists()), None)
+            if included is None:
                 raise BuildError(f'{path.name} includes "{header}", which is neither beside it nor in {INCLUDE}')
-            visit(found)
+            visit(included)
 
     visit(source.resolve())
     return files
@@ -208,7 +208,7 @@ def _publish(content: bytes, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(content)
-    os.chmod(file.name, 0o644)  # an image's are read by another user than made them
+    os.chmod(file.name, 0o644)  # another user than the image's builder reads them
     os.replace(file.name, path)
 
 

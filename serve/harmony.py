@@ -10,6 +10,7 @@ import datetime
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 from openai_harmony import (
@@ -156,7 +157,7 @@ class Segment:
     recipient: str | None = None  # a tool, where the message is a call
     content_type: str | None = None
 
-    @property
+    @cached_property
     def kind(self) -> SegmentKind:
         """What its text is to the client; "hidden" is not for the client at all.
 

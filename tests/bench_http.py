@@ -56,9 +56,9 @@ async def measure(port: int, path: str, body: dict, streams: int) -> tuple[float
     """(seconds, events) of `streams` requests at once."""
     payload = json.dumps({**body, "stream": True, "max_tokens": TOKENS}).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: bench\r\nContent-Length: {len(payload)}\r\n\r\n".encode()
-    begun = time.perf_counter()
+    start = time.perf_counter()
     events = await asyncio.gather(*(stream(port, head + payload) for _ in range(streams)))
-    return time.perf_counter() - begun, sum(events)
+    return time.perf_counter() - start, sum(events)
 
 
 async def sweep_client(port: int, streams: int) -> float:
@@ -95,9 +95,9 @@ def main() -> None:
                 f"{path:22} {options.streams} streams, {step} tokens a Delta: {tokens / seconds:9,.0f} tokens/s, "
                 f"{1e6 * seconds / tokens:6.1f} µs a token, {runs[-1][1] / options.streams:.0f} events a stream"
             )
-        begun = time.process_time()
+        start = time.process_time()
         runs = [asyncio.run(sweep_client(port, options.streams)) for _ in range(options.runs)]
-        cost = (time.process_time() - begun) / options.runs / tokens
+        cost = (time.process_time() - start) / options.runs / tokens
         print(
             f"{'client of sweep/':22} {options.streams} streams, {step} tokens a Delta: "
             f"{tokens / statistics.median(runs):9,.0f} tokens/s, {1e6 * cost:6.1f} µs of its own a token"

@@ -1,4 +1,4 @@
-"""A fake engine behind the seam `serve.client.Engine`: it plays scripted token ids and remembers what it was asked."""
+"""A fake engine behind the seam `serve.client.Engine`: it plays scripted token ids and remembers what was submitted."""
 
 import asyncio
 from collections.abc import Callable

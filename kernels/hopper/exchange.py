@@ -22,5 +22,5 @@ def exchange_arguments(peers: Peers, area: ExchangeArea, needed: int) -> tuple[T
     Raises ValueError where they do not fit the area.
     """
     if area.memories is not None and needed > area.bytes:
-        raise ValueError(f"an exchange of {needed} bytes in an area of {area.bytes}: more rows than `join` was told")
+        raise ValueError(f"an exchange of {needed} bytes in an area of {area.bytes}: more rows than `join` was given")
     return area.memories, area.offset, peers.rank

@@ -1,6 +1,6 @@
 """The exchange areas through which the ranks' kernels add up partial sums: memory that every rank can write to.
 
-Who writes what and when, and why no flags are needed, is said in common/exchange.cuh. Knows bytes and addresses.
+common/exchange.cuh explains who writes what and when, and why no flags are needed. Knows bytes and addresses.
 """
 
 import os

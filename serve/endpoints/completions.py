@@ -73,19 +73,17 @@ class TextChoice:
                 continue
             characters = self._decoder.decode(self._tokenizer.token_bytes(token))
             self._characters += len(characters)
-            unsearched = self.completion_tokens <= self._min_tokens
-            text += characters if unsearched else self._stop_matcher.feed(characters)
+            text += characters if self.completion_tokens <= self._min_tokens else self._stop_matcher.feed(characters)
             if self._stop_matcher.stopped:
                 break
         if delta.finish_reason:
             text += self._stop_matcher.feed(self._decoder.decode(b"", final=True))
             text += self._stop_matcher.finish()
-        tokens = delta.tokens[: len(offsets)]
         text_delta = TextDelta(self._index, text, None, "stop" if self._stop_matcher.stopped else delta.finish_reason)
         if delta.logprobs is not None:
-            text_delta.logprobs = self._logprobs(tokens, delta.logprobs, offsets)
+            text_delta.logprobs = self._logprobs(delta.tokens[: len(offsets)], delta.logprobs, offsets)
         if self._return_token_ids:
-            text_delta.token_ids = tokens
+            text_delta.token_ids = delta.tokens[: len(offsets)]
             text_delta.prompt_token_ids = msgspec.UNSET if prompt is None else prompt
         return text_delta
 

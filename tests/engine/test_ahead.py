@@ -1,4 +1,4 @@
-"""What is compiled ahead of time is what serving asks for, and is found by a machine that cannot compile."""
+"""What is compiled ahead of time is what serving loads, and suffices on a machine that cannot compile."""
 
 import re
 import shutil

@@ -120,6 +120,18 @@ def test_each_kind_of_step_runs_its_own_operations():
     assert spied.calls == {"decode": head + forward + head, "prefill": forward}
 
 
+def test_a_token_is_drawn_for_the_position_after_those_that_were_computed(monkeypatch):
+    positions, sample = [], reference.sample
+
+    def record(logits, tokens, *arguments):
+        positions.append(tokens.positions.tolist())
+        return sample(logits, tokens, *arguments)
+
+    monkeypatch.setattr(reference, "sample", record)
+    InProcess(TINY, decode_rows=(1,), prefill_tokens=(64,), sequences=1).generate([1, 2, 3], max_tokens=3)
+    assert positions == [[3], [4], [5]]
+
+
 def test_routing_is_reported_layer_by_layer():
     engine, routings = InProcess(TINY, decode_rows=(2,)), []
     places = TokenPlaces(torch.zeros(2).int(), torch.arange(2).int())

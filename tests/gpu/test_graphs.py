@@ -61,7 +61,8 @@ def test_one_bucket_after_the_other_equals_its_eager_twin_tensor_by_tensor(folde
             inputs.sequence_slots[:] = inputs.sample_slots[:] = torch.arange(bucket.sequences).numpy()
             inputs.page_table[:] = table[: bucket.sequences].numpy()
             inputs.tokens[:] = torch.arange(bucket.tokens).numpy() % TINY.vocab
-            inputs.temperature[:] = inputs.repetition_penalty[:] = inputs.top_p[:] = 1
+            sampling = inputs.sampling
+            sampling.temperature[:] = sampling.repetition_penalty[:] = sampling.top_p[:] = 1
         before = [tensor.clone() for tensor in state]
         torch.cuda.synchronize()  # graphs run on a stream of their own
         engine.steps.launch(bucket, staging)()

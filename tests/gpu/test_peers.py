@@ -73,7 +73,7 @@ def check_sums(ranks, device):
                 ops, x = of_prefill if prefill else decode, draws(tokens, hidden, seed=turn)
                 partials = [draws(tokens, 1, hidden, seed=10 * tokens + rank) for rank in range(ranks.size)]
                 own = partials[ranks.rank][:, 0]
-                if not prefill:  # then the kernel that made it sent it
+                if not prefill:  # then the kernel that computes it sends it
                     own = ops.linear_partial(own, identity, peers)
                 *rows, routing = ops.add_norm_route(x, own, norm, router, peers)
                 *expected, expected_routing = ops.add_norm_route(x, summed(partials)[:, 0], norm, router, alone)

@@ -68,8 +68,8 @@ def case(vocab, names, dtype=torch.float32, spread=3.0, bias=True):
         values = torch.randint(-8, 9, (rows, BIAS_ENTRIES), generator=chance) / 4
         values[:, 10:14] = -math.inf
         state.bias_values[:rows] = values
-        active = torch.randint(0, 2, values.shape, generator=chance).int()
-        state.bias_until[slots.long()] = positions.unsqueeze(1) + active
+        in_force = torch.randint(0, 2, values.shape, generator=chance).int()
+        state.bias_until[slots.long()] = positions.unsqueeze(1) + in_force
         state.bias_until[:, 40:300] = 0
         state.bias_ids[slots.long(), 1] = logits.argmax(-1).int()  # of the likeliest token, three times
         state.bias_ids[slots.long(), 2] = logits.argmax(-1).int()

@@ -1,4 +1,4 @@
-"""The packed layout of dense weights and the kernels' index arithmetic, replayed in torch without a GPU."""
+"""The packed layout of dense weights, and the decode kernels' own index functions replayed on the CPU."""
 
 from itertools import pairwise
 
@@ -7,31 +7,59 @@ import torch
 
 from kernels.build import MOST_SHARED
 from kernels.hopper.linear import (
-    PITCH,
-    ROWS,
-    STEP,
+    STEP_COLUMNS,
+    STRIP_ROWS,
+    geometry,
     kernel_for,
-    most_warps,
     narrow_shared,
     pack,
-    shares_of,
     wide_grid,
     wide_shared,
-    x_pitch,
 )
+from tests.kernels.host import compile_for_host
 
 LANES = torch.arange(32)
 GROUP, PLACE = LANES // 4, LANES % 4
 PAIR = torch.arange(2)
-PIECES = ROWS * STEP // 8  # 16-byte pieces of a packed tile
+# The index functions of linear/decode.cu, in the form that ctypes calls.
+CODE = """
+#include "linear/layout.cuh"
+extern "C" int begin(int split) { return split_begin(split); }
+extern "C" long tile(int strip, int step) { return tile_piece(strip, step); }
+extern "C" int tile_pieces() { return TILE; }
+extern "C" int most_steps() { return MOST_STEPS; }
+extern "C" int row_of(int lane, int i) { return accumulator_row(lane, i); }
+extern "C" int token_of(int lane, int i) { return accumulator_token(lane, i); }
+extern "C" int narrow_at(int token, int piece) { return narrow_x(0, token, piece); }
+extern "C" int wide_at(int tokens, int step, int token, int piece) {
+    if (tokens == 16) return wide_x<16>(0, step, token, piece);
+    if (tokens == 32) return wide_x<32>(0, step, token, piece);
+    return wide_x<64>(0, step, token, piece);
+}
+extern "C" int partial(int token, int row) { return partial_sum(token, row); }
+extern "C" int adder(int unit) { return adding_split(unit); }
+extern "C" int units(int split, int all) { return units_of(split, all); }
+extern "C" int unit(int split, int n) { return unit_of(split, n); }
+extern "C" int receive(int n, int from, int lane) { return received(n, from, lane); }
+"""
 
 
 def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-def share_begin(steps, share, shares):
-    return steps * share // shares
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    """The index functions for a weight of so many rows and columns."""
+    libraries = {}
+
+    def library(rows, columns):
+        layer = geometry(rows, columns)
+        if layer not in libraries:
+            libraries[layer] = compile_for_host(CODE, layer.defines(1), tmp_path_factory.mktemp("host"))
+        return libraries[layer]
+
+    return library
 
 
 def mma(a, b, sums):
@@ -50,129 +78,129 @@ def mma(a, b, sums):
 
 
 def ldmatrix(memory, at):
-    """ldmatrix.x4 as the PTX ISA lays it out: memory in bf16, at [32] bytes -> [32, 4, 2], per lane and register."""
+    """ldmatrix.x4 as the PTX ISA lays it out: memory in bf16, at [32] bytes -> [32, 4, 2], per lane and register.
+
+    Each matrix is eight rows of 16 bytes, read at once: they begin in different banks.
+    """
     assert not (at % 16).any()
+    assert torch.equal((at.view(4, 8) // 4 % 32).sort(1).values, torch.arange(0, 32, 4).expand(4, 8))
     rows = memory[at[:, None] // 2 + torch.arange(8)].unflatten(0, (4, 8))  # matrix, row, column
     return torch.stack([rows[matrix, GROUP[:, None], PLACE[:, None] * 2 + PAIR] for matrix in range(4)], 1)
 
 
-def multiply_step(sums, first, second, b):
-    """As in linear.cu: first, second [32, 8] are a lane's fragments, b [32, 4, 2] its registers of the tokens."""
+def multiply_step(sums, pieces, tile, b):
+    """pieces [any, 8]: the packed weight. tile: a step's first piece. b [32, 4, 2]: tokens, by lane and register."""
+    first, second = pieces[tile + LANES], pieces[tile + 32 + LANES]
     sums = mma(first.unflatten(1, (4, 2)), b[:, :2], sums)
     return mma(second.unflatten(1, (4, 2)), b[:, 2:], sums)
 
 
-def partial_sums(sums):
-    """store_partial: sums [32, 4] of a tile -> [8 tokens, 16 rows], through memory of the kernel's pitch."""
-    memory = torch.full((8 * PITCH,), torch.nan)
-    for i in range(4):
-        memory[(PLACE * 2 + i % 2) * PITCH + GROUP + i // 2 * 8] = sums[:, i]
-    return memory.view(8, PITCH)[:, :ROWS]
+def add_in_order(partials):
+    total = partials[0]
+    for partial in partials[1:]:
+        total = total + partial
+    return total
 
 
-def token_banks(at):
-    """Each matrix of an ldmatrix is eight rows of 16 bytes at once: the banks that each touches first."""
-    return (at.view(4, 8) // 4 % 32).sort(1).values
-
-
-def narrow(x, packed):
-    """narrow_8 on the packed memory: every address as the kernel forms it."""
-    tokens, columns = x.shape
-    steps, shares = columns // STEP, shares_of(packed.rows, columns)
-    memory, pitch = packed.tiles.flatten().view(-1, 8), x_pitch(columns)
+def narrow(host, x, packed):
+    """A narrow block for each strip, with tokens copied, multiplied and stored where the index functions say."""
+    tokens, splits = x.shape[0], geometry(packed.rows, packed.columns).splits
+    pieces = packed.tiles.flatten().view(-1, 8)
+    begins = [host.begin(split) for split in range(splits + 1)]
+    memory = torch.full((narrow_shared("narrow_8", geometry(packed.rows, packed.columns), tokens) // 2,), torch.nan)
+    for token in range(tokens):
+        for piece in range(packed.columns // 8):
+            at = host.narrow_at(token, piece) // 2
+            assert memory[at : at + 8].isnan().all()  # nothing else lies there
+            memory[at : at + 8] = x[token, piece * 8 : piece * 8 + 8]
+    token_at = torch.tensor([host.narrow_at(min(lane % 8, tokens - 1), lane // 8) for lane in range(32)])
+    full_at = torch.tensor([host.narrow_at(lane % 8, lane // 8) for lane in range(32)])
+    ldmatrix(torch.zeros(2**16), full_at)  # with 8 tokens, whose banks it checks
+    places = torch.tensor(
+        [[host.partial(host.token_of(lane, i), host.row_of(lane, i)) for i in range(4)] for lane in range(32)]
+    )
+    assert all(len((places[:, i] % 32).unique()) == 32 for i in range(4))  # a bank a lane
     out = torch.zeros(tokens, packed.rows)
     for strip in range(packed.tiles.shape[0]):
-        parts = []
-        for share in range(shares):
-            begin = share_begin(steps, share, shares)
-            count = share_begin(steps, share + 1, shares) - begin
-            size = narrow_shared("narrow_8", columns, shares, tokens) // 2
-            flat = torch.full((size,), torch.nan)  # what this warp copies of x
-            x_at = begin * STEP * 2
-            for token in range(tokens):
-                for i in range(count * 4):
-                    to, source = (x_at + token * pitch + i * 16) // 2, token * columns + begin * STEP + i * 8
-                    flat[to : to + 8] = x.flatten()[source : source + 8]
+        partials = []
+        for begin, end in pairwise(begins):
             sums = torch.zeros(32, 4)
-            for step in range(count):
-                piece = (strip * steps + begin + step) * PIECES + LANES
-                at = x_at + (LANES % 8).clamp(max=tokens - 1) * pitch + LANES // 8 * 16 + step * STEP * 2
-                sums = multiply_step(sums, memory[piece], memory[piece + 32], ldmatrix(flat, at))
-            parts.append(partial_sums(sums))
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
-        rows = min(ROWS, packed.rows - strip * ROWS)
-        out[:, strip * ROWS : strip * ROWS + rows] = total[:tokens, :rows]
+            for step in range(begin, end):
+                b = read(memory, token_at + step * STEP_COLUMNS * 2)
+                sums = multiply_step(sums, pieces, host.tile(strip, step), b)
+            stored = torch.full((int(places.max()) + 1,), torch.nan)
+            stored[places] = sums
+            partials.append(stored)
+        total = add_in_order(partials)
+        rows = range(min(STRIP_ROWS, packed.rows - strip * STRIP_ROWS))
+        for token in range(tokens):
+            at = torch.tensor([host.partial(token, row) for row in rows])
+            out[token, strip * STRIP_ROWS : strip * STRIP_ROWS + len(rows)] = total[at]
     return out
 
 
-def wide(x, packed, tile, most, resident, depth):
-    """wide_<tile>, every address as the kernel forms it: a share of x in each block, groups of strips dealt to
-    clusters, weights in a ring of `depth` steps that runs on into the next group, sums met across the cluster."""
-    tokens, columns = x.shape
-    steps, strips, shares = columns // STEP, packed.tiles.shape[0], shares_of(packed.rows, columns)
-    memory, tiles, step_bytes = packed.tiles.flatten().view(-1, 8), tile // 8, tile * STEP * 2
-    warps, clusters = wide_grid(strips, most, resident)
-    groups, size = -(-strips // warps), wide_shared(tile, columns, shares, warps)
-    sums_at = -(-steps // shares) * step_bytes
+def read(memory, at):
+    """ldmatrix where lanes may name the same row, so that banks are not checked."""
+    rows = memory[at[:, None] // 2 + torch.arange(8)].unflatten(0, (4, 8))
+    return torch.stack([rows[matrix, GROUP[:, None], PLACE[:, None] * 2 + PAIR] for matrix in range(4)], 1)
+
+
+def wide(host, x, packed, tile, warps):
+    """A cluster for `tile` tokens: a split of x in each block, and sums that meet in the blocks which add them up."""
+    tokens, layer, tiles = x.shape[0], geometry(packed.rows, packed.columns), tile // 8
+    pieces, strips = packed.tiles.flatten().view(-1, 8), packed.tiles.shape[0]
+    begins = [host.begin(split) for split in range(layer.splits + 1)]
+    sums_at = host.most_steps() * tile * STEP_COLUMNS * 2  # bytes
+    room = (wide_shared(tile, layer, warps) - sums_at) // 16
+    token_at = torch.tensor([host.wide_at(tile, 0, lane % 8, lane // 8) for lane in range(32)])
     out, stores = torch.full((tokens, packed.rows), torch.nan), torch.zeros(tokens, packed.rows, dtype=torch.int)
-    begins = [share_begin(steps, share, shares) for share in range(shares + 1)]
     for first in range(0, tokens, tile):
         copies = []
         for begin, end in pairwise(begins):
-            flat = torch.full((sums_at // 2,), torch.nan)
-            for i in range((end - begin) * tile * 4):
-                piece, token, step = i % 4, i // 4 % tile, i // 4 // tile
-                to = (step * step_bytes + token * STEP * 2 + (piece ^ token // 2 % 4) * 16) // 2
-                source = (first + token) * columns + (begin + step) * STEP + piece * 8
-                flat[to : to + 8] = x.flatten()[source : source + 8] if first + token < tokens else 0
-            copies.append(flat)
-        for cluster in range(clusters):
-            rings = {}  # share, warp -> the pieces' addresses that each place of the ring holds
-            for group in range(cluster, groups, clusters):
-                received = torch.full((shares, (size - sums_at) // 4), torch.nan)  # by receiving block
-                for share, (begin, end) in enumerate(pairwise(begins)):
-                    for warp in range(warps):
-                        slots = (group * warps + warp, (group + clusters) * warps + warp)
-                        tile_at, next_at = ((min(slot, strips - 1) * steps + begin) * PIECES for slot in slots)
-                        count = end - begin
-                        ring = rings.setdefault(
-                            (share, warp), {i: tile_at + i * PIECES for i in range(min(depth, count))}
+            memory = torch.full((sums_at // 2,), torch.nan)
+            for step in range(end - begin):
+                for token in range(tile):
+                    for piece in range(4):
+                        at, column = (
+                            host.wide_at(tile, step, token, piece) // 2,
+                            (begin + step) * STEP_COLUMNS + piece * 8,
                         )
-                        sums = torch.zeros(tiles, 32, 4)
-                        for step in range(count):
-                            i = step % depth
-                            piece = ring.pop(i) + LANES
-                            for eight in range(tiles):
-                                at = LANES % 8 * STEP * 2 + (LANES // 8 ^ LANES // 2 % 4) * 16
-                                assert len(token_banks(at).unique(dim=0)) == 1
-                                b = ldmatrix(copies[share], at + step * step_bytes + eight * 8 * STEP * 2)
-                                sums[eight] = multiply_step(sums[eight], memory[piece], memory[piece + 32], b)
-                            within = step + depth < count
-                            if within or group + clusters < groups:
-                                ring[i] = tile_at + (step + depth) * PIECES if within else next_at + i * PIECES
+                        assert memory[at : at + 8].isnan().all()  # nothing else lies there
+                        memory[at : at + 8] = x[first + token, column : column + 8] if first + token < tokens else 0
+            copies.append(memory)
+        for group in range(-(-strips // warps)):
+            received = torch.full((layer.splits, room, 4), torch.nan)  # by the block that adds up
+            for split, (begin, end) in enumerate(pairwise(begins)):
+                for warp in range(warps):
+                    strip = min(group * warps + warp, strips - 1)
+                    sums = torch.zeros(tiles, 32, 4)
+                    for step in range(end - begin):
                         for eight in range(tiles):
-                            unit = warp * tiles + eight
-                            at = ((unit // shares * shares + share) * 32 + LANES) * 4
-                            for i in range(4):
-                                assert received[unit % shares, at + i].isnan().all()  # nobody else sends there
-                                received[unit % shares, at + i] = sums[eight, :, i]
-                for share in range(shares):
-                    units = (warps * tiles - share + shares - 1) // shares
-                    assert len([unit for unit in range(warps * tiles) if unit % shares == share]) == units
-                    for slot in range(units):
-                        unit = slot * shares + share
-                        for i in range(4):
-                            row = (group * warps + unit // tiles) * ROWS + LANES // 4 + i // 2 * 8
-                            token = first + unit % tiles * 8 + LANES % 4 * 2 + i % 2
-                            total = received[share, (slot * shares * 32 + LANES) * 4 + i]
-                            for other in range(1, shares):
-                                total = total + received[share, ((slot * shares + other) * 32 + LANES) * 4 + i]
-                            there = (token < tokens) & (row < packed.rows)
-                            out[token[there], row[there]] = total[there]
-                            stores[token[there], row[there]] += 1
-            assert not any(rings.values())
+                            b = ldmatrix(copies[split], token_at + host.wide_at(tile, step, eight * 8, 0))
+                            sums[eight] = multiply_step(sums[eight], pieces, host.tile(strip, begin + step), b)
+                    for eight in range(tiles):
+                        unit = warp * tiles + eight
+                        at = [host.receive(unit // layer.splits, split, lane) for lane in range(32)]
+                        assert received[host.adder(unit), at].isnan().all()  # nobody else sends there
+                        received[host.adder(unit), at] = sums[eight]
+            units = []
+            for split in range(layer.splits):
+                for n in range(host.units(split, warps * tiles)):
+                    unit = host.unit(split, n)
+                    units.append(unit)
+                    arrived = [
+                        received[split, [host.receive(n, other, lane) for lane in range(32)]]
+                        for other in range(layer.splits)
+                    ]
+                    total = add_in_order(arrived)
+                    for i in range(4):
+                        row = torch.tensor([host.row_of(lane, i) for lane in range(32)])
+                        row += (group * warps + unit // tiles) * STRIP_ROWS
+                        token = torch.tensor([host.token_of(lane, i) for lane in range(32)]) + first + unit % tiles * 8
+                        there = (token < tokens) & (row < packed.rows)
+                        out[token[there], row[there]] = total[there, i]
+                        stores[token[there], row[there]] += 1
+            assert sorted(units) == list(range(warps * tiles))  # each is added up once
     assert (stores == 1).all()
     return out
 
@@ -196,56 +224,42 @@ def test_what_cannot_be_packed_is_refused():
         pack(random(16, 48))
     with pytest.raises(ValueError, match="float32"):
         pack(torch.zeros(16, 32))
+    with pytest.raises(ValueError, match=r"bias \(15,\)"):
+        pack(random(16, 32), random(15))
 
 
 @pytest.mark.parametrize(("tokens", "rows", "columns"), [(1, 16, 32), (3, 20, 96), (8, 37, 352), (2, 16, 4096)])
-def test_a_narrow_block_multiplies_what_was_packed(tokens, rows, columns):
+def test_a_narrow_block_multiplies_what_was_packed(host, tokens, rows, columns):
     x, weight = random(tokens, columns), random(rows, columns, seed=1)
-    out = narrow(x, pack(weight))
+    out = narrow(host(rows, columns), x, pack(weight))
     torch.testing.assert_close(out, x.float() @ weight.float().T, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("tokens", "rows", "columns", "most", "resident", "depth"),
-    [(9, 40, 64, 20, 16, 4), (17, 150, 800, 2, 3, 2), (33, 150, 352, 3, 2, 4), (70, 20, 32, 16, 16, 6)],
+    ("tokens", "rows", "columns", "warps"), [(9, 40, 64, 2), (17, 90, 288, 3), (33, 70, 352, 3), (70, 20, 32, 2)]
 )
-def test_a_wide_cluster_adds_in_the_narrow_order(tokens, rows, columns, most, resident, depth):
+def test_a_wide_cluster_adds_in_the_narrow_order(host, tokens, rows, columns, warps):
     x, weight = random(tokens, columns), random(rows, columns, seed=1)
-    packed = pack(weight)
-    tile = int(kernel_for(tokens).split("_")[1])
-    out = wide(x, packed, tile, most, resident, depth)
+    packed, functions = pack(weight), host(rows, columns)
+    out = wide(functions, x, packed, int(kernel_for(tokens).split("_")[1]), warps)
     torch.testing.assert_close(out, x.float() @ weight.float().T, rtol=1e-4, atol=1e-4)
-    assert torch.equal(out[:8], narrow(x[:8], packed))
+    assert torch.equal(out[:8], narrow(functions, x[:8], packed))
 
 
 @pytest.mark.parametrize(
     ("rows", "columns"), [(16, 32), (2880, 512), (2880, 2048), (5120, 2880), (2880, 4096), (201088, 2880)]
 )
-def test_shares_cover_all_steps_once_and_fit_a_block(rows, columns):
-    steps, shares = columns // STEP, shares_of(rows, columns)
-    ends = [share_begin(steps, share, shares) for share in range(shares + 1)]
+def test_splits_cover_all_steps_once_and_fit_a_block(host, rows, columns):
+    layer, functions = geometry(rows, columns), host(rows, columns)
+    ends = [functions.begin(split) for split in range(layer.splits + 1)]
     assert ends[0] == 0
-    assert ends[-1] == steps
-    assert max(end - begin for begin, end in pairwise(ends)) == -(-steps // shares)
-    assert wide_shared(64, columns, shares, most_warps(columns, shares)) <= MOST_SHARED
-    own = shares * (8 * PITCH * 4 + 8)  # partial sums and barriers
-    assert narrow_shared("narrow_8", columns, shares, 8) + own <= MOST_SHARED
+    assert ends[-1] == columns // STEP_COLUMNS
+    assert max(end - begin for begin, end in pairwise(ends)) == layer.steps == functions.most_steps()
+    assert wide_shared(64, layer, layer.most_warps) <= MOST_SHARED
+    own = layer.splits * ((functions.partial(7, STRIP_ROWS - 1) + 5) * 4 + 8)  # partial sums and barriers
+    assert narrow_shared("narrow_8", layer, 8) + own <= MOST_SHARED
     if rows == 5120:  # three blocks a multiprocessor, each with 1 KB of the system's
-        assert 3 * (narrow_shared("narrow_2", columns, shares, 2) + own + 1024) <= 228 * 1024
-
-
-def test_lanes_meet_no_shared_memory_bank_twice_when_sums_are_stored():
-    for i in range(4):
-        banks = ((PLACE * 2 + i % 2) * PITCH + GROUP + i // 2 * 8) % 32
-        assert len(banks.unique()) == 32
-
-
-@pytest.mark.parametrize("columns", [32, 2880, 4096])
-def test_eight_tokens_are_read_from_different_banks(columns):
-    narrow_at = LANES % 8 * x_pitch(columns) + LANES // 8 * 16
-    wide_at = LANES % 8 * STEP * 2 + (LANES // 8 ^ LANES // 2 % 4) * 16
-    for at in (narrow_at, wide_at):
-        assert torch.equal(token_banks(at), torch.arange(0, 32, 4).expand(4, 8))
+        assert 3 * (narrow_shared("narrow_2", layer, 2) + own + 1024) <= 228 * 1024
 
 
 @pytest.mark.parametrize(
@@ -260,7 +274,7 @@ def test_eight_tokens_are_read_from_different_banks(columns):
     ],
 )
 def test_strips_are_dealt_out_evenly_to_clusters_that_are_all_resident(rows, columns, resident, expected):
-    strips, most = -(-rows // ROWS), most_warps(columns, shares_of(rows, columns))
+    strips, most = -(-rows // STRIP_ROWS), geometry(rows, columns).most_warps
     warps, clusters = wide_grid(strips, most, resident)
     assert (warps, clusters) == expected
     assert warps <= most

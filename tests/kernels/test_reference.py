@@ -401,8 +401,9 @@ def test_temperature_zero_takes_the_largest_logit():
 
 
 def test_logits_equal_to_the_threshold_all_stay():
-    drawn = set(draw_many(torch.tensor([1.0, 1.0, 1.0] + [0.0] * 9), top_k=2).tolist())
-    assert drawn == {0, 1, 2}
+    for filters in ({"top_k": 2}, {"top_p": 0.1}, {"min_p": 1.0}):
+        drawn = draw_many(torch.tensor([1.0, 1.0, 1.0] + [0.0] * 9), **filters)
+        assert set(drawn.tolist()) == {0, 1, 2}, filters
 
 
 def test_a_draw_depends_on_seed_and_position_alone():
@@ -457,6 +458,26 @@ def test_log_probabilities_are_those_of_the_raw_logits():
     torch.testing.assert_close(chosen.double(), expected[torch.arange(3), tokens.long()], atol=1e-5, rtol=0)
     torch.testing.assert_close(values.double(), expected.topk(20).values, atol=1e-5, rtol=0)
     assert torch.equal(ids, expected.topk(20).indices)
+
+
+@pytest.fixture
+def two_threads():
+    """The library divides large sums among its threads, in a way that depends on the shape."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_log_probabilities_have_the_same_bytes_alone_and_in_company():
+    torch.manual_seed(0)
+    logits, tokens = 3 * torch.randn(64, 50000), torch.arange(64, dtype=torch.int32)
+    together = reference.top_logprobs(logits, tokens, 3)
+    for row in range(64):
+        own = slice(row, row + 1)
+        for alone, value in zip(reference.top_logprobs(logits[own], tokens[own], 3), together, strict=True):
+            assert torch.equal(alone, value[own])
 
 
 # The start and the end of a step --------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def read(text: str) -> list[tuple[Segment, str]]:
 def shown(text: str) -> tuple[str, str]:
     """(content, reasoning) of an output."""
     messages = read(text)
-    return tuple("".join(said for segment, said in messages if segment.kind == k) for k in ("content", "reasoning"))
+    return tuple("".join(text for segment, text in messages if segment.kind == k) for k in ("content", "reasoning"))
 
 
 # --- messages to tokens ---
@@ -62,11 +62,11 @@ def test_a_conversation_renders_as_the_library_renders_it(system, turns, last, e
         Message.from_role_and_content(Role.DEVELOPER, DeveloperContent(instructions=system)),
     ]
     ours = [Turn("system", system)]
-    for asked, answered in turns:
-        ours += [Turn("user", asked), Turn("assistant", answered)]
+    for question, answer in turns:
+        ours += [Turn("user", question), Turn("assistant", answer)]
         expected += [
-            Message.from_role_and_content(Role.USER, asked),
-            Message.from_role_and_content(Role.ASSISTANT, answered).with_channel("final"),
+            Message.from_role_and_content(Role.USER, question),
+            Message.from_role_and_content(Role.ASSISTANT, answer).with_channel("final"),
         ]
     expected.append(Message.from_role_and_content(Role.USER, last))
     library = TOKENIZER.encoding.render_conversation_for_completion(
@@ -147,9 +147,9 @@ def test_functions_calls_and_their_answers_render_as_the_library_renders_them(an
     ours = [Turn("system", "Be brief.")] if instructed else []
     ours.append(Turn("user", "Well?"))
     for arguments, answer in answers:
-        for channel, said in (("analysis", reasoning), ("commentary", preamble)):
-            if said:
-                expected.append(Message.from_role_and_content(Role.ASSISTANT, said).with_channel(channel))
+        for channel, text in (("analysis", reasoning), ("commentary", preamble)):
+            if text:
+                expected.append(Message.from_role_and_content(Role.ASSISTANT, text).with_channel(channel))
         call = Message.from_role_and_content(Role.ASSISTANT, arguments).with_channel("commentary")
         tool = Author.new(Role.TOOL, "functions.get_weather")
         expected += [
@@ -174,8 +174,8 @@ def test_control_tokens_in_what_a_client_says_of_functions_are_text():
     wild = Function("f", attack, {"type": "object", "properties": {"x": {"type": "string", "description": attack}}})
     calm = Function("f", "a", {"type": "object", "properties": {"x": {"type": "string", "description": "a"}}})
 
-    def controls(function, said):
-        turns = [Turn("user", "hi"), Turn("assistant", "", calls=(Call("f", said),)), Turn("tool", said, name="f")]
+    def controls(function, text):
+        turns = [Turn("user", "hi"), Turn("assistant", "", calls=(Call("f", text),)), Turn("tool", text, name="f")]
         return [token for token in rendered(turns, functions=[function]) if token >= 199998]
 
     assert controls(wild, attack) == controls(calm, "a")
@@ -192,7 +192,7 @@ def test_a_strange_schema_leaves_one_prompt_of_one_shape(parameters):
     ]
 
 
-def test_a_call_that_was_begun_in_the_prompt_is_read_on():
+def test_a_call_prefilled_in_the_prompt_is_read_on():
     header = call_header(TOKENIZER, "get_weather")
     parser = Parser(TOKENIZER, header)
     assert parser.segment == Segment("assistant", "commentary", "functions.get_weather", "json")
@@ -241,7 +241,7 @@ def test_well_formed_output_parses_as_the_library_parses_it(headers, text, early
         )
         for m in library.messages
     ]
-    ours = [(s.role, s.channel, s.recipient, s.content_type, said) for s, said in parse(output, TOKENIZER)]
+    ours = [(s.role, s.channel, s.recipient, s.content_type, text) for s, text in parse(output, TOKENIZER)]
     assert ours == expected
 
 
@@ -252,7 +252,7 @@ ANY = st.lists(st.one_of(CONTROL, WORD, st.integers(0, 201_087), st.integers()),
 
 
 @given(tokens=ANY)
-def test_any_tokens_parse_and_each_token_is_told_once_and_in_order(tokens):
+def test_any_tokens_parse_and_events_cover_tokens_once_and_in_order(tokens):
     parser, position = Parser(TOKENIZER), 0
     for event in [*map(parser.feed, tokens), parser.finish()]:
         if event:
@@ -262,8 +262,8 @@ def test_any_tokens_parse_and_each_token_is_told_once_and_in_order(tokens):
 
 @given(tokens=st.lists(st.integers(0, 199_997), min_size=1, max_size=20))
 def test_text_behind_a_message_token_is_kept_byte_for_byte(tokens):
-    said = "".join(text for _, text in parse([*ids("<|channel|>final<|message|>"), *tokens], TOKENIZER))
-    assert said == TOKENIZER.decode(tokens, skip_special=True)
+    text = "".join(text for _, text in parse([*ids("<|channel|>final<|message|>"), *tokens], TOKENIZER))
+    assert text == TOKENIZER.decode(tokens, skip_special=True)
 
 
 @pytest.mark.parametrize(
@@ -339,10 +339,10 @@ def test_half_a_character_in_a_header_spoils_nothing(header):
 )
 def test_a_header_is_never_waited_for_endlessly(start, words):
     """However long text without a header gets, little of it is held back, and nothing lost but a short header."""
-    parser, told, tokens = Parser(TOKENIZER), "", TOKENIZER.encode("".join(words))
+    parser, shown, tokens = Parser(TOKENIZER), "", TOKENIZER.encode("".join(words))
     for token in start:
         parser.feed(token)
     for fed, token in enumerate(tokens, 1):
         event = parser.feed(token)
-        told += event.text if event else ""
-        assert len(TOKENIZER.decode(tokens[:fed], skip_special=True)) - len(told) < 200
+        shown += event.text if event else ""
+        assert len(TOKENIZER.decode(tokens[:fed], skip_special=True)) - len(shown) < 200

@@ -13,7 +13,7 @@ from tests.serve.conftest import MODEL, Live
 
 def samples(live: Live) -> dict[tuple[str, str], float]:
     """(name without prefix, further labels) -> value. Every sample names the model."""
-    found = {}
+    values = {}
     response = live.http.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
     for family in text_string_to_metric_families(response.text):
@@ -21,9 +21,9 @@ def samples(live: Live) -> dict[tuple[str, str], float]:
             labels = dict(sample.labels)
             assert labels.pop("model_name") == MODEL
             if not sample.name.endswith(("_bucket", "_created")):
-                found[sample.name.removeprefix("mini_vllm:"), ",".join(labels.values())] = sample.value
+                values[sample.name.removeprefix("mini_vllm:"), ",".join(labels.values())] = sample.value
             assert sample.name.startswith("mini_vllm:")
-    return found
+    return values
 
 
 def test_the_engines_counts_are_read_when_scraped(serve):
@@ -38,7 +38,7 @@ def test_the_engines_counts_are_read_when_scraped(serve):
         preemptions=1,
         buckets=[BucketStats("decode", 8, 10, 70, 10), BucketStats("prefill", 512, 2, 1000, 24)],
     )
-    said = samples(live)
+    values = samples(live)
     expected = {
         ("num_requests_running", ""): 3,
         ("num_requests_waiting", ""): 2,
@@ -53,7 +53,7 @@ def test_the_engines_counts_are_read_when_scraped(serve):
         ("bucket_rows_used_total", "prefill,512"): 1000,
         ("bucket_rows_padded_total", "prefill,512"): 24,
     }
-    assert {name: said[name] for name in expected} == expected
+    assert {name: values[name] for name in expected} == expected
 
 
 def test_the_starts_figures_are_there_once_the_engine_is_ready(serve):
@@ -61,30 +61,30 @@ def test_the_starts_figures_are_there_once_the_engine_is_ready(serve):
     ready, live.engine.ready = live.engine.ready, None
     assert not any(name.startswith(("startup", "memory")) for name, _ in samples(live))
     live.engine.ready = msgspec.structs.replace(ready, phases={"weights": 2.5, "capture": 0.5}, memory={"pages": 4096})
-    said = samples(live)
-    assert said["startup_phase_seconds", "weights"] == 2.5
-    assert said["startup_phase_seconds", "capture"] == 0.5
-    assert said["memory_bytes", "pages"] == 4096
+    values = samples(live)
+    assert values["startup_phase_seconds", "weights"] == 2.5
+    assert values["startup_phase_seconds", "capture"] == 0.5
+    assert values["memory_bytes", "pages"] == 4096
 
 
 def test_requests_are_counted_and_timed(serve):
     live = serve(FakeEngine([1, 2, 3, 200002]))
     live.complete(prompt=[1, 2])
     live.complete(prompt=[1, 2], max_tokens=2, stream=True)
-    live.complete(prompt=[1], stop="$")  # "$" is token 3: the engine is told to abort, the client gets "stop"
-    said = samples(live)
-    assert said["request_success_total", "stop"] == 2
-    assert said["request_success_total", "length"] == 1
-    assert said["prompt_tokens_total", ""] == 5
-    assert said["generation_tokens_total", ""] == 9
+    live.complete(prompt=[1], stop="$")  # "$" is token 3: the engine has to abort, the client gets "stop"
+    values = samples(live)
+    assert values["request_success_total", "stop"] == 2
+    assert values["request_success_total", "length"] == 1
+    assert values["prompt_tokens_total", ""] == 5
+    assert values["generation_tokens_total", ""] == 9
     for name, count in (
         ("time_to_first_token_seconds", 3),
         ("e2e_request_latency_seconds", 3),
         ("inter_token_latency_seconds", 6),
         ("request_queue_time_seconds", 3),
     ):
-        assert said[f"{name}_count", ""] == count, name
-    assert said["request_queue_time_seconds_sum", ""] == 0.75
+        assert values[f"{name}_count", ""] == count, name
+    assert values["request_queue_time_seconds_sum", ""] == 0.75
 
 
 def test_tokens_that_arrive_together_share_their_time(monkeypatch):
@@ -94,9 +94,9 @@ def test_tokens_that_arrive_together_share_their_time(monkeypatch):
     meter = Meter(metrics, 1)
     meter.observe(Delta(0, [1]))
     meter.observe(Delta(0, [1, 2, 3, 4]))
-    said = metrics.render().decode()
-    assert f'mini_vllm:time_to_first_token_seconds_sum{{model_name="{MODEL}"}} 1.0' in said
-    assert f'mini_vllm:inter_token_latency_seconds_sum{{model_name="{MODEL}"}} 0.5' in said
+    text = metrics.render().decode()
+    assert f'mini_vllm:time_to_first_token_seconds_sum{{model_name="{MODEL}"}} 1.0' in text
+    assert f'mini_vllm:inter_token_latency_seconds_sum{{model_name="{MODEL}"}} 0.5' in text
 
 
 def test_a_request_that_runs_out_of_time_counts_as_aborted(serve):

@@ -316,7 +316,7 @@ def test_in_a_chat_too_stop_strings_do_not_count_before_min_tokens(serve, harmon
     assert live.chat(stop=" go", min_tokens=5).json()["choices"][0]["message"]["content"] == "go go"
 
 
-# --- what else may be told ---
+# --- what else a reply may contain ---
 
 
 def test_completion_logprobs_name_tokens_and_their_place_in_the_text(serve, tokenizer):
@@ -329,8 +329,8 @@ def test_completion_logprobs_name_tokens_and_their_place_in_the_text(serve, toke
     assert logprobs["token_logprobs"] == [-0.5] * (2 + len(crab))
     assert len(logprobs["top_logprobs"][0]) == 2
     streamed = [e["choices"][0]["logprobs"] for e in events(live.complete(logprobs=2, stream=True))]
-    assert [t for told in streamed for t in told["tokens"]] == logprobs["tokens"]
-    assert [t for told in streamed for t in told["text_offset"]] == logprobs["text_offset"]
+    assert [t for lists in streamed for t in lists["tokens"]] == logprobs["tokens"]
+    assert [t for lists in streamed for t in lists["text_offset"]] == logprobs["text_offset"]
 
 
 def test_chat_logprobs_concern_the_answer_only(serve, chatty):
@@ -340,7 +340,7 @@ def test_chat_logprobs_concern_the_answer_only(serve, chatty):
     assert content[0]["bytes"] == list(b"Hello")
     assert [len(entry["top_logprobs"]) for entry in content] == [2] * 4
     streamed = [e["choices"][0]["logprobs"] for e in events(live.chat(logprobs=True, top_logprobs=2, stream=True))]
-    assert [entry for told in streamed if told for entry in told["content"]] == content
+    assert [entry for lists in streamed if lists for entry in lists["content"]] == content
     assert live.chat(logprobs=True).json()["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
 
 
@@ -381,6 +381,20 @@ def test_token_ids_stand_where_vllm_puts_them(serve, chatty, harmony):
     streamed = events(live.chat(return_token_ids=True, stream=True))
     assert [e.get("prompt_token_ids") for e in streamed] == [prompt, *[None] * (len(streamed) - 1)]
     assert [t for e in streamed for t in e["choices"][0].get("token_ids", [])] == ids
+
+
+@pytest.mark.parametrize("step", [1, 4, 100])
+def test_token_ids_end_with_the_token_that_completes_a_stop_string(serve, harmony, step):
+    header, text = harmony("<|channel|>final<|message|>"), harmony(" one two three four five")
+    engine = FakeEngine([*header, *text])
+    engine.step = step
+    live = serve(engine)
+    body = {"stop": "three", "return_token_ids": True}
+    for response in (live.complete(**body, max_tokens=20), live.chat(**body)):
+        assert response.json()["choices"][0]["token_ids"] == [*header, *text[:3]]
+    for response in (live.complete(**body, max_tokens=20, stream=True), live.chat(**body, stream=True)):
+        streamed = [token for e in events(response) for token in e["choices"][0].get("token_ids", [])]
+        assert streamed == [*header, *text[:3]]
 
 
 def test_the_model_list(serve, plain):

@@ -24,10 +24,10 @@ def live(serve):
 
 def error(response, status: int) -> dict:
     assert response.status_code == status, response.text
-    told = response.json()["error"]
-    assert set(told) == {"message", "type", "param", "code"}
-    assert told["message"]
-    return told
+    fields = response.json()["error"]
+    assert set(fields) == {"message", "type", "param", "code"}
+    assert fields["message"]
+    return fields
 
 
 @pytest.mark.parametrize(
@@ -74,9 +74,9 @@ def error(response, status: int) -> dict:
     ],
 )
 def test_a_value_out_of_range_or_of_the_wrong_type_is_named(live, field, value):
-    told = error(live.complete(**{field: value}), 400)
-    assert told["type"] == "invalid_request_error"
-    assert told["param"].split("[")[0] == field
+    fields = error(live.complete(**{field: value}), 400)
+    assert fields["type"] == "invalid_request_error"
+    assert fields["param"].split("[")[0] == field
     assert live.engine.submitted == []
 
 
@@ -122,9 +122,9 @@ def test_text_outside_a_small_vocabulary_is_refused(serve):
 
 
 def test_a_prompt_that_does_not_fit_is_refused_with_all_numbers(live):
-    told = error(live.complete(prompt=[1] * 1000, max_tokens=25), 400)
-    assert told["code"] == "context_length_exceeded"
-    assert [number in told["message"] for number in ("1000", "25", "1024")] == [True] * 3
+    fields = error(live.complete(prompt=[1] * 1000, max_tokens=25), 400)
+    assert fields["code"] == "context_length_exceeded"
+    assert [number in fields["message"] for number in ("1000", "25", "1024")] == [True] * 3
     assert error(live.complete(prompt=[1] * 1024), 400)["param"] == "prompt"
     assert error(live.chat(messages=[{"role": "user", "content": "word " * 2000}]), 400)["param"] == "messages"
     assert live.complete(prompt=[1] * 999, max_tokens=25).status_code == 200
@@ -195,8 +195,8 @@ def test_a_body_that_is_no_json_object_is_refused(live, path, body):
 )
 def test_what_this_server_cannot_do_is_refused_not_ignored(live, field, value):
     for response in (live.complete(**{field: value}), live.chat(**{field: value})):
-        told = error(response, 400)
-        assert (told["param"], told["code"]) == (field, "unsupported_parameter")
+        fields = error(response, 400)
+        assert (fields["param"], fields["code"]) == (field, "unsupported_parameter")
     assert live.engine.submitted == []
 
 
@@ -206,9 +206,9 @@ def test_echo_with_logprobs_is_refused(live):
 
 def test_images_are_refused(live):
     image = [{"type": "image_url", "image_url": {"url": "data:,"}}]
-    told = error(live.chat(messages=[{"role": "user", "content": image}]), 400)
-    assert told["param"] == "messages[0].content"
-    assert "image_url" in told["message"]
+    fields = error(live.chat(messages=[{"role": "user", "content": image}]), 400)
+    assert fields["param"] == "messages[0].content"
+    assert "image_url" in fields["message"]
 
 
 def test_values_that_change_nothing_are_accepted(live):
@@ -307,8 +307,8 @@ def test_an_unknown_field_may_hold_anything(live, messages):
 
 
 def test_another_model_is_not_found(live):
-    told = error(live.complete(model="other"), 404)
-    assert (told["param"], told["code"]) == ("model", "model_not_found")
+    fields = error(live.complete(model="other"), 404)
+    assert (fields["param"], fields["code"]) == ("model", "model_not_found")
     assert live.complete(model=MODEL).status_code == 200
 
 
@@ -408,6 +408,6 @@ def test_an_unexpected_exception_is_logged_and_not_told(serve, caplog):
 
     live = serve(FakeEngine(script))
     with caplog.at_level(logging.ERROR, "serve"):
-        told = error(live.complete(), 500)
-    assert told["message"] == "internal error"
+        fields = error(live.complete(), 500)
+    assert fields["message"] == "internal error"
     assert "secret detail" in caplog.text

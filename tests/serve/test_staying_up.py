@@ -79,10 +79,10 @@ def test_requests_in_flight_finish_while_draining(serve):
     body = {"prompt": "x", "stream": True, "max_tokens": 50}
     with live.http.stream("POST", "/v1/completions", json=body) as response:
         text = iter(response.iter_text())
-        said = next(text)
+        text_so_far = next(text)
         live.app.state.draining = True
-        said += "".join(text)
-    assert last_event(said) == "[DONE]"
+        text_so_far += "".join(text)
+    assert last_event(text_so_far) == "[DONE]"
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -175,12 +175,12 @@ def test_a_client_that_goes_away_with_half_its_body_sent_leaves_no_trace(serve, 
 
 @pytest.mark.parametrize("path", ROUTES)
 def test_while_a_long_prompt_is_encoded_the_others_are_served(serve, monkeypatch, path):
-    begun, others_served = threading.Event(), threading.Event()
+    started, others_served = threading.Event(), threading.Event()
     encode = Tokenizer.encode
 
     def slow(self, text, limit=None):
         if text.startswith("long"):
-            begun.set()
+            started.set()
             assert others_served.wait(5)
         return encode(self, text, limit)
 
@@ -190,7 +190,7 @@ def test_while_a_long_prompt_is_encoded_the_others_are_served(serve, monkeypatch
     body = {"prompt": text} if path == "/v1/completions" else {"messages": [{"role": "user", "content": text}]}
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(live.http.post, path, json=body)
-        assert begun.wait(5)
+        assert started.wait(5)
         assert live.complete().status_code == 200
         others_served.set()
         assert answer.result().status_code == 200

@@ -30,9 +30,9 @@ def cut(tokens: list[int], cuts: list[int]) -> list[list[int]]:
 def ends_first(text: str, stops: list[str]) -> str:
     """The definition: cut at the stop string completed first, the longest of those completed there."""
     for end in range(1, len(text) + 1):
-        found = [stop for stop in stops if text[:end].endswith(stop)]
-        if found:
-            return text[: end - max(map(len, found))]
+        completed = [stop for stop in stops if text[:end].endswith(stop)]
+        if completed:
+            return text[: end - max(map(len, completed))]
     return text
 
 
@@ -87,7 +87,7 @@ CHATTY = st.lists(
 
 @given(tokens=CHATTY.filter(bool), cuts=st.lists(st.integers(0, 40), max_size=8), stops=STOPS, stopped=st.booleans())
 def test_a_chat_says_the_same_however_its_tokens_arrive(tokens, cuts, stops, stopped):
-    def told(pieces: list[list[int]]) -> tuple:
+    def reading(pieces: list[list[int]]) -> tuple:
         choice = ChatChoice(0, ChatRequest(messages=[]), StopStrings(stops), TOKENIZER, [])
         parts, last = [], "stop" if stopped else "length"
         for piece in pieces:
@@ -97,10 +97,10 @@ def test_a_chat_says_the_same_however_its_tokens_arrive(tokens, cuts, stops, sto
         words = ["".join(getattr(part.delta, name) or "" for part in parts) for name in ("content", "reasoning")]
         return *words, parts[-1].finish_reason, choice.completion_tokens, choice.reasoning_tokens
 
-    at_once = told([tokens])
-    assert told([piece for piece in cut(tokens, cuts) if piece]) == at_once
+    at_once = reading([tokens])
+    assert reading([piece for piece in cut(tokens, cuts) if piece]) == at_once
     messages = parse(tokens[:-1] if stopped else tokens, TOKENIZER)
-    content = "".join(said for segment, said in messages if segment.kind == "content")
+    content = "".join(text for segment, text in messages if segment.kind == "content")
     assert at_once[0] == ends_first(content, stops)
 
 

@@ -1,4 +1,4 @@
-"""Calls of functions through the official client: streamed or not, demanded or free, and what the model is told."""
+"""Calls of functions through the official client: streamed or not, demanded or free, and the prompt."""
 
 import json
 
@@ -91,14 +91,14 @@ def test_without_a_choice_of_tools_none_is_offered_and_none_is_called(serve, cal
     ],
 )
 @pytest.mark.parametrize("step", [1, 100])
-def test_a_demanded_call_is_begun_for_the_model(serve, harmony, tokenizer, tool_choice, tools, header, answer, step):
+def test_a_demanded_call_is_prefilled(serve, harmony, tokenizer, tool_choice, tools, header, answer, step):
     engine = FakeEngine(harmony(answer))
     engine.step = step
     live = serve(engine)
-    begun = call_header(tokenizer, header) if header else any_call_header(tokenizer)
+    prefilled = call_header(tokenizer, header) if header else any_call_header(tokenizer)
     ask = {"messages": USER, "tools": tools, "tool_choice": tool_choice}
     choice = live.chat(**ask).json()["choices"][0]
-    assert engine.submitted[0][0][-len(begun) :] == begun
+    assert engine.submitted[0][0][-len(prefilled) :] == prefilled
     (call,) = choice["message"]["tool_calls"]
     assert call["function"] == {"name": "get_weather", "arguments": '{"place": "Oslo"}'}
     assert choice["finish_reason"] == "tool_calls"

@@ -57,7 +57,7 @@ def prefill_add_norm(x: Tensor, expert_outputs: Tensor, norm: Norm, peers: Peers
 def decode_add_norm_route(
     x: Tensor, delta: Tensor, norm: Norm, router: Router, peers: Peers
 ) -> tuple[Tensor, Tensor, Routing]:
-    """x [T, H] + delta [T, H], which `decode_linear_partial` made, and sent to the other ranks; its norm; and routing.
+    """x [T, H] + delta [T, H], which `decode_linear_partial` computed and sent to the others; its norm; and routing.
 
     -> x, h [T, H] bf16, routing.
     """

@@ -210,9 +210,9 @@ __device__ void find_top(Shared& shared, uint64_t* candidates, const Range& rang
     __syncthreads();
     if (warp == 0) {  // a first bound: the TOP-th best of the warps, 0 where fewer have tokens
         const uint64_t key = shared.warp_keys[lane];
-        const uint32_t found = __ballot_sync(ALL, greater_than(key, shared.warp_keys, WARPS) == TOP - 1);
-        const uint64_t bound = __shfl_sync(ALL, key, found ? __ffs(found) - 1 : 0);
-        if (lane == 0) shared.bound = found ? bound : 0;
+        const uint32_t reached = __ballot_sync(ALL, greater_than(key, shared.warp_keys, WARPS) == TOP - 1);
+        const uint64_t bound = __shfl_sync(ALL, key, reached ? __ffs(reached) - 1 : 0);
+        if (lane == 0) shared.bound = reached ? bound : 0;
     }
     __syncthreads();
     if (best != 0 && best >= shared.bound) shared.groups[atomicAdd(&shared.group_count, 1)] = best;
@@ -420,7 +420,7 @@ __device__ __forceinline__ uint32_t filter(Shared& shared, const Row& row, const
     }
     int turn = 0;
     if (row.by_count) least = threshold<false>(shared, values, range, peak, 0, row.top_k, 1.0f, turn, exchange);
-    // Nothing below top_k's threshold can be the threshold of top_p, which is a share of the mass that top_k left.
+    // Nothing below top_k's threshold can be the threshold of top_p, a fraction of the mass that top_k left.
     if (row.by_mass) least = threshold<true>(shared, values, range, peak, least, 0, row.top_p, turn, exchange);
     return least;
 }
