@@ -25,8 +25,9 @@ from engine.architecture import Architecture
 from engine.parallel import Ranks
 from engine.start import Engine, start
 from graphs.buckets import Bucket
-from graphs.buffers import Staging
+from graphs.buffers import DecodeInputs, Staging
 from graphs.capture import prepare_cpu_process
+from graphs.plan import full_step
 from kernels.ops import TokenPlaces
 
 
@@ -46,6 +47,7 @@ def chosen_experts(built: Engine, bucket: Bucket, staging: Staging) -> int:
     model, buffers = built.model, built.buffers
     buffers.words.copy_(staging.words)
     inputs = buffers.inputs[bucket]
+    assert isinstance(inputs, DecodeInputs)
     places = TokenPlaces(inputs.positions, inputs.slots)
     tokens, _ = model.advance(buffers, places, inputs.new_pages)
     counts: list[int] = []
@@ -63,25 +65,12 @@ def step_ms(built: Engine, bucket: Bucket, context: int, launches: int = 40, sam
     """
     buffers, vocab = built.buffers, built.ready.vocab_size
     staging = buffers.staging()
-    inputs = staging.inputs[bucket]
     slots = bucket.tokens if bucket.kind == "decode" else bucket.tokens // context
     width = -(-context // PAGE_TOKENS)
     pages = torch.randperm(buffers.keys.shape[1] - 1, device=buffers.device)[: slots * width] + 1
     buffers.page_table[:slots, :width] = pages.view(slots, width)
     buffers.last_token[:slots] = torch.randint(0, vocab, (slots,), device=buffers.device)
-    if bucket.kind == "decode":
-        inputs.slots[:] = range(bucket.tokens)
-        inputs.positions[:], inputs.new_pages[:] = context - 1, -1
-    else:
-        padding = bucket.tokens - slots * context  # tokens of no prompt
-        inputs.tokens[:] = torch.randint(0, vocab, (bucket.tokens,)).numpy()
-        inputs.positions[:] = list(range(context)) * slots + [0] * padding
-        inputs.slots[:] = [slot for slot in range(slots) for _ in range(context)] + [buffers.padding_slot] * padding
-        inputs.sequence_slots[:] = inputs.sample_slots[:] = buffers.padding_slot
-        inputs.sequence_slots[:slots] = inputs.sample_slots[:slots] = range(slots)
-        inputs.page_table[:slots, :width] = buffers.page_table[:slots, :width].cpu().numpy()
-        inputs.last[:slots] = [context * (n + 1) - 1 for n in range(slots)]
-        inputs.sampling.repetition_penalty[:] = inputs.sampling.top_p[:] = 1
+    buffers.fill(full_step(bucket, context, slots, vocab, pages.tolist()), bucket, staging)
     synchronize(built)
     if bucket.kind == "decode":
         buffers.sampling.repetition_penalty.fill_(1)
@@ -120,7 +109,8 @@ def measure(config: Config, ranks: Ranks, device: torch.device, context: int) ->
     step_ms(built, built.buffers.buckets.decode[0], 1, 2, 1)  # warm
     rows = []
     for bucket in built.buffers.buckets.all:
-        rows.append(row := {"kind": bucket.kind, "size": bucket.tokens})
+        row: dict[str, Any] = {"kind": bucket.kind, "size": bucket.tokens}
+        rows.append(row)
         if bucket.kind == "decode":
             length = min(context, built.ready.max_context, pages // bucket.tokens * PAGE_TOKENS)
             ms, experts = step_ms(built, bucket, length, *effort)
