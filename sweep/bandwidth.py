@@ -27,8 +27,8 @@ def seconds(run: Callable[[], object]) -> float:
         run()
         end.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times)
+        times.append(start.elapsed_time(end))
+    return float(statistics.median(times)) / 1e3
 
 
 def read_bandwidth() -> float:

@@ -22,11 +22,8 @@ import triton
 
 from conf.schema import BucketsConfig, Config, KernelsConfig, ModelConfig, RandomShape, Weights
 from engine.architecture import Architecture
-from engine.core import Core
 from engine.messages import Submit
-from engine.pages import PagePool
 from engine.parallel import Ranks
-from engine.scheduler import Scheduler
 from engine.start import start
 from graphs.plan import SamplingParams
 from sweep.bandwidth import read_bandwidth, seconds
@@ -59,8 +56,7 @@ def engine(shape, decode_rows, prefill_tokens, max_context, ranks, device):
 @torch.inference_mode()
 def loop_ms(built, prompt=1024, tokens=400) -> float:
     """Milliseconds a token of one request through the whole engine loop, without HTTP; median of hundreds."""
-    scheduler = Scheduler(PagePool(built.ready.pages), built.buffers.buckets, built.ready.max_context)
-    core = Core(scheduler, built.buffers, built.steps, lambda *_: None, lambda _: None)
+    core = built.core(lambda _: None)
     sampling = SamplingParams(max_tokens=tokens, temperature=0.0, seed=0)
     core.handle(Submit(0, torch.randint(0, 199000, (prompt,)).tolist(), sampling))
     ends = []
