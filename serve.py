@@ -27,7 +27,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.limits import PAGE_TOKENS
-from conf.schema import Config, ConfigError, Weights, load, one_line, register
+from conf.schema import Config, ConfigError, load, one_line, register
+from demo.bundle import with_demo_folder
 from engine.messages import Ready
 from serve.app import create_app
 from serve.client import EngineClient
@@ -107,13 +108,10 @@ def start_rank(config: Config, rank: int, run_folder: str) -> None:
     """The process of a rank; never returns."""
     from engine.rank import run_rank  # here, so that only the ranks pay for torch
 
-    if config.model.weights is Weights.demo:
-        from demo.bundle import demo_folder
-
-        try:
-            config = config.with_checkpoint(demo_folder())
-        except ValueError as error:
-            sys.exit(f"ERROR rank {rank}: cannot start: {error}")
+    try:
+        config = with_demo_folder(config)
+    except ConfigError as error:
+        sys.exit(f"ERROR rank {rank}: cannot start: {error}")
     run_rank(config, rank, run_folder)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from conf.limits import ENDOFTEXT, RETURN, VOCABULARY
-from conf.schema import ConfigError
+from conf.schema import Config, ConfigError, Weights
 
 SHIPPED = Path(__file__).with_name("model.safetensors")
 TOKENS = "token_ids"  # [rows - 1] int32, the token of each row but the last
@@ -113,6 +113,14 @@ def expand(data: bytes, config: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def with_demo_folder(config: Config) -> Config:
+    """The configuration that the engine takes: the demo model as a checkpoint folder, other models as they are.
+
+    Raises ConfigError as `demo_folder` does.
+    """
+    return config.with_checkpoint(demo_folder()) if config.model.weights is Weights.demo else config
 
 
 def demo_folder(shipped: Path = SHIPPED) -> Path:

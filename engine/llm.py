@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from conf.limits import END_OF_TURN
-from conf.schema import Config, ConfigError, ServerConfig, Weights, compose
-from demo.bundle import demo_folder
+from conf.schema import Config, ConfigError, ServerConfig, compose
+from demo.bundle import with_demo_folder
 from engine.channel import StepChannel
 from engine.core import Core
 from engine.messages import Abort, Delta, FinishReason, FromEngine, StepReport, Submit, TokenLogprobs
@@ -68,8 +68,7 @@ class LLM:
         config = compose(overrides)
         if replace(config.server, log_level=ServerConfig.log_level) != ServerConfig():
             raise ConfigError("server: got keys that have no effect offline, allowed: server.log_level")
-        if config.model.weights is Weights.demo:
-            config = config.with_checkpoint(demo_folder())
+        config = with_demo_folder(config)
         self._folder = tempfile.TemporaryDirectory(prefix="mini-vllm-")
         spawn = multiprocessing.get_context("spawn")
         self._others = [

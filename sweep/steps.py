@@ -17,16 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_module
 
 from conf.limits import PAGE_TOKENS
-from conf.schema import Config, Device, load, register
+from conf.schema import Config, ConfigError, compose
+from demo.bundle import with_demo_folder
 from engine.architecture import Architecture
 from engine.parallel import Ranks
-from engine.start import Engine, start
+from engine.start import Engine, device_of, start
 from graphs.buckets import Bucket
 from graphs.buffers import DecodeInputs, Staging
-from graphs.capture import prepare_cpu_process
 from graphs.plan import full_step
 from kernels.ops import TokenPlaces
 
@@ -134,12 +133,7 @@ def measure(config: Config, ranks: Ranks, device: torch.device, context: int) ->
 
 def _rank(config: Config, rank: int, folder: str, context: int, out: Any) -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: an interrupted sweep leaves nothing behind
-    if torch.cuda.is_available() and config.kernels.device is not Device.cpu:
-        device = torch.device("cuda", rank)
-        torch.cuda.set_device(device)
-    else:
-        prepare_cpu_process()
-        device = torch.device("cpu")
+    device = device_of(config, rank)
     figures = measure(config, Ranks(rank, config.tp, Path(folder)), device, context)
     if rank == 0:
         out.send(figures)
@@ -148,9 +142,10 @@ def _rank(config: Config, rank: int, folder: str, context: int, out: Any) -> Non
 def main() -> None:
     """Time the steps on `tp` ranks and print rank 0's figures."""
     context, *overrides = sys.argv[1:]
-    register()
-    with initialize_config_module("conf", version_base="1.3"):
-        config = load(compose("config", overrides=overrides))
+    try:
+        config = with_demo_folder(compose(overrides))
+    except ConfigError as error:
+        sys.exit(str(error))
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as folder:

@@ -55,6 +55,15 @@ def test_every_bucket_is_timed_at_a_context_that_its_shape_holds(tp):
     assert found["steps"][1]["experts_per_layer"] <= 4
 
 
+def test_the_demo_models_steps_are_timed_too():
+    small = ["buckets.decode_rows=[1]", "buckets.prefill_tokens=[64]", "buckets.pages=4", "kernels.device=cpu"]
+    done = subprocess.run(
+        [sys.executable, "-m", "sweep.steps", "32", *small], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert [step["kind"] for step in json.loads(done.stdout.splitlines()[-1])["steps"]] == ["decode", "prefill"]
+
+
 def test_what_cannot_start_says_why():
     done = subprocess.run(
         [sys.executable, "-m", "sweep.steps", "64", "model=gpt-oss-20b", "model.path=/nowhere"],
