@@ -13,7 +13,7 @@ OURS = ("conf", "kernels", "graphs", "engine", "serve", "demo", "sweep", "tests"
 # What the files of a folder may import of ours. Of two folders that hold a file the deeper one counts.
 ALLOWED = {
     "conf": ("conf",),
-    "kernels": ("kernels", "conf.limits"),
+    "kernels": ("kernels",),
     "graphs": ("graphs", "conf", "kernels"),
     "engine": ("engine", "conf", "kernels", "graphs"),
     "serve": ("serve", "conf", "graphs.plan", "graphs.buckets", "engine"),

@@ -30,7 +30,7 @@ SHAPE = RandomShape(
     sliding_window=16,
 )
 TINY = Architecture.from_random_shape(SHAPE)
-# Dimension along which the ranks' shares lie; None: the same on every rank.
+# Dimension along which the ranks' shards lie; None: the same on every rank.
 SHARDED = {
     "qkv_weight": 0,
     "qkv_bias": 0,
@@ -63,10 +63,10 @@ def assert_same(left: ModelWeights, right: ModelWeights) -> None:
 
 
 def assert_ranks_make(ranks: list[ModelWeights], whole: ModelWeights, a: Architecture) -> None:
-    """The ranks' shares side by side are the whole, lm_head's then zeros."""
-    shares, heads = [named(rank) for rank in ranks], (a.heads, a.kv_heads, a.kv_heads)
+    """The ranks' shards side by side are the whole, lm_head's then zeros."""
+    shards, heads = [named(rank) for rank in ranks], (a.heads, a.kv_heads, a.kv_heads)
     for path, full in named(whole).items():
-        name, parts = path.split(".")[-1], [share[path] for share in shares]
+        name, parts = path.split(".")[-1], [shard[path] for shard in shards]
         if name in FIRST_RANK_ONLY:
             assert torch.equal(parts[0], full), path
             assert all(part.shape == full.shape and not part.any() for part in parts[1:]), path
@@ -250,8 +250,8 @@ def test_every_nibble_is_as_likely():
     blocks = random_tensor(name, tensor_specs(TINY)[name], TINY.layers, 0, "cpu")
     for nibbles in (blocks & 15, blocks >> 4):
         for column in nibbles.reshape(-1, 16).T:  # each byte of the eight that one draw fills
-            share = torch.bincount(column.long(), minlength=16) / len(column)
-            assert (share - 1 / 16).abs().max() < 0.03
+            frequency = torch.bincount(column.long(), minlength=16) / len(column)
+            assert (frequency - 1 / 16).abs().max() < 0.03
 
 
 def test_expert_weights_deviate_by_the_root_of_their_fan_in():
