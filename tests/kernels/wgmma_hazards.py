@@ -16,6 +16,7 @@ LABEL = re.compile(r"(\.L_x_\d+):")
 INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z0-9_.a-z]+)\s*(.*?)\s*;")
 PRODUCT = re.compile(r"HGMMA\.64x(\d+)x16\.F32\.BF16")
 REGISTER = re.compile(r"(?<![A-Z])R(\d+)")
+MOST_GROUPS = 8  # that are told apart; wgmma.wait_group leaves at most 7
 PREDICATE = re.compile(r"U?P(?:\d|T|R)$")
 
 
@@ -145,7 +146,10 @@ def _after(instruction: Instruction, state: State) -> State:
     if product := _product(instruction):
         uncommitted = state.uncommitted | {product}
         if "gsb0" in instruction.operands:
-            return State((*state.groups, uncommitted))
+            groups = (*state.groups, uncommitted)
+            if len(groups) > MOST_GROUPS:  # a loop without a wait: the oldest are one, so that states are finite
+                groups = (groups[0] | groups[1], *groups[2:])
+            return State(groups)
         return State(state.groups, uncommitted)
     if instruction.name.startswith("WARPGROUP.DEPBAR"):
         left = int(instruction.operands.split(",")[1], 16)
