@@ -211,7 +211,7 @@ class Loop:
         assert SCRATCH_PAGE not in holders
         assert len(holders) == self.scheduler.pool.used
         for request in running:
-            for page in request.pages[request.offered :]:
+            for page in request.pages[request.registered :]:
                 assert holders[page] == 1
         slots = [request.slot for request in running]
         assert len(set(slots)) == len(slots)
