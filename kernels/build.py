@@ -228,7 +228,7 @@ def _nvcc(nvcc: str, source: Path, options: list[str]) -> bytes:
         command = [nvcc, "-cubin", target, *options, f"-I{INCLUDE}", "-o", str(out), str(source)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
-            raise BuildError(f"{source.name} does not compile:\n{result.stderr}")
+            raise BuildError(f"{source.parent.name}/{source.name} does not compile:\n{result.stderr}")
         return out.read_bytes()
 
 
@@ -236,7 +236,7 @@ def _nvrtc(source: Path, options: list[str]) -> bytes:
     try:
         from cuda.core import Program, ProgramOptions
     except ImportError as error:
-        raise BuildError(f"{source.name}: neither nvcc nor NVRTC (cuda-core) is installed") from error
+        raise BuildError(f"{source.parent.name}/{source.name}: neither nvcc nor NVRTC (cuda-core) is installed") from error
     defines = [tuple(option[2:].split("=")) for option in options if option.startswith("-D")]
     settings = ProgramOptions(
         arch=f"sm_{ARCHITECTURE}",
@@ -249,7 +249,7 @@ def _nvrtc(source: Path, options: list[str]) -> bytes:
     try:
         return bytes(Program(source.read_text(), "c++", settings).compile("cubin").code)
     except Exception as error:  # cuda-core raises several kinds; all of them carry the compiler's log
-        raise BuildError(f"{source.name} does not compile:\n{error}") from error
+        raise BuildError(f"{source.parent.name}/{source.name} does not compile:\n{error}") from error
 
 
 def _argument(value: Argument) -> tuple[Any, Any]:
