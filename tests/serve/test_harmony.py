@@ -391,7 +391,7 @@ def test_a_message_cut_anywhere_is_told_as_far_as_it_came(message, at):
             # The last character may be incomplete, and is then replaced.
             assert text.startswith(read_text.rstrip("\ufffd"))
         else:
-            assert read_text == " to"  # may begin a text as well as a header
+            assert (segment.channel, read_text) == (None, " to")  # may begin a text as well as a header
 
 
 def bytes_alone(tokens: list[int]) -> list[int]:
@@ -480,21 +480,35 @@ def test_no_text_is_lost_whatever_the_model_says(tokens):
 
 
 @pytest.mark.parametrize(
-    "header", ["<|start|>assistant", "<|channel|>", "<|channel|>comment", "<|channel|>final <|constrain|>json", " to="]
+    "header",
+    [
+        "<|start|>assistant",
+        "<|channel|>",
+        "<|channel|>comment",
+        "<|channel|>final <|constrain|>json",
+        " to=",
+        "<|channel|>commentary to=all",
+    ],
 )
 def test_a_header_cut_short_begins_no_message(header):
     parser = Parser(TOKENIZER, functions=OFFERED)
     assert [event for event in [*map(parser.feed, ids(header)), parser.finish()] if event] == []
 
 
-@given(
-    start=st.sampled_from(["", "<|start|>", "<|channel|>", "<|channel|>final <|constrain|>"]),
-    word=st.text("aé\u4e2d", min_size=100),
-)
-def test_a_header_too_long_reads_the_same_however_it_was_cut_into_tokens(start, word):
-    for text in (f"{word} to=now{{", f" to={word}{{", f"json {word}"):
-        tokens = [*ids(start), *TOKENIZER.encode(text)]
+@pytest.mark.parametrize("start", ["", "<|start|>assistant", "<|channel|>final", "<|channel|>"])
+def test_a_header_too_long_reads_the_same_however_it_was_cut_into_tokens(start):
+    for letters in range(115, 135):
+        tokens = [*ids(start), *TOKENIZER.encode(f" to={'a' * letters}({{ no more")]
         assert parse(bytes_alone(tokens), TOKENIZER, OFFERED) == parse(tokens, TOKENIZER, OFFERED)
+
+
+@given(message=spoken())
+def test_an_event_names_the_tokens_of_its_text(message):
+    parser, tokens = Parser(TOKENIZER, functions=OFFERED), message[0]
+    for event in [*map(parser.feed, tokens), parser.finish()]:
+        if event and event.text and event.text.isascii():
+            assert event.text in TOKENIZER.decode(tokens[event.start : event.stop], skip_special=True)
+            assert event.text not in TOKENIZER.decode(tokens[event.start + 1 : event.stop], skip_special=True)
 
 
 def test_text_in_place_of_a_channel_names_none():
