@@ -1,8 +1,11 @@
 """Anthropic's Messages API through its official client: create, stream, tools, thinking sent back, counts, refusals."""
 
+import contextlib
+import copy
 import json
 
 import anthropic
+import httpx
 import pytest
 from anthropic.types import ErrorResponse, Message, MessageTokensCount, RawMessageStreamEvent
 from hypothesis import given, settings
@@ -181,7 +184,7 @@ def test_an_answer_cut_by_max_tokens_says_so(serve, harmony):
 
 def test_an_answer_cut_by_the_context_says_so_and_is_not_refused(serve, harmony):
     live = serve(FakeEngine(harmony("<|channel|>final<|message|>" + "go " * 1000)))
-    message = create(live, max_tokens=32_000)
+    message = create(live, max_tokens=20_000)
     (prompt, sampling), *_ = live.engine.submitted
     assert sampling.max_tokens == 1024 - len(prompt)
     assert message.stop_reason == "model_context_window_exceeded"
@@ -409,7 +412,7 @@ def test_a_last_message_of_the_assistant_is_gone_on_with(serve, harmony, tokeniz
 
 def test_sampling_parameters_reach_the_engine(serve, harmony):
     live = serve(FakeEngine(harmony(ANSWER)))
-    create(live, temperature=0.5, top_p=0.25, top_k=7, max_tokens=9)
+    assert post(live, temperature=0.5, top_p=0.25, top_k=7, max_tokens=9).status_code == 200
     sampling = live.engine.submitted[0][1]
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_tokens) == (0.5, 0.25, 7, 9)
     assert sampling.stop_token_ids == (200002, 199999, 200012)
@@ -534,6 +537,21 @@ def test_a_request_that_takes_too_long_is_told_so(serve, harmony):
     assert engine.running == set()
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_aborts_its_request(serve, harmony, stream):
+    engine = FakeEngine(harmony("<|channel|>final<|message|>" + "go " * 900), max_context=5000)
+    engine.delay = 0.005
+    live = serve(engine)
+    body = {"max_tokens": 2000, "messages": USER, "stream": stream}
+    with (
+        contextlib.suppress(httpx.ReadTimeout),
+        live.http.stream("POST", "/v1/messages", json=body, timeout=0.1) as response,
+    ):
+        next(response.iter_text())
+    live.eventually(lambda: engine.aborted == [0])
+    assert engine.running == set()
+
+
 def test_a_key_may_come_in_either_header(serve, harmony, tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("first\nsecond\n")
@@ -640,7 +658,7 @@ BODY = {
 @st.composite
 def bodies(draw):
     """A valid body in which a few values, at any depth, are others, or are gone."""
-    body = json.loads(json.dumps(BODY))
+    body = copy.deepcopy(BODY)
     for _ in range(draw(st.integers(1, 3))):
         place = body
         while True:
@@ -652,7 +670,7 @@ def bodies(draw):
                 place = place[key]
                 continue
             if draw(st.integers(0, 4)):
-                place[key] = draw(JSON | st.sampled_from(BLOCKS) | st.sampled_from([BODY["messages"], TOOLS, BLOCKS]))
+                place[key] = copy.deepcopy(draw(JSON | st.sampled_from([*BLOCKS, BODY["messages"], TOOLS, BLOCKS])))
             else:
                 del place[key]
             break
