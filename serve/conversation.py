@@ -48,7 +48,7 @@ def prefilled_call(request: ChatRequest, tokenizer: Tokenizer) -> list[int]:
 
 
 def conversation_turns(messages: list[ChatMessage]) -> list[Turn]:
-    """Messages as harmony takes them.
+    """Messages as harmony takes them; an assistant's message may be empty, as an answer that was cut short is.
 
     Raises ApiError 400 for content that is not text, and for the answer to a call that no earlier message contains.
     """
@@ -63,7 +63,7 @@ def conversation_turns(messages: list[ChatMessage]) -> list[Turn]:
             raise unsupported("function_call is not supported: use tool_calls", f"{field}.function_call")
         if calls and message.role != "assistant":
             raise ApiError(400, f"a message of the role {message.role} cannot have tool_calls", f"{field}.tool_calls")
-        if content is None and not (message.role == "assistant" and (reasoning or calls)):
+        if content is None and message.role != "assistant":
             raise ApiError(400, f"a message of the role {message.role} needs content", f"{field}.content")
         name = ""
         if message.role == "tool":

@@ -8,7 +8,7 @@ any tokens.
 
 import datetime
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -68,19 +68,20 @@ def render(
     """The prompt for the assistant's next message; it ends with `<|start|>assistant`.
 
     System and developer turns become developer messages, as in OpenAI's chat template. Functions are described in the
-    first message, or in a developer message before it. Reasoning before the last user message is dropped: the model was
-    trained to see only the reasoning since then, between its calls and their answers. Rendering stops early once there
-    are more than `limit` ids.
+    first message, or in a developer message before it. Reasoning is dropped once a final answer of the assistant
+    follows, its own or a later one: content without a call. An assistant's turn without anything leaves no trace.
+    Rendering stops early once there are more than `limit` ids.
 
     Raises ValueError for functions that cannot be described.
     """
     ids, tools = _system_message(effort, today, tokenizer, functions)
     if tools and not (turns and turns[0].role in ("system", "developer")):
         ids += _message(tokenizer, limit, "developer", tools)
-    last_user = max((i for i, turn in enumerate(turns) if turn.role == "user"), default=-1)
+    finals = [i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.content and not turn.calls]
+    last_final = finals[-1] if finals else -1
     for i, turn in enumerate(turns):
         if turn.role == "assistant":
-            if turn.reasoning and i > last_user:
+            if turn.reasoning and i > last_final:
                 ids += _message(tokenizer, limit, "assistant", turn.reasoning, "analysis")
             if turn.content:  # before a call it is a preamble
                 ids += _message(tokenizer, limit, "assistant", turn.content, "commentary" if turn.calls else "final")
@@ -146,6 +147,7 @@ def _system_message(
 
 
 SegmentKind = Literal["content", "reasoning", "call", "hidden"]
+_READERS = (None, "all", "user", "assistant")  # recipients whose messages are for the client
 
 
 @dataclass(frozen=True)
@@ -154,28 +156,32 @@ class Segment:
 
     role: str = "assistant"
     channel: str | None = None
-    recipient: str | None = None  # a tool, where the message is a call
+    recipient: str | None = None  # as the model wrote it
     content_type: str | None = None
+    function: str = ""  # the offered function that the recipient names; empty where the message is no call
 
     @cached_property
     def kind(self) -> SegmentKind:
-        """What its text is to the client; "hidden" is not for the client at all.
+        """What its text is to the client; "hidden" is a message for or by somebody else.
 
         A preamble (commentary without a recipient) is content: the format describes it as written for the user. So is
         text on an unknown channel or without one: the client pays for it. A function may be called on any channel.
-        Messages to other tools are hidden, and messages that the model invents for other roles.
+        Calls of what was not offered are hidden, and messages that the model invents for other roles.
         """
-        if self.role == "assistant" and self.function:
+        if self.role != "assistant":
+            return "hidden"
+        if self.function:
             return "call"
-        if self.role != "assistant" or self.recipient not in (None, "all", "user", "assistant"):
+        if self.recipient not in _READERS:
             return "hidden"
         return "reasoning" if self.channel == "analysis" else "content"
 
     @property
-    def function(self) -> str:
-        """The name of the called function; empty where the message is no call of a function."""
-        recipient = self.recipient or ""
-        return recipient.removeprefix(FUNCTIONS) if recipient.startswith(FUNCTIONS) else ""
+    def told(self) -> str:
+        """What a hidden message is, in words to which its text is added: a reply must not lose it without a word."""
+        if self.role != "assistant":
+            return f"The model wrote a message of {self.role}: "
+        return f"The model called {self.recipient}, which was not offered: "
 
 
 class Event(NamedTuple):
@@ -190,19 +196,34 @@ class Event(NamedTuple):
     stop: int
 
 
+def offered_function(recipient: str, offered: Collection[str]) -> str:
+    """The offered function that a recipient names; empty where it names none.
+
+    The prefix may be missing, and signs may stand around the name, as in `get_weather()`.
+    """
+    for name in (recipient.removeprefix(FUNCTIONS), recipient, _DECORATION.sub("", recipient).removeprefix(FUNCTIONS)):
+        if name in offered and recipient not in _READERS:
+            return name
+    return ""
+
+
+_DECORATION = re.compile(r"^\W+|\W+$")
+_ROLES = ("assistant", "user", "system", "developer")
 _CHANNELS = ("analysis", "commentary", "final")
+_TOOLS = ("functions", "browser", "python")  # where the name of a recipient that the model was trained on begins
 _MAX_FIELD = 128  # characters; longer text without <|message|> is the text of a message
-# The fields of a header, by the token they follow: <|start|>; a message's end, or the prompt's `<|start|>assistant`;
-# <|channel|>; <|constrain|>. The role is optional after a message's end: it can only be the assistant's.
-_ROLE = re.compile(
-    r"(?P<role>assistant|user|system|developer|(?:functions|browser|python)[\w.-]*)?(?:\s+to=(?P<recipient>\S*))?"
-)
-_OPTIONAL_ROLE = re.compile(r"(?:assistant)?(?:\s*to=(?P<recipient>\S*))?")
-_CHANNEL = re.compile(
-    r"\s*(?P<channel>analysis|commentary|final|[\w-]*)(?:\s+to=(?P<recipient>\S*)(?:\s+(?P<content_type>\S+))?)?"
-)
-_CONTENT_TYPE = re.compile(r"\s*(?P<content_type>\S*)")
-_UNKNOWN_CHANNEL = re.compile(r"[\w-]+(\s+(t|to|to=\S*( +\S*)?)?)?")
+# A header's fields begin with <|start|>, with a message's end (or the prompt's `<|start|>assistant`), with <|channel|>
+# or with <|constrain|>; each begins with the pattern named here. A recipient may follow, then a content type. The role
+# is optional after a message's end: it can only be the assistant's.
+_ROLE = re.compile(rf"(?P<role>{'|'.join(_ROLES)}|(?:{'|'.join(_TOOLS)})[\w.-]*)?")
+_OPTIONAL_ROLE = re.compile(r"(?:assistant)?")
+_CHANNEL = re.compile(rf"\s*(?P<channel>{'|'.join(_CHANNELS)}|[\w-]*)")
+_CONTENT_TYPE = re.compile(r"\s*(?P<content_type>[\w./+-]*)")
+_RECIPIENT = re.compile(r"\s*to=(?P<recipient>[^\s{\[]*)")
+_WORD = re.compile(r"\s*[\w./+-]+\s*")  # a content type, if <|message|> or <|constrain|> follows
+# Where they do not follow, only these are content types: behind a recipient, and on a message without one.
+_TYPE_OF_CALL = re.compile(r"\s*(?P<content_type>json|code)(?=[\s{\[]|$)")
+_TYPE_OF_TEXT = re.compile(r"\s+(?P<content_type>json)(?=\s*[{\[])")
 
 
 class Parser:
@@ -213,11 +234,17 @@ class Parser:
     - <|end|>, <|return|>, <|call|> and <|endoftext|> end it too; the header that follows needs no <|start|>.
     - <|message|> ends the header; in a text it is ignored, as are all other control tokens.
     - Text that cannot belong to a header is the text of a message whose <|message|> was left out.
+
+    What is read depends on the text between control tokens, not on how it was cut into tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prefilled: Iterable[int] = ()) -> None:
-        """`prefilled`: tokens of the assistant's message that already stand in the prompt."""
+    def __init__(self, tokenizer: Tokenizer, prefilled: Iterable[int] = (), functions: Iterable[str] = ()) -> None:
+        """`prefilled`: tokens of the assistant's message that already stand in the prompt.
+
+        `functions`: the names that were offered; only their calls are calls.
+        """
         self._token_bytes = tokenizer.token_bytes
+        self._functions = frozenset(functions)
         self._position = 0
         self._segment: Segment | None = None  # None: in a header
         self._decoder = utf8_decoder()
@@ -232,7 +259,10 @@ class Parser:
         return self._segment
 
     def feed(self, token: int) -> Event | None:
-        """The next generated token. An event's text is empty while a character is incomplete."""
+        """The next generated token. An event's text is empty while a character is incomplete.
+
+        Every message has an event, the first one perhaps without text.
+        """
         position = self._position
         self._position += 1
         if token < FIRST_SPECIAL:
@@ -241,34 +271,30 @@ class Parser:
                 return Event(self._segment, text, position, self._position)
             return self._header_text(text, position)
         if token == MESSAGE:
-            if self._segment:
-                return None
-            self._segment = Segment(**self._fields)
-            self._decoder.reset()
-            return Event(self._segment, "", self._position, self._position)  # a call may have no text
+            return None if self._segment else self._end_header()
         if token in (START, END, RETURN, CALL, ENDOFTEXT):
             event = self.finish()
             self._open_header(_ROLE if token == START else _OPTIONAL_ROLE)
             return event
         if token == CHANNEL:
-            event = None
-            if self._segment:
-                event = self.finish()
-                self._open_header(_OPTIONAL_ROLE)
-            self._open_field(_CHANNEL)
-            return event
+            return self._open_channel()
         if token == CONSTRAIN and not self._segment:
+            fields, rest = self._read_field()
+            if rest.strip() and not self._may_be_type(rest):
+                return self._leave_header()
+            self._fields |= fields
             self._open_field(_CONTENT_TYPE)
         return None
 
     def finish(self) -> Event | None:
-        """The rest when no token follows: an incomplete character, or held-back text that is no header."""
+        """The rest when no token follows: an incomplete character, or a message whose header ended without text."""
         text = self._decoder.decode(b"", final=True)
         if self._segment:
             return Event(self._segment, text, self._position, self._position) if text else None
         self._text += text
-        rest = self._read_field()
-        return self._leave_header(rest, self._position) if rest.strip() else None
+        fields, body = self._without_message()
+        addressed = not {"role", "recipient"}.isdisjoint(self._fields | fields)
+        return self._leave_header() if body.strip() or addressed else None
 
     def _open_header(self, field: re.Pattern[str]) -> None:
         self._segment = None
@@ -278,37 +304,98 @@ class Parser:
     def _open_field(self, field: re.Pattern[str]) -> None:
         self._decoder.reset()
         self._field, self._text = field, ""
-        self._rest_start: int | None = None  # the token where text began that does not belong to the header
+        self._tokens: list[tuple[int, int]] = []  # (characters of the field's text before it, position) of each token
 
-    def _read_field(self) -> str:
-        """Store what the current field names; returns the text after the field."""
+    def _open_channel(self) -> Event | None:
+        """At <|channel|>, which ends a message, or goes on with the header if that has no text of a message yet."""
+        event = self.finish() if self._segment else None
+        if not self._segment:
+            fields, rest = self._read_field() if self._field is _OPTIONAL_ROLE else self._without_message()
+            event = self._leave_header() if rest.strip() else None
+            self._fields |= fields
+        if self._segment:
+            self._open_header(_OPTIONAL_ROLE)
+        self._open_field(_CHANNEL)
+        return event
+
+    def _end_header(self) -> Event:
+        """At <|message|>: a word that nothing has explained is the content type; other text belongs to the message."""
+        fields, rest = self._read_field()
+        self._fields |= fields
+        if self._may_be_type(rest):
+            self._fields["content_type"] = rest.strip()
+            rest = ""
+        self._decoder.reset()
+        return self._begin_message(rest if rest.strip() else "")
+
+    def _read_field(self) -> tuple[dict[str, str], str]:
+        """What the current field names, and the text behind it."""
         match = self._field.match(self._text)
         assert match, "every field's pattern matches the empty text"
-        values = {name: value for name, value in match.groupdict().items() if value}
-        self._fields |= values
-        unknown_channel = self._field is _CHANNEL and values.get("channel", "final") not in _CHANNELS
-        return self._text if unknown_channel else self._text[match.end() :]
+        fields, end = match.groupdict(), match.end()
+        while match := _RECIPIENT.match(self._text, end):
+            fields.setdefault("recipient", match["recipient"])
+            end = match.end()
+        return {name: value for name, value in fields.items() if value}, self._text[end:]
+
+    def _without_message(self) -> tuple[dict[str, str], str]:
+        """What the current field names where <|message|> does not follow it, and the text of the message."""
+        fields, rest = self._read_field()
+        known = self._fields | fields
+        recipient = known.get("recipient", "")
+        function = offered_function(recipient, self._functions)
+        if (
+            (self._field is _CHANNEL and fields.get("channel", "final") not in _CHANNELS and not function)
+            or (self._field is _CONTENT_TYPE and fields.get("content_type", "json") not in ("json", "code"))
+            or (
+                self._field is _OPTIONAL_ROLE
+                and not (function or recipient in (*_READERS, "") or recipient.startswith(_TOOLS))
+            )
+        ):
+            return {}, self._text
+        if self._field is not _CONTENT_TYPE and (match := (_TYPE_OF_CALL if recipient else _TYPE_OF_TEXT).match(rest)):
+            if recipient or self._field is _CHANNEL:
+                return fields | match.groupdict(), rest[match.end() :].lstrip()
+        return fields, rest.lstrip() if recipient or self._field is _CONTENT_TYPE else rest
+
+    def _may_be_type(self, rest: str) -> bool:
+        """Whether the text behind the current field is one word where a content type may stand."""
+        if self._field is _CONTENT_TYPE or not _WORD.fullmatch(rest):
+            return False
+        return bool(self._read_field()[0].get("recipient")) or (self._field is _CHANNEL and rest[0].isspace())
 
     def _header_text(self, text: str, position: int) -> Event | None:
         """Text in a header: an event once it cannot belong to the header."""
+        self._tokens.append((len(self._text), position))
         self._text += text
-        rest = self._read_field()
-        stripped = rest.strip()
-        if not stripped:
-            self._rest_start = None
-        elif self._rest_start is None:
-            self._rest_start = position
-        if len(self._text) > _MAX_FIELD:
-            return self._leave_header(self._text, position + 1)
-        may_name_recipient = "to=".startswith(stripped)  # or is empty
-        may_name_channel = rest == self._text and self._field is _CHANNEL and _UNKNOWN_CHANNEL.fullmatch(stripped)
-        return None if may_name_recipient or may_name_channel else self._leave_header(rest, position + 1)
+        if len(self._text) <= _MAX_FIELD:
+            return None if self._may_go_on() else self._leave_header()
+        whole, self._text = self._text, self._text[:_MAX_FIELD]
+        endless, self._text = self._may_go_on(), whole
+        return self._begin_message(whole) if endless else self._leave_header()
 
-    def _leave_header(self, rest: str, stop: int) -> Event:
-        """`rest` begins a message without <|message|>. Where it is all text of the current field, the field is void."""
-        if rest == self._text:
-            for name in self._field.groupindex:
-                self._fields.pop(name, None)
-        self._segment = Segment(**self._fields)
-        start = stop if self._rest_start is None else self._rest_start
-        return Event(self._segment, rest, start, stop)
+    def _may_go_on(self) -> bool:
+        """Whether the text behind the current field may still turn out to belong to the header."""
+        rest = self._read_field()[1]
+        return (
+            "to=".startswith(rest.strip())  # or is empty
+            or self._may_be_type(rest)
+            or (self._field is _ROLE and any(name.startswith(self._text) for name in (*_ROLES, *_TOOLS)))
+            or (self._field is _OPTIONAL_ROLE and "assistant".startswith(self._text))
+        )
+
+    def _leave_header(self) -> Event:
+        """Begin a message without <|message|>."""
+        fields, body = self._without_message()
+        self._fields |= fields
+        return self._begin_message(body)
+
+    def _begin_message(self, text: str) -> Event:
+        """`text`: the end of the current field's text, which belongs to the message."""
+        function = offered_function(self._fields.get("recipient", ""), self._functions)
+        self._segment = Segment(**self._fields, function=function)
+        if not text:
+            return Event(self._segment, "", self._position, self._position)
+        begin = max(before for before, _ in self._tokens if before <= len(self._text) - len(text))
+        start = next(position for before, position in self._tokens if before == begin)
+        return Event(self._segment, text, start, self._tokens[-1][1] + 1)

@@ -4,6 +4,10 @@ A message's text goes where `harmony.Segment.kind` says: the texts of several me
 of a function stays a call of its own. Arguments are passed on as the model wrote them. Reasoning has two names,
 `reasoning_content` and `reasoning`, because some clients read one and some the other. An answer that ends without
 content has `content: null`, its reasoning and the engine's finish_reason.
+
+What the model wrote to or as somebody else (a call of what was not offered, or of more than was allowed, a message of
+another role) is told in plain sentences at the end: as `hidden`, or, where the answer would have neither content nor a
+call, as its content, which every client shows.
 """
 
 import secrets
@@ -38,6 +42,7 @@ class MessageDelta(msgspec.Struct, omit_defaults=True):
     reasoning_content: str | None = None
     reasoning: str | None = None
     tool_calls: list[ToolCallDelta] | None = None
+    hidden: str | None = None
 
 
 class Logprob(msgspec.Struct):
@@ -82,8 +87,11 @@ class ChatChoice:
         self._include_reasoning = request.include_reasoning is not False
         self._return_token_ids = bool(request.return_token_ids)
         self._min_tokens = request.min_tokens or 0
-        self._parser = Parser(tokenizer, prefilled)
-        self._calls = ToolCalls(request, self._parser.segment)
+        tools = request.tools if request.tools and request.tool_choice != "none" else []
+        self._parser = Parser(tokenizer, prefilled, [tool.function.name for tool in tools])
+        self._calls = ToolCalls(1 if request.parallel_tool_calls is False else MAX_TOOL_CALLS, self._parser.segment)
+        self._hidden = Hidden()
+        self._has_content = False
         self._stop_matcher = StopMatcher(stops)
         self._logprobs = LogprobReader(tokenizer)
 
@@ -99,20 +107,26 @@ class ChatChoice:
             elif event.segment.kind == "content":
                 content += self._visible(event.text)
                 logprobs += self._logprobs.entries(event)
-            elif event.segment.kind == "call":
-                self._calls.feed(event)
+            elif event.segment.kind == "hidden":
+                self._hidden.feed(event, event.segment.told)
+            elif not self._calls.feed(event):
+                self._hidden.feed(event, f"The model called {event.segment.function}, one call more than allowed: ")
         if delta.finish_reason:
             content += self._stop_matcher.finish()
+        self._has_content = self._has_content or bool(content)
+        finish_reason = self._finish_reason(delta)
+        hidden = self._hidden.text if finish_reason else ""
+        if not (self._has_content or self._calls):
+            content, hidden = hidden, ""
         reasoning = reasoning if self._include_reasoning else ""
         message = MessageDelta(
             content=content or None,
             reasoning_content=reasoning or None,
             reasoning=reasoning or None,
             tool_calls=self._calls.take_deltas() or None,
+            hidden=hidden or None,
         )
-        chat_delta = ChatDelta(
-            self._index, message, {"content": logprobs} if logprobs else None, self._finish_reason(delta)
-        )
+        chat_delta = ChatDelta(self._index, message, {"content": logprobs} if logprobs else None, finish_reason)
         if self._return_token_ids:
             chat_delta.token_ids = delta.tokens[: self.completion_tokens - previous_tokens]
         return chat_delta
@@ -148,11 +162,9 @@ class ChatChoice:
 class ToolCalls:
     """The calls of one message: each message of the model that is addressed to a function is a call."""
 
-    def __init__(self, request: ChatRequest, prefilled: Segment | None) -> None:
+    def __init__(self, max_calls: int, prefilled: Segment | None) -> None:
         """`prefilled`: the call whose whole header stands in the prompt, if any."""
-        self._max_calls = 1 if request.parallel_tool_calls is False else MAX_TOOL_CALLS
-        if not request.tools or request.tool_choice == "none":
-            self._max_calls = 0
+        self._max_calls = max_calls
         self._segments: list[Segment] = []
         self._deltas: list[ToolCallDelta] = []  # not taken yet
         if prefilled:
@@ -161,17 +173,18 @@ class ToolCalls:
     def __len__(self) -> int:
         return len(self._segments)
 
-    def feed(self, event: Event) -> None:
-        """Text of a call. A call past the last allowed one is dropped."""
+    def feed(self, event: Event) -> bool:
+        """Text of a call; False for a call past the last allowed one."""
         if not self._segments or self._segments[-1] is not event.segment:
             if len(self._segments) >= self._max_calls:
-                return
+                return False
             self._begin(event.segment)
         index = len(self._segments) - 1
         if self._deltas and self._deltas[-1].index == index:
             self._deltas[-1].function["arguments"] += event.text
         elif event.text:
             self._deltas.append(ToolCallDelta(index, {"arguments": event.text}))
+        return True
 
     def take_deltas(self) -> list[ToolCallDelta]:
         """What the calls have gained since the last time."""
@@ -183,6 +196,21 @@ class ToolCalls:
         function = {"name": segment.function, "arguments": ""}
         id = f"call_{secrets.token_hex(12)}"
         self._deltas.append(ToolCallDelta(len(self._segments) - 1, function, id=id, type="function"))
+
+
+class Hidden:
+    """The messages of a choice that are not handed out, a line or more for each."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self._segment: Segment | None = None  # whose text came last
+
+    def feed(self, event: Event, told: str) -> None:
+        """Text of such a message; `told` says what the message is."""
+        if event.segment is not self._segment:
+            self._segment = event.segment
+            self.text += ("\n" if self.text else "") + told
+        self.text += event.text
 
 
 class LogprobReader:
@@ -218,6 +246,7 @@ def whole_choice(deltas: list[ChatDelta]) -> JsonObject:
     """All deltas of a choice as the element of `choices` in a reply that is not streamed."""
     content = "".join(delta.delta.content or "" for delta in deltas)
     reasoning = "".join(delta.delta.reasoning or "" for delta in deltas)
+    hidden = deltas[-1].delta.hidden
     logprobs = [entry for delta in deltas if delta.logprobs for entry in delta.logprobs["content"]]
     calls: list[ToolCallDelta] = []
     for call in (call for delta in deltas for call in delta.delta.tool_calls or []):
@@ -225,16 +254,19 @@ def whole_choice(deltas: list[ChatDelta]) -> JsonObject:
             calls.append(ToolCallDelta(call.index, {**call.function}, call.id, call.type))
         else:
             calls[call.index].function["arguments"] += call.function["arguments"]
-    message = {
+    message: JsonObject = {
         "role": "assistant",
         "content": content or None,
         "reasoning_content": reasoning or None,
         "reasoning": reasoning or None,
     }
-    tool_calls = [{"id": call.id, "type": call.type, "function": call.function} for call in calls]
+    if calls:
+        message["tool_calls"] = [{"id": call.id, "type": call.type, "function": call.function} for call in calls]
+    if hidden:
+        message["hidden"] = hidden
     choice: JsonObject = {
         "index": deltas[0].index,
-        "message": message | {"tool_calls": tool_calls} if calls else message,
+        "message": message,
         "logprobs": {"content": logprobs} if logprobs else None,
         "finish_reason": deltas[-1].finish_reason,
     }

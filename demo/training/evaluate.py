@@ -57,7 +57,7 @@ def read(e: Example, tokens: list[int]) -> Answer:
         valid = tokens[-1:] in ([RETURN], [CALL])
     except Exception:  # the library raises several kinds
         valid = False
-    parser, texts = Parser(t, prefilled), {"content": "", "reasoning": ""}
+    parser, texts = Parser(t, prefilled, [f.name for f in e.functions]), {"content": "", "reasoning": ""}
     calls: dict[int, Any] = {}
     for event in [*map(parser.feed, tokens), parser.finish()]:
         if event and event.segment.kind == "call":

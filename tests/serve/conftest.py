@@ -53,9 +53,11 @@ class Live:
             time.sleep(0.005)
 
 
-def parse(tokens: Iterable[int], tokenizer: Tokenizer) -> list[tuple[Segment, str]]:
+def parse(
+    tokens: Iterable[int], tokenizer: Tokenizer, functions: Iterable[str] = ()
+) -> list[tuple[Segment, str]]:
     """All messages of a finished output, those without text left out."""
-    parser = Parser(tokenizer)
+    parser = Parser(tokenizer, functions=functions)
     messages: list[tuple[Segment, str]] = []
     for event in [*map(parser.feed, tokens), parser.finish()]:
         if event and event.text:
