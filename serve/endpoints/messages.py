@@ -55,8 +55,8 @@ class OpenBlock:
 class MessagesChoice:
     """Reads the one choice of a request. Stop sequences are looked for in each text block by itself.
 
-    Where the model addresses something that was not offered, no call is handed out: the client gets a text that says
-    so. A call past the allowed number ends the answer.
+    What the model wrote to or as somebody else (a call of what was not offered, say) is a text block that begins by
+    saying so. A call past the allowed number ends the answer.
     """
 
     def __init__(
@@ -73,12 +73,11 @@ class MessagesChoice:
         that stand in the prompt."""
         self.completion_tokens = self.cached_tokens = self.reasoning_tokens = 0
         self._shows_thinking, self._seals_thinking = request.shows_thinking, request.seals_thinking
-        self._offered = {function.name for function in functions}
         self._max_calls = 1 if request.choice.disable_parallel_tool_use else MAX_TOOL_CALLS
         self._length_reason = "max_tokens" if max_tokens == request.max_tokens else "model_context_window_exceeded"
         self._prompt_tokens = prompt_tokens
         self._stops = stops
-        self._parser = Parser(tokenizer, prefilled)
+        self._parser = Parser(tokenizer, prefilled, [function.name for function in functions])
         self._events: list[JsonObject] = []  # not taken yet
         self._index = 0  # of the block in progress, or the next
         self._calls = 0
@@ -150,7 +149,7 @@ class MessagesChoice:
 
     def _open(self, segment: Segment) -> None:
         """Begin the block of a message; none for a call too many, which ends the answer."""
-        is_call = segment.kind == "call" and segment.function in self._offered
+        is_call = segment.kind == "call"
         if is_call and self._calls == self._max_calls:
             self._ended = True
             return
@@ -160,10 +159,8 @@ class MessagesChoice:
             self._calls += 1
             id = f"toolu_{secrets.token_hex(12)}"
             self._start(block, {"type": "tool_use", "id": id, "name": segment.function, "input": {}})
-        elif segment.recipient and segment.kind in ("call", "hidden"):
-            self._add_text(block, f"[The model addressed {segment.recipient!r}, which was not offered.]\n")
         elif segment.kind == "hidden":
-            self._add_text(block, f"[The model wrote as {segment.role!r}.]\n")
+            self._add_text(block, segment.told)
 
     def _close(self) -> None:
         """End the block in progress, if any."""

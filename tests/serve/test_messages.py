@@ -321,6 +321,14 @@ def test_a_call_of_what_was_not_offered_is_told_as_text(serve, harmony):
         assert message.stop_reason == "end_turn"
 
 
+def test_a_function_may_have_a_name_of_128_characters(serve, harmony):
+    name = "mcp__" + "server_tool" * 11 + "__"
+    assert len(name) == 128
+    live = serve(FakeEngine(harmony(CALLS.replace("get_weather", name))))
+    message = create(live, tools=[TOOLS[1] | {"name": name}])
+    assert [block.name for block in message.content] == [name]
+
+
 def test_arguments_that_are_no_object_are_told_and_go_back_as_they_were(serve, harmony, tokenizer):
     broken = CALLS.replace('{"place": "Oslo"}', '{"place": Oslo')
     live = serve(FakeEngine(harmony(broken)))
