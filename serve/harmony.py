@@ -223,7 +223,7 @@ _RECIPIENT = re.compile(r"\s*to=(?P<recipient>[^\s{\[]*)")
 _WORD = re.compile(r"\s*[\w./+-]+\s*")  # a content type, if <|message|> or <|constrain|> follows
 # Where they do not follow, only these are content types: behind a recipient, and on a message without one.
 _TYPE_OF_CALL = re.compile(r"\s*(?P<content_type>json|code)(?=[\s{\[]|$)")
-_TYPE_OF_TEXT = re.compile(r"\s+(?P<content_type>json)(?=\s*[{\[])")
+_TYPE_OF_TEXT = re.compile(r"\s+(?P<content_type>json)(?=\s*(?:[{\[]|$))")
 
 
 class Parser:
@@ -283,6 +283,7 @@ class Parser:
             if rest.strip() and not self._may_be_type(rest):
                 return self._leave_header()
             self._fields |= fields
+            self._take_word(rest)
             self._open_field(_CONTENT_TYPE)
         return None
 
@@ -323,10 +324,17 @@ class Parser:
         fields, rest = self._read_field()
         self._fields |= fields
         if self._may_be_type(rest):
-            self._fields["content_type"] = rest.strip()
+            self._take_word(rest)
             rest = ""
         self._decoder.reset()
         return self._begin_message(rest if rest.strip() else "")
+
+    def _take_word(self, rest: str) -> None:
+        """Store a word that stands where a content type may; a function's name is a recipient without its `to=`."""
+        word = rest.strip()
+        named = "recipient" not in self._fields and offered_function(word, self._functions)
+        if word:
+            self._fields["recipient" if named else "content_type"] = word
 
     def _read_field(self) -> tuple[dict[str, str], str]:
         """What the current field names, and the text behind it."""
@@ -341,22 +349,30 @@ class Parser:
     def _without_message(self) -> tuple[dict[str, str], str]:
         """What the current field names where <|message|> does not follow it, and the text of the message."""
         fields, rest = self._read_field()
-        known = self._fields | fields
-        recipient = known.get("recipient", "")
-        function = offered_function(recipient, self._functions)
-        if (
-            (self._field is _CHANNEL and fields.get("channel", "final") not in _CHANNELS and not function)
-            or (self._field is _CONTENT_TYPE and fields.get("content_type", "json") not in ("json", "code"))
-            or (
-                self._field is _OPTIONAL_ROLE
-                and not (function or recipient in (*_READERS, "") or recipient.startswith(_TOOLS))
-            )
-        ):
+        recipient = (self._fields | fields).get("recipient", "")
+        if not self._is_header(fields, recipient, rest):
             return {}, self._text
-        if self._field is not _CONTENT_TYPE and (match := (_TYPE_OF_CALL if recipient else _TYPE_OF_TEXT).match(rest)):
-            if recipient or self._field is _CHANNEL:
-                return fields | match.groupdict(), rest[match.end() :].lstrip()
-        return fields, rest.lstrip() if recipient or self._field is _CONTENT_TYPE else rest
+        if self._field is not _OPTIONAL_ROLE and "to=".startswith(rest.strip()):
+            return fields, ""  # a header that was cut short
+        if self._field is _CONTENT_TYPE:
+            return fields, rest.lstrip()
+        pattern = _TYPE_OF_CALL if recipient else _TYPE_OF_TEXT
+        if (recipient or self._field is _CHANNEL) and (match := pattern.match(rest)):
+            return fields | match.groupdict(), rest[match.end() :].lstrip()
+        return fields, rest.lstrip() if recipient else rest
+
+    def _is_header(self, fields: dict[str, str], recipient: str, rest: str) -> bool:
+        """Whether the current field is one although <|message|> does not follow, or else is text."""
+        function = offered_function(recipient, self._functions)
+        if self._field is _CHANNEL:
+            channel = fields.get("channel", "")
+            cut_short = not rest.strip() and any(name.startswith(channel) for name in _CHANNELS)
+            return bool(channel in _CHANNELS or cut_short or not channel or function)
+        if self._field is _CONTENT_TYPE:
+            return fields.get("content_type", "json") in ("json", "code")
+        if self._field is _OPTIONAL_ROLE:
+            return bool(function or recipient in (*_READERS, "") or recipient.startswith(_TOOLS))
+        return True
 
     def _may_be_type(self, rest: str) -> bool:
         """Whether the text behind the current field is one word where a content type may stand."""

@@ -53,9 +53,7 @@ class Live:
             time.sleep(0.005)
 
 
-def parse(
-    tokens: Iterable[int], tokenizer: Tokenizer, functions: Iterable[str] = ()
-) -> list[tuple[Segment, str]]:
+def parse(tokens: Iterable[int], tokenizer: Tokenizer, functions: Iterable[str] = ()) -> list[tuple[Segment, str]]:
     """All messages of a finished output, those without text left out."""
     parser = Parser(tokenizer, functions=functions)
     messages: list[tuple[Segment, str]] = []

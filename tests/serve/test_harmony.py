@@ -1,9 +1,10 @@
 """Messages to tokens as OpenAI's library renders them, and back without a failing state."""
 
 import datetime
+import json
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from openai_harmony import (
     Author,
@@ -19,12 +20,13 @@ from openai_harmony import (
 )
 
 from engine.tokenizer import Tokenizer
-from serve.harmony import Call, Function, Parser, Segment, Turn, any_call_header, call_header, render
+from serve.harmony import Call, Function, Parser, Segment, Turn, any_call_header, call_header, offered_function, render
 from tests.serve.conftest import parse
 
 TOKENIZER = Tokenizer()
 TODAY = datetime.date(2025, 6, 28)
 TEXT = st.text(max_size=30)
+OFFERED = ("get_weather", "now")
 FINAL, ANALYSIS = Segment(channel="final"), Segment(channel="analysis")
 
 
@@ -37,7 +39,7 @@ def rendered(turns: list[Turn], effort: str = "medium", functions: list[Function
 
 
 def read(text: str) -> list[tuple[Segment, str]]:
-    return parse(ids(text), TOKENIZER)
+    return parse(ids(text), TOKENIZER, OFFERED)
 
 
 def shown(text: str) -> tuple[str, str]:
@@ -91,19 +93,50 @@ def test_control_tokens_typed_by_a_client_are_text(role):
     assert attack in TOKENIZER.decode(attacked, skip_special=True)
 
 
-def test_reasoning_is_kept_in_the_turn_in_progress_and_dropped_from_finished_ones():
-    turns = [
-        Turn("user", "1"),
-        Turn("assistant", "one", "old thought"),
-        Turn("user", "2"),
-        Turn("assistant", "two", "older thought"),
-        Turn("user", "3"),
-        Turn("assistant", "", "fresh thought"),
-    ]
+@given(kinds=st.lists(st.sampled_from(["user", "final", "call", "cut", "empty"]), max_size=8))
+def test_reasoning_is_dropped_once_a_final_answer_follows(kinds):
+    """Whatever a user or a tool says in between: a turn is over with its final answer."""
+    turns, thoughts = [Turn("user", "Well?")], {}
+    for i, kind in enumerate(kinds):
+        thoughts[i] = f"thought {i}."
+        turns += {
+            "user": [Turn("user", "And?")],
+            "final": [Turn("assistant", "So.", thoughts[i])],
+            "call": [Turn("assistant", "Look:", thoughts[i], (Call("now", "{}"),)), Turn("tool", "1", name="now")],
+            "cut": [Turn("assistant", "", thoughts[i])],
+            "empty": [Turn("assistant", "")],
+        }[kind]
     text = TOKENIZER.decode(rendered(turns), skip_special=False)
-    assert "old thought" not in text
-    assert "older thought" not in text
-    assert "<|channel|>analysis<|message|>fresh thought<|end|><|start|>assistant" in text
+    for i, kind in enumerate(kinds):
+        kept = kind in ("call", "cut") and "final" not in kinds[i:]
+        assert (f"<|channel|>analysis<|message|>{thoughts[i]}<|end|>" in text) == kept
+
+
+@given(calls=st.integers(0, 3), asked_again=st.booleans(), answered=st.booleans())
+def test_reasoning_is_dropped_as_the_library_drops_it(calls, asked_again, answered):
+    system = SystemContent(reasoning_effort=ReasoningEffort.MEDIUM, conversation_start_date="2025-06-28")
+    expected = [Message.from_role_and_content(Role.SYSTEM, system), Message.from_role_and_content(Role.USER, "Well?")]
+    ours = [Turn("user", "Well?")]
+    for _ in range(calls):
+        ours += [Turn("assistant", "", "hm", (Call("now", "{}"),)), Turn("tool", "1", name="now")]
+        call = Message.from_role_and_content(Role.ASSISTANT, "{}").with_channel("commentary")
+        tool = Author.new(Role.TOOL, "functions.now")
+        expected += [
+            Message.from_role_and_content(Role.ASSISTANT, "hm").with_channel("analysis"),
+            call.with_recipient("functions.now").with_content_type("<|constrain|>json"),
+            Message.from_author_and_content(tool, "1").with_channel("commentary").with_recipient("assistant"),
+        ]
+    if answered:
+        ours.append(Turn("assistant", "So.", "ha"))
+        expected.append(Message.from_role_and_content(Role.ASSISTANT, "ha").with_channel("analysis"))
+        expected.append(Message.from_role_and_content(Role.ASSISTANT, "So.").with_channel("final"))
+    if asked_again:
+        ours.append(Turn("user", "And?"))
+        expected.append(Message.from_role_and_content(Role.USER, "And?"))
+    library = TOKENIZER.encoding.render_conversation_for_completion(
+        Conversation.from_messages(expected), Role.ASSISTANT, RenderConversationConfig(auto_drop_analysis=True)
+    )
+    assert rendered(ours) == library
 
 
 def test_later_system_messages_become_developer_messages_in_their_place():
@@ -194,10 +227,10 @@ def test_a_strange_schema_leaves_one_prompt_of_one_shape(parameters):
 
 def test_a_call_prefilled_in_the_prompt_is_read_on():
     header = call_header(TOKENIZER, "get_weather")
-    parser = Parser(TOKENIZER, header)
-    assert parser.segment == Segment("assistant", "commentary", "functions.get_weather", "json")
-    assert parse([*header, *ids("{}<|call|>")], TOKENIZER) == [(parser.segment, "{}")]
-    parser = Parser(TOKENIZER, any_call_header(TOKENIZER))
+    parser = Parser(TOKENIZER, header, OFFERED)
+    assert parser.segment == Segment("assistant", "commentary", "functions.get_weather", "json", "get_weather")
+    assert parse([*header, *ids("{}<|call|>")], TOKENIZER, OFFERED) == [(parser.segment, "{}")]
+    parser = Parser(TOKENIZER, any_call_header(TOKENIZER), OFFERED)
     events = [parser.feed(token) for token in ids(".now <|constrain|>json<|message|>{}")]
     assert [event.text for event in events if event] == ["", "{}"]
     assert parser.segment.function == "now"
@@ -206,11 +239,15 @@ def test_a_call_prefilled_in_the_prompt_is_read_on():
 
 # --- tokens to messages ---
 
+CONTROL = st.sampled_from([199999, 200002, 200003, 200005, 200006, 200007, 200008, 200012, 200018])
+CHANNELS = ("analysis", "commentary", "final")
+CONTENT_TYPE = st.sampled_from(["", " json", " code", " <|constrain|>json", "<|constrain|>json"])
 NAME = st.from_regex(r"functions\.[a-z_]{1,8}", fullmatch=True)
 WELL_FORMED = st.lists(
     st.one_of(
-        st.tuples(st.sampled_from(["analysis", "commentary", "final"]), st.none(), st.none()),
-        st.tuples(st.sampled_from(["analysis", "commentary"]), NAME, st.sampled_from([None, "json"])),
+        # Without a recipient the library reads a content type as one; here only a function's name is.
+        st.tuples(st.sampled_from(CHANNELS), st.none(), st.just("")),
+        st.tuples(st.sampled_from(["analysis", "commentary"]), NAME, CONTENT_TYPE),
     ),
     min_size=1,
     max_size=4,
@@ -226,7 +263,7 @@ def test_well_formed_output_parses_as_the_library_parses_it(headers, text, early
         output += ids(f" to={recipient}") if recipient and early else []
         output += ids(f"<|channel|>{channel}")
         output += ids(f" to={recipient}") if recipient and not early else []
-        output += ids(f" <|constrain|>{kind}") if kind else []
+        output += ids(kind)
         output += [200008, *TOKENIZER.encode(text), 200012 if recipient and i == len(headers) - 1 else 200007]
     library = StreamableParser(TOKENIZER.encoding, Role.ASSISTANT)
     for token in output:
@@ -245,7 +282,6 @@ def test_well_formed_output_parses_as_the_library_parses_it(headers, text, early
     assert ours == expected
 
 
-CONTROL = st.sampled_from([199999, 200002, 200003, 200005, 200006, 200007, 200008, 200012, 200018])
 WORDS = ("analysis", "final", "assistant", "user", " to", "=", "functions", ".f", "x")
 WORD = st.sampled_from([ids(word)[0] for word in WORDS])
 ANY = st.lists(st.one_of(CONTROL, WORD, st.integers(0, 201_087), st.integers()), max_size=40)
@@ -306,6 +342,142 @@ def test_text_goes_where_it_belongs(output, content, reasoning):
     assert shown(output) == (content, reasoning)
 
 
+ARGUMENTS = st.dictionaries(st.text(max_size=5), st.one_of(st.integers(), st.text(max_size=5)), min_size=1, max_size=2)
+NAMES = ("functions.get_weather", "get_weather", "functions.get_weather()", "get_weather()", "functions.get_weather:")
+
+
+@st.composite
+def spoken(draw: st.DrawFn) -> tuple[list[int], int, str, str, str | None]:
+    """A message of JSON in one of the forms that models write: (tokens, those of its header, kind, text, type)."""
+    recipient = draw(st.sampled_from([None, "python", *NAMES]))
+    before, message = draw(st.booleans()), draw(st.booleans())
+    content_type = draw(CONTENT_TYPE if recipient else CONTENT_TYPE.filter(lambda kind: kind != " code"))
+    channel = draw(st.sampled_from(CHANNELS))
+    to = f" to={recipient}" if recipient else ""
+    early, late = (to, "") if before else ("", to)
+    opening = draw(st.sampled_from(["", "<|end|>", "<|start|>assistant", "<|end|>assistant"]))
+    header = ids(f"{opening}{early}<|channel|>{channel}{late}{content_type}" + ("<|message|>" if message else ""))
+    blank = draw(st.sampled_from(["", " ", "\n"]))
+    text = blank + json.dumps(
+        draw(ARGUMENTS), indent=draw(st.sampled_from([None, 1])), ensure_ascii=draw(st.booleans())
+    )
+    kind = "hidden" if recipient == "python" else "call" if recipient else None
+    kind = kind or ("reasoning" if channel == "analysis" else "content")
+    # Without <|message|> a blank separates the header from the text.
+    expected = text if message or not (recipient or content_type) else text.lstrip()
+    return [*header, *TOKENIZER.encode(text)], len(header), kind, expected, content_type.split(">")[-1].strip() or None
+
+
+@given(message=spoken())
+def test_a_message_in_any_form_that_models_write_is_read(message):
+    tokens, _, kind, text, content_type = message
+    ((segment, read_text),) = parse([*tokens, 200007], TOKENIZER, OFFERED)
+    assert (segment.kind, read_text, segment.content_type) == (kind, text, content_type)
+    assert segment.function == ("get_weather" if kind == "call" else "")
+
+
+@pytest.mark.parametrize("rest", ["<|message|>{}", " <|constrain|>json<|message|>{}"])
+def test_an_offered_name_alone_is_a_recipient(rest):
+    ((segment, text),) = read(f"<|channel|>commentary get_weather{rest}")
+    assert (segment.function, segment.recipient, text) == ("get_weather", "get_weather", "{}")
+
+
+@given(message=spoken(), at=st.integers(0, 60))
+def test_a_message_cut_anywhere_is_told_as_far_as_it_came(message, at):
+    tokens, header, kind, text, _ = message
+    for segment, read_text in parse(tokens[:at], TOKENIZER, OFFERED):
+        if at > header:
+            assert segment.kind == kind
+            # The last character may be incomplete, and is then replaced.
+            assert text.startswith(read_text.rstrip("\ufffd"))
+        else:
+            assert read_text == " to"  # may begin a text as well as a header
+
+
+@given(message=spoken(), rest=st.lists(st.sampled_from(["<|end|>", "<|channel|>", " to=", "json", "so", "final"])))
+def test_a_message_reads_the_same_however_its_text_was_cut_into_tokens(message, rest):
+    tokens = [*message[0], *(token for piece in rest for token in ids(piece))]
+    single = [
+        byte
+        for token in tokens
+        for byte in ([token] if token >= 199998 else [SINGLE[byte] for byte in TOKENIZER.token_bytes(token)])
+    ]
+    assert parse(single, TOKENIZER, OFFERED) == parse(tokens, TOKENIZER, OFFERED)
+
+
+SINGLE = {TOKENIZER.token_bytes(token)[0]: token for token in range(256)}
+
+
+@pytest.mark.parametrize(
+    ("recipient", "function"),
+    [
+        ("functions.now", "now"),
+        ("now", "now"),
+        ("functions.now()", "now"),
+        ("`now`", "now"),
+        ("functions.now:", "now"),
+        ("functions.later", ""),
+        ("functions.", ""),
+        ("nowhere", ""),
+        ("browser.now", ""),
+        ("functions.user", "user"),
+        ("user", ""),  # the message is for the user
+    ],
+)
+def test_a_recipient_is_recognised_where_it_names_an_offered_function(recipient, function):
+    assert offered_function(recipient, {"now", "get_weather", "user"}) == function
+
+
+@pytest.mark.parametrize(
+    ("output", "told"),
+    [
+        (
+            "<|channel|>commentary to=python code<|message|>1<|call|>",
+            "The model called python, which was not offered: ",
+        ),
+        ("<|channel|>commentary to=functions.f<|call|>", "The model called functions.f, which was not offered: "),
+        ("<|start|>user<|message|>hi", "The model wrote a message of user: "),
+        (
+            "<|start|>functions.now to=assistant<|channel|>commentary<|message|>5",
+            "The model wrote a message of functions.now: ",
+        ),
+    ],
+)
+def test_what_is_hidden_is_named(output, told):
+    parser = Parser(TOKENIZER, functions=OFFERED)
+    segments = [event.segment for event in [*map(parser.feed, ids(output)), parser.finish()] if event]
+    assert {(segment.kind, segment.told) for segment in segments} == {("hidden", told)}
+
+
+PIECES = (
+    "assistant",
+    *CHANNELS,
+    " to=",
+    "functions.now",
+    "python",
+    " json",
+    " code",
+    "{!}",
+    "so",
+    " so",
+    " to",
+    "\n",
+    "\u4e2d",
+)
+
+
+@settings(max_examples=400)
+@given(
+    tokens=st.lists(st.one_of(CONTROL.map(lambda token: [token]), st.sampled_from(PIECES).map(ids)), max_size=25).map(
+        lambda pieces: [token for piece in pieces for token in piece]
+    )
+)
+def test_no_text_is_lost_whatever_the_model_says(tokens):
+    """A brace stands in no header: each is in the text of some message, or named as its recipient."""
+    told = TOKENIZER.decode(tokens, skip_special=True).count("{!}")
+    assert sum(text.count("{!}") for _, text in parse(tokens, TOKENIZER, OFFERED)) == told
+
+
 def test_text_in_place_of_a_channel_names_none():
     assert read("<|channel|>Well, no name") == [(Segment(), "Well, no name")]
 
@@ -314,8 +486,8 @@ def test_a_tool_call_is_read_with_channel_recipient_and_type():
     assert read("<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|call|>") == [
         (Segment("assistant", "commentary", "functions.f", "json"), "{}")
     ]
-    assert read(" to=functions.g<|channel|>analysis<|message|>1<|call|>") == [
-        (Segment("assistant", "analysis", "functions.g", None), "1")
+    assert read(" to=functions.now<|channel|>analysis<|message|>1<|call|>") == [
+        (Segment("assistant", "analysis", "functions.now", None, "now"), "1")
     ]
 
 

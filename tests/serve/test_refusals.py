@@ -89,7 +89,7 @@ def test_a_value_out_of_range_or_of_the_wrong_type_is_named(live, field, value):
         ("messages", [{"content": "x"}]),
         ("messages", [{"role": "user"}]),
         ("messages", [{"role": "user", "content": 5}]),
-        ("messages", [{"role": "assistant", "content": None}]),
+        ("messages", [{"role": "user", "content": None}]),
         ("reasoning_effort", "extreme"),
         ("top_logprobs", 21),
         ("top_logprobs", 3),

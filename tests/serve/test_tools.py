@@ -1,6 +1,7 @@
 """Calls of functions through the official client: streamed or not, demanded or free, and the prompt."""
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -122,6 +123,106 @@ def test_several_calls_of_one_turn(serve, harmony, parallel, names):
     assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == names
     assert choice["message"]["tool_calls"][0]["function"]["arguments"] == ""
     assert len({call["id"] for call in choice["message"]["tool_calls"]}) == len(names)
+    # The second is not lost without a word.
+    hidden = None if parallel is None else 'The model called get_weather, one call more than allowed: {"place": "Oslo"}'
+    assert choice["message"].get("hidden") == hidden
+
+
+SEARCH = "<|channel|>commentary to=browser.search code<|message|>Oslo<|call|>"
+SEARCHED = "The model called browser.search, which was not offered: Oslo"
+
+
+@pytest.mark.parametrize(
+    ("output", "content", "calls", "hidden"),
+    [
+        (SEARCH, SEARCHED, 0, None),
+        ("<|start|>user<|message|>Hi", "The model wrote a message of user: Hi", 0, None),
+        (f"<|channel|>final<|message|>Cold.<|end|>{SEARCH}", "Cold.", 0, SEARCHED),
+        (f"{SEARCH.removesuffix('<|call|>')}<|end|><|channel|>final<|message|>Cold.", "Cold.", 0, SEARCHED),
+        (f"{SEARCH.removesuffix('<|call|>')}<|end|>{CALLS}", None, 1, SEARCHED),
+    ],
+)
+@pytest.mark.parametrize("step", [1, 100])
+def test_a_reply_names_what_is_hidden(serve, harmony, output, content, calls, hidden, step):
+    engine = FakeEngine(harmony(THINKS + output))
+    engine.step = step
+    live = serve(engine)
+    message = live.chat(messages=USER, tools=TOOLS).json()["choices"][0]["message"]
+    assert (message["content"], message.get("hidden")) == (content, hidden)
+    assert len(message.get("tool_calls", [])) == calls
+    assert message["reasoning"] == "Look it up."
+    streamed = streamed_message(live.chat(messages=USER, tools=TOOLS, stream=True).text)
+    assert (streamed["content"] or None, streamed["hidden"] or None) == (content, hidden)
+
+
+def streamed_message(text: str) -> dict[str, Any]:
+    """The message that a stream's deltas add up to, its finish_reason too."""
+    message: dict[str, Any] = {"content": "", "reasoning": "", "hidden": "", "calls": [], "finish_reason": None}
+    for line in text.split("\n\n"):
+        if not line.startswith("data: {"):
+            continue
+        choice = json.loads(line.removeprefix("data: "))["choices"][0]
+        for name in ("content", "reasoning", "hidden"):
+            message[name] += choice["delta"].get(name) or ""
+        message["finish_reason"] = choice["finish_reason"] or message["finish_reason"]
+        for call in choice["delta"].get("tool_calls", []):
+            if call["index"] == len(message["calls"]):
+                assert call["id"]
+                message["calls"].append({"name": call["function"]["name"], "arguments": ""})
+            message["calls"][call["index"]]["arguments"] += call["function"]["arguments"]
+    return message
+
+
+CALL_FORMS = st.sampled_from(
+    [
+        "<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>",
+        " to=functions.get_weather<|channel|>commentary json<|message|>",
+        "<|channel|>commentary to=functions.get_weather <|constrain|>json",
+        "<|channel|>commentary to=get_weather()<|message|>",
+        "<|channel|>analysis to=functions.get_weather",
+    ]
+)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    thought=st.sampled_from(["", "So.", "Two {lines}\n"]),
+    preamble=st.sampled_from(["", "I shall look."]),
+    call=st.none() | CALL_FORMS,
+    final=st.sampled_from(["", "Cold.", '{"x": 1}']),
+    most=st.none() | st.integers(1, 30),
+)
+def test_what_the_server_hands_out_it_takes_back(serve, harmony, tokenizer, thought, preamble, call, final, most):
+    """An answer sent back as history is accepted, and is the prompt that the model wrote itself, in canonical form."""
+    output = [f"<|channel|>analysis<|message|>{thought}<|end|>"] if thought else []
+    output += [f"<|channel|>commentary<|message|>{preamble}<|end|>"] if preamble and call else []
+    output += [f'{call}{{"place": "Oslo"}}<|call|>'] if call else []
+    output += [f"<|channel|>final<|message|>{final}<|return|>"] if final and not call else []
+    live = serve(FakeEngine(harmony("<|start|>assistant".join(output) or "<|return|>")))
+    message = live.chat(messages=USER, tools=TOOLS, max_tokens=most).json()["choices"][0]["message"]
+    answers = [
+        {"role": "tool", "tool_call_id": made["id"], "content": "-5"} for made in message.get("tool_calls") or []
+    ]
+    again = live.chat(messages=[*USER, message, *answers], tools=TOOLS)
+    assert again.status_code == 200
+    if most is None:
+        prompt = tokenizer.decode(live.engine.submitted[1][0], skip_special=False)
+        written = (
+            [f"<|start|>assistant<|channel|>analysis<|message|>{thought}<|end|>"]
+            if thought and not (final and not call)
+            else []
+        )
+        written += [f"<|start|>assistant<|channel|>commentary<|message|>{preamble}<|end|>"] if preamble and call else []
+        written += (
+            [
+                f"<|start|>assistant{CALLS}"
+                "<|start|>functions.get_weather<|channel|>commentary to=assistant<|message|>-5<|end|>"
+            ]
+            if call
+            else []
+        )
+        written += [f"<|start|>assistant<|channel|>final<|message|>{final}<|end|>"] if final and not call else []
+        assert prompt.endswith("Weather in Oslo?<|end|>" + "".join(written) + "<|start|>assistant")
 
 
 PIECES = st.lists(
@@ -139,7 +240,10 @@ PIECES = st.lists(
             " to=functions.now",
             " to=functions.get_weather",
             " to=python",
-            "json",
+            " json",
+            " code",
+            "get_weather",
+            "()",
             "{}",
             '{"a": 1}',
             "text",
@@ -153,30 +257,20 @@ PIECES = st.lists(
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pieces=PIECES, step=st.integers(1, 9))
-def test_whatever_the_model_says_deltas_add_up_to_the_message(serve, harmony, pieces, step):
+def test_whatever_the_model_says_deltas_add_up_to_the_message(serve, harmony, tokenizer, pieces, step):
     tokens = [token for piece in pieces for token in harmony(piece)] + [200012]
     engine = FakeEngine(tokens)
     engine.step = step
     live = serve(engine)
     whole = live.chat(messages=USER, tools=TOOLS).json()["choices"][0]
-    content, reasoning, calls, finish = "", "", [], None
-    for line in live.chat(messages=USER, tools=TOOLS, stream=True).text.split("\n\n"):
-        if not line.startswith("data: {"):
-            continue
-        choice = json.loads(line.removeprefix("data: "))["choices"][0]
-        content += choice["delta"].get("content") or ""
-        reasoning += choice["delta"].get("reasoning") or ""
-        finish = choice["finish_reason"] or finish
-        for call in choice["delta"].get("tool_calls", []):
-            if call["index"] == len(calls):
-                assert call["id"]
-                calls.append({"name": call["function"]["name"], "arguments": ""})
-            calls[call["index"]]["arguments"] += call["function"]["arguments"]
-    message = whole["message"]
-    assert (content or None, reasoning or None, finish) == (
-        message["content"],
-        message["reasoning"],
-        whole["finish_reason"],
-    )
+    streamed, message = streamed_message(live.chat(messages=USER, tools=TOOLS, stream=True).text), whole["message"]
+    for name in ("content", "reasoning", "hidden"):
+        assert (streamed[name] or None) == message.get(name)
+    calls, finish = streamed["calls"], whole["finish_reason"]
+    assert streamed["finish_reason"] == finish
     assert calls == [call["function"] for call in message.get("tool_calls", [])]
+    assert {call["name"] for call in calls} <= {"get_weather", "now"}
     assert (finish == "tool_calls") == bool(calls)
+    # A brace stands in no header: whatever the model wrote in braces is in the reply.
+    reply = json.dumps([message["content"], message["reasoning"], message.get("hidden"), *calls])
+    assert reply.count("{}") == tokenizer.decode(tokens, skip_special=True).count("{}")
