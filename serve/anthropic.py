@@ -258,6 +258,7 @@ class MessagesRequest(CountRequest, kw_only=True):
 
 
 def is_billing_header(text: str) -> bool:
+    """Whether a block of the system prompt is left out."""
     return text.startswith(_BILLING_HEADER)
 
 
@@ -344,6 +345,7 @@ def _other_turns(message: Message, field: str, function_names: dict[str, str]) -
 
 
 def _result(block: ToolResultBlock, field: str) -> str:
+    """What the model is told of an answer; that it is an error, in a word."""
     parts = [TextBlock(text=block.content)] if isinstance(block.content, str) else block.content or []
     texts = []
     for part in parts:
@@ -354,6 +356,7 @@ def _result(block: ToolResultBlock, field: str) -> str:
 
 
 def _misplaced(block: AnyBlock, role: str, field: str) -> ApiError:
+    """The answer to a block that its message cannot have."""
     kind = block.__struct_config__.tag
     if isinstance(block, ImageBlock | DocumentBlock):
         return unsupported(f"content blocks of type {kind!r} are not supported: the model reads text only", field)

@@ -49,7 +49,7 @@ class OpenBlock:
         self.segment, self.kind = segment, kind
         self.started = False
         self.stops = StopMatcher(stops)
-        self.sealed = ""  # reasoning that only the signature will hold
+        self.sealed: list[str] = []  # reasoning that only the signature will hold
 
 
 class MessagesChoice:
@@ -126,6 +126,7 @@ class MessagesChoice:
         }
 
     def _write(self, event: Event) -> None:
+        """Add an event to the block of its message."""
         if event.segment.kind == "reasoning":
             self.reasoning_tokens += event.stop - event.start
         if self._block is None or self._block.segment is not event.segment:
@@ -142,7 +143,7 @@ class MessagesChoice:
             self._add("input_json_delta", "partial_json", event.text)
         elif self._seals_thinking:
             self._start(block, {"type": "thinking", "thinking": "", "signature": ""})
-            block.sealed += event.text
+            block.sealed.append(event.text)
         elif self._shows_thinking:
             self._start(block, {"type": "thinking", "thinking": "", "signature": ""})
             self._add("thinking_delta", "thinking", event.text)
@@ -172,7 +173,7 @@ class MessagesChoice:
         if not block.started:
             return
         if block.kind == "thinking":
-            self._add("signature_delta", "signature", sealed(block.sealed) if block.sealed else SIGNATURE)
+            self._add("signature_delta", "signature", sealed("".join(block.sealed)) if block.sealed else SIGNATURE)
         self._events.append({"type": "content_block_stop", "index": self._index})
         self._index += 1
 
@@ -307,18 +308,22 @@ async def prompt_of(
 
 def whole_message(message: JsonObject, events: list[JsonObject]) -> JsonObject:
     """A stream as one reply: `message`, as the stream's first event has it, and all later events."""
-    blocks: list[dict[str, str]] = []
+    blocks: list[dict[str, object]] = []
+    texts: list[dict[str, list[str]]] = []  # of each block, by field
     for event in events:
         block, delta = event.get("content_block"), event.get("delta")
         if isinstance(block, dict):
-            blocks.append(block | {"input": ""} if block["type"] == "tool_use" else {**block})
+            blocks.append({**block})
+            texts.append({})
         elif event["type"] == "message_delta" and isinstance(delta, dict):
             message = message | delta | {"usage": event["usage"]}
         elif isinstance(delta, dict):
             (field,) = delta.keys() - {"type"}
-            blocks[-1]["input" if field == "partial_json" else field] += delta[field]
-    content = [block | {"input": tool_input(block["input"])} if "input" in block else block for block in blocks]
-    return message | {"content": content}
+            texts[-1].setdefault(field, []).append(delta[field])
+    for whole, fields in zip(blocks, texts, strict=True):
+        joined = {field: "".join(parts) for field, parts in fields.items()}
+        whole |= {"input": tool_input(joined.get("partial_json", ""))} if whole["type"] == "tool_use" else joined
+    return message | {"content": blocks}
 
 
 def tool_input(arguments: str) -> msgspec.Raw | dict[str, str]:
