@@ -278,7 +278,7 @@ class Parser:
             return event
         if token == CHANNEL:
             return self._open_channel()
-        if token == CONSTRAIN and not self._segment:
+        if token == CONSTRAIN and not self._segment and self._field is not _CONTENT_TYPE:
             fields, rest = self._read_field()
             if rest.strip() and not self._may_be_type(rest):
                 return self._leave_header()
@@ -288,13 +288,14 @@ class Parser:
         return None
 
     def finish(self) -> Event | None:
-        """The rest when no token follows: an incomplete character, or a message whose header ended without text."""
+        """What is left when no token follows: an incomplete character, held-back text, or a call without any text."""
         text = self._decoder.decode(b"", final=True)
         if self._segment:
             return Event(self._segment, text, self._position, self._position) if text else None
         self._text += text
         fields, body = self._without_message()
-        addressed = not {"role", "recipient"}.isdisjoint(self._fields | fields)
+        known = self._fields | fields
+        addressed = known.get("recipient") not in _READERS or known.get("role", "assistant") != "assistant"
         return self._leave_header() if body.strip() or addressed else None
 
     def _open_header(self, field: re.Pattern[str]) -> None:
@@ -342,7 +343,7 @@ class Parser:
         assert match, "every field's pattern matches the empty text"
         fields, end = match.groupdict(), match.end()
         while match := _RECIPIENT.match(self._text, end):
-            fields.setdefault("recipient", match["recipient"])
+            fields["recipient"] = fields.get("recipient") or match["recipient"]
             end = match.end()
         return {name: value for name, value in fields.items() if value}, self._text[end:]
 
@@ -362,7 +363,7 @@ class Parser:
         return fields, rest.lstrip() if recipient else rest
 
     def _is_header(self, fields: dict[str, str], recipient: str, rest: str) -> bool:
-        """Whether the current field is one although <|message|> does not follow, or else is text."""
+        """Whether the current field belongs to a header although <|message|> does not follow it, or is text."""
         function = offered_function(recipient, self._functions)
         if self._field is _CHANNEL:
             channel = fields.get("channel", "")
@@ -371,7 +372,8 @@ class Parser:
         if self._field is _CONTENT_TYPE:
             return fields.get("content_type", "json") in ("json", "code")
         if self._field is _OPTIONAL_ROLE:
-            return bool(function or recipient in (*_READERS, "") or recipient.startswith(_TOOLS))
+            known = function or recipient in (*_READERS, "") or recipient.startswith(_TOOLS)
+            return bool(known or not rest.strip())
         return True
 
     def _may_be_type(self, rest: str) -> bool:

@@ -394,18 +394,19 @@ def test_a_message_cut_anywhere_is_told_as_far_as_it_came(message, at):
             assert read_text == " to"  # may begin a text as well as a header
 
 
+def bytes_alone(tokens: list[int]) -> list[int]:
+    """The same text in tokens of one byte each."""
+    single = {TOKENIZER.token_bytes(token): token for token in range(256)}
+    parts = [
+        [token] if token >= 199998 else [single[bytes([b])] for b in TOKENIZER.token_bytes(token)] for token in tokens
+    ]
+    return [token for part in parts for token in part]
+
+
 @given(message=spoken(), rest=st.lists(st.sampled_from(["<|end|>", "<|channel|>", " to=", "json", "so", "final"])))
 def test_a_message_reads_the_same_however_its_text_was_cut_into_tokens(message, rest):
     tokens = [*message[0], *(token for piece in rest for token in ids(piece))]
-    single = [
-        byte
-        for token in tokens
-        for byte in ([token] if token >= 199998 else [SINGLE[byte] for byte in TOKENIZER.token_bytes(token)])
-    ]
-    assert parse(single, TOKENIZER, OFFERED) == parse(tokens, TOKENIZER, OFFERED)
-
-
-SINGLE = {TOKENIZER.token_bytes(token)[0]: token for token in range(256)}
+    assert parse(bytes_alone(tokens), TOKENIZER, OFFERED) == parse(tokens, TOKENIZER, OFFERED)
 
 
 @pytest.mark.parametrize(
@@ -476,6 +477,24 @@ def test_no_text_is_lost_whatever_the_model_says(tokens):
     """A brace stands in no header: each is in the text of some message, or named as its recipient."""
     told = TOKENIZER.decode(tokens, skip_special=True).count("{!}")
     assert sum(text.count("{!}") for _, text in parse(tokens, TOKENIZER, OFFERED)) == told
+
+
+@pytest.mark.parametrize(
+    "header", ["<|start|>assistant", "<|channel|>", "<|channel|>comment", "<|channel|>final <|constrain|>json", " to="]
+)
+def test_a_header_cut_short_begins_no_message(header):
+    parser = Parser(TOKENIZER, functions=OFFERED)
+    assert [event for event in [*map(parser.feed, ids(header)), parser.finish()] if event] == []
+
+
+@given(
+    start=st.sampled_from(["", "<|start|>", "<|channel|>", "<|channel|>final <|constrain|>"]),
+    word=st.text("aé\u4e2d", min_size=100),
+)
+def test_a_header_too_long_reads_the_same_however_it_was_cut_into_tokens(start, word):
+    for text in (f"{word} to=now{{", f" to={word}{{", f"json {word}"):
+        tokens = [*ids(start), *TOKENIZER.encode(text)]
+        assert parse(bytes_alone(tokens), TOKENIZER, OFFERED) == parse(tokens, TOKENIZER, OFFERED)
 
 
 def test_text_in_place_of_a_channel_names_none():
