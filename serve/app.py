@@ -10,7 +10,7 @@ from starlette.responses import Response
 from conf.schema import ServerConfig
 from engine.tokenizer import Tokenizer
 from serve.client import Engine
-from serve.endpoints import chat, completions, status, tokenize
+from serve.endpoints import chat, completions, messages, status, tokenize
 from serve.generation import Service
 from serve.guard import Guard, read_keys
 from serve.metrics import Metrics
@@ -37,6 +37,7 @@ def create_app(
     service = Service(engine, server, model_name, Tokenizer(), metrics, lambda: app.state.draining, today)
     completions.add_routes(app, service)
     chat.add_routes(app, service)
+    messages.add_routes(app, service)
     tokenize.add_routes(app, service)
     status.add_routes(app, service)
     return app
@@ -47,5 +48,5 @@ async def no_such_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     route = f"{request.method} {request.url.path}"
     message = {404: f"there is no {route}", 405: f"{route} is not allowed"}.get(error.status_code, error.detail)
-    body = ApiError(error.status_code, message).body()
+    body = ApiError(error.status_code, message).body(request.url.path)
     return Response(body, error.status_code, error.headers, "application/json")

@@ -15,11 +15,20 @@ async def chat_prompt(
 
     Raises ApiError 400.
     """
-    limit = service.require_ready().max_context
     functions = [
         Function(tool.function.name, tool.function.description or "", tool.function.parameters) for tool in tools or []
     ]
-    turns = conversation_turns(messages)
+    limit = service.require_ready().max_context
+    return await rendered(service, body_bytes, conversation_turns(messages), functions, effort, limit)
+
+
+async def rendered(
+    service: Service, body_bytes: int, turns: list[Turn], functions: list[Function], effort: str, limit: int
+) -> list[int]:
+    """The prompt of `turns`, from a body of `body_bytes`. Encoding stops soon after `limit` tokens.
+
+    Raises ApiError 400 for functions that cannot be described.
+    """
     try:
         return await in_thread_if_large(
             body_bytes, render, turns, effort, service.today(), service.tokenizer, limit, functions

@@ -63,20 +63,20 @@ class Guard:
                 log.exception("%s %s failed", scope["method"], scope["path"])
                 error = ApiError(500, "internal error")
             if not response_started:
-                await respond(error, send)
+                await respond(error, scope["path"], send)
 
     def _check(self, scope: Scope) -> None:
         """Raises ApiError: 401 without a valid key, 413 for a body announced as too large."""
         headers = dict(scope["headers"])
         path = scope["path"]
         if self._keys and path != "/metrics" and path != "/health" and not path.startswith("/health/"):
-            scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+            scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
+            given = (bearer.strip() if scheme.lower() == b"bearer" else b"", headers.get(b"x-api-key", b"").strip())
             # Every key is compared, so that the time does not reveal which one came close.
-            matches = sum(hmac.compare_digest(key.strip(), allowed) for allowed in self._keys)
-            if scheme.lower() != b"bearer" or not matches:
+            if not sum(hmac.compare_digest(key, allowed) for key in given for allowed in self._keys):
                 raise ApiError(
                     401,
-                    "a valid API key is needed: Authorization: Bearer <key>",
+                    "a valid API key is needed: Authorization: Bearer <key>, or x-api-key: <key>",
                     code="invalid_api_key",
                     headers={"WWW-Authenticate": "Bearer"},
                 )
@@ -88,8 +88,8 @@ class Guard:
         return ApiError(413, f"the body exceeds {self._limit} bytes", code="body_too_large")
 
 
-async def respond(error: ApiError, send: Send) -> None:
-    """Answer with the error object."""
+async def respond(error: ApiError, path: str, send: Send) -> None:
+    """Answer a request for `path` with the error object."""
     headers = {"content-type": "application/json", **error.headers}
     await send(
         {
@@ -98,4 +98,4 @@ async def respond(error: ApiError, send: Send) -> None:
             "headers": [(name.lower().encode(), value.encode()) for name, value in headers.items()],
         }
     )
-    await send({"type": "http.response.body", "body": error.body()})
+    await send({"type": "http.response.body", "body": error.body(path)})

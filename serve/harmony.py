@@ -211,7 +211,7 @@ _DECORATION = re.compile(r"^\W+|\W+$")
 _ROLES = ("assistant", "user", "system", "developer")
 _CHANNELS = ("analysis", "commentary", "final")
 _TOOLS = ("functions", "browser", "python")  # where the name of a recipient that the model was trained on begins
-_MAX_FIELD = 128  # characters; longer text without <|message|> is the text of a message
+_MAX_FIELD = 192  # characters, enough for a name of 128; longer text without <|message|> is the text of a message
 # A header's fields begin with <|start|>, with a message's end (or the prompt's `<|start|>assistant`), with <|channel|>
 # or with <|constrain|>; each begins with the pattern named here. A recipient may follow, then a content type. The role
 # is optional after a message's end: it can only be the assistant's.

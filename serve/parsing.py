@@ -4,6 +4,7 @@ Knows field names and values; types and ranges are those of the request types in
 """
 
 import re
+from collections.abc import Iterable
 from typing import TypeVar
 
 import msgspec
@@ -59,10 +60,14 @@ def parse(body: bytes, kind: type[Request]) -> tuple[Request, dict[str, str]]:
         raise ApiError(400, message.replace("$.", ""), param or None) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ApiError(400, f"the body is not valid JSON: {error}") from None
+    return request, ignored_header(_unknown_fields(raw, kind))
+
+
+def ignored_header(fields: Iterable[str]) -> dict[str, str]:
+    """The response header that names ignored fields; empty where there are none."""
     # A client chooses these names: no control characters and no endless header.
-    unknown = sorted(_unknown_fields(raw, kind))[:20]
-    names = ", ".join(re.sub(r"[^\w.-]", "?", name[:64], flags=re.ASCII) for name in unknown)
-    return request, {IGNORED_HEADER: names} if names else {}
+    names = [re.sub(r"[^\w.-]", "?", name[:64], flags=re.ASCII) for name in sorted(fields)[:20]]
+    return {IGNORED_HEADER: ", ".join(names)} if names else {}
 
 
 def _refuse_unsupported(raw: dict[str, object], kind: type[msgspec.Struct]) -> None:

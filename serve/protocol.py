@@ -17,10 +17,12 @@ MAX_CHOICES = 64  # of a request: n × prompts
 SEEDS = 2**63
 
 _ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_ANTHROPIC_ERROR_TYPES = {503: "overloaded_error", 504: "timeout_error", **_ERROR_TYPES}
+_ANTHROPIC_PATH = "/v1/messages"  # and all paths below it
 
 
 class ApiError(Exception):
-    """An answer other than 200, as the OpenAI error object. `param` names the field at fault."""
+    """An answer other than 200, as the error object of the API. `param` names the field at fault."""
 
     def __init__(
         self,
@@ -33,11 +35,20 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers or {}
 
-    def body(self) -> bytes:
-        """The error object as JSON."""
+    def body(self, path: str = "") -> bytes:
+        """The error object as JSON, in the shape of the API that `path` belongs to: Anthropic's or OpenAI's."""
+        if path == _ANTHROPIC_PATH or path.startswith(_ANTHROPIC_PATH + "/"):
+            return self.anthropic_body()
         kind = _ERROR_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return msgspec.json.encode({"error": error})
+
+    def anthropic_body(self) -> bytes:
+        """The error object as Anthropic's API has it. It has no place for the field: the message names it."""
+        kind = _ANTHROPIC_ERROR_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+        named = self.param is None or self.param in self.message
+        error = {"type": kind, "message": self.message if named else f"{self.param}: {self.message}"}
+        return msgspec.json.encode({"type": "error", "error": error})
 
 
 def unsupported(message: str, param: str) -> ApiError:

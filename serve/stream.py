@@ -7,7 +7,7 @@ import asyncio
 import logging
 from collections.abc import Coroutine
 from contextlib import aclosing
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import msgspec
 from starlette.requests import ClientDisconnect
@@ -19,6 +19,7 @@ from serve.protocol import ApiError, JsonObject
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
+AnyDelta_contra = TypeVar("AnyDelta_contra", bound=ChoiceDelta, contravariant=True)
 
 
 def json_response(body: JsonObject, headers: dict[str, str] | None = None) -> Response:
@@ -69,8 +70,25 @@ def timed_out(seconds: float) -> ApiError:
     return ApiError(504, f"the request took longer than {seconds:g} s", code="timeout")
 
 
+class StreamFormat(Protocol[AnyDelta_contra]):
+    """The bytes of a stream's events."""
+
+    def event(self, delta: AnyDelta_contra) -> bytes:
+        """What a choice's delta becomes."""
+
+    def last(self, usage: JsonObject) -> bytes:
+        """The end of a complete answer; `usage` as `Generation.usage` returns it."""
+
+    def error(self, error: ApiError) -> bytes:
+        """The end of an answer that fails midway."""
+
+
 class EventFormat:
-    """The bytes of one request's events; the fields that all of them have are encoded once."""
+    """The events of OpenAI's older endpoints; the fields that all events of a request have are encoded once.
+
+    A complete answer ends with `data: [DONE]`. One that fails midway ends with an event that holds the error object,
+    and without [DONE].
+    """
 
     def __init__(self, constant: JsonObject, include_usage: bool) -> None:
         """`constant`: the fields before `choices`. `include_usage`: with `usage`, null in every event but the last."""
@@ -86,22 +104,26 @@ class EventFormat:
             return self._head + self._encode(delta) + b"]" + self._usage + b"," + self._encode(extra)[1:] + b"\n\n"
         return self._head + self._encode(delta) + self._tail
 
-    def usage(self, usage: JsonObject) -> bytes:
-        """The last event."""
-        return self._head + b'],"usage":' + self._encode(usage) + b"}\n\n"
+    def last(self, usage: JsonObject) -> bytes:
+        """The usage, where it is wanted, and [DONE]."""
+        event = self._head + b'],"usage":' + self._encode(usage) + b"}\n\n" if self.include_usage else b""
+        return event + b"data: [DONE]\n\n"
+
+    def error(self, error: ApiError) -> bytes:
+        """The error object."""
+        return b"data: " + error.body() + b"\n\n"
 
 
 class EventStream(Response, Generic[AnyDelta]):
     """A response of server-sent events, lean because it runs once per token.
 
-    A complete answer ends with `data: [DONE]`. One that fails midway ends with an event that holds the error object,
-    and without [DONE]. A client that goes away aborts the generation.
+    A client that goes away aborts the generation.
     """
 
     def __init__(
         self,
         generation: Generation[AnyDelta],
-        form: EventFormat,
+        form: StreamFormat[AnyDelta],
         opening: bytes,
         seconds: float,
         headers: dict[str, str],
@@ -125,10 +147,9 @@ class EventStream(Response, Generic[AnyDelta]):
                 async for _, delta in deltas:
                     if delta.has_output:
                         await send({"type": "http.response.body", "body": self._form.event(delta), "more_body": True})
-            last = self._form.usage(self._generation.usage()) if self._form.include_usage else b""
-            last += b"data: [DONE]\n\n"
+            last = self._form.last(self._generation.usage())
         except Exception as error:
-            last = b"data: " + self._api_error(error).body() + b"\n\n"
+            last = self._form.error(self._api_error(error))
         await send({"type": "http.response.body", "body": last})
 
     def _api_error(self, error: Exception) -> ApiError:

@@ -58,6 +58,7 @@ class StopMatcher:
         self._state = 0
         self._held = ""  # the longest tail of the text that may become a stop string
         self.stopped = False
+        self.stop_string = ""  # the one that was completed
 
     def feed(self, text: str) -> str:
         """The text that can no longer be part of a stop string. Empty after a stop string."""
@@ -70,6 +71,7 @@ class StopMatcher:
             self._state = self._stops.step(self._state, character)
             if length := self._stops.match[self._state]:
                 self.stopped, self._held = True, ""
+                self.stop_string = pending[position - length : position]
                 return pending[: position - length]
         visible = len(pending) - self._stops.depth[self._state]
         self._held = pending[visible:]
