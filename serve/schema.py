@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 _DEPTH = 64  # of schemas in schemas
-_BUDGET = 2_000_000  # of characters and keys, counted again at each level: what a bomb of references may cost
+_BUDGET = 500_000  # of characters and keys, counted again at each level: what a bomb of references may cost
 _LINE_BREAK = re.compile(r"\r\n|[\n\r\u2028\u2029]")
 _PLAIN_NAME = re.compile(r"[\w$.-]+")
 _NAMES = {"integer": "number"} | {name: name for name in ("string", "number", "boolean", "null")}
@@ -69,10 +69,7 @@ class _Writer:
         if depth > _DEPTH:
             raise SchemaError(place, f"schemas are nested more than {_DEPTH} deep")
         schema, references, cut = self._resolve(schema, place, references)
-        if cut:
-            result = _Type(cut)
-        else:
-            result = self._plain(schema, place, indent, references, depth)
+        result = _Type(cut) if cut else self._plain(schema, place, indent, references, depth)
         if schema.get("nullable") is True and not re.search(r"(^|\| )null$", result.text):
             result = _Type(f"{result.text} | null", union=True)
         self._spend(len(result.text), place)
@@ -88,7 +85,7 @@ class _Writer:
     ) -> tuple[Mapping[str, object], tuple[str, ...], str]:
         """The schema without $ref and allOf, the references followed, and the name where one was cut."""
         while "$ref" in schema or "allOf" in schema:
-            self._spend(1 + len(schema), place)
+            self._spend(10 + len(schema), place)
             rest = {key: value for key, value in schema.items() if key not in ("$ref", "allOf")}
             if "$ref" in schema:
                 reference = schema["$ref"]
@@ -105,17 +102,18 @@ class _Writer:
                 if not isinstance(given, list) or not given:
                     raise SchemaError(f"{place}.allOf", "must be a list of schemas")
                 parts = given
+            outer = references
             merged: dict[str, object] = {}
             for i, part in enumerate([*parts, rest]):
                 if part is True:
                     continue
                 if not isinstance(part, Mapping):
                     raise SchemaError(f"{place}.allOf[{i}]", "a schema must be an object")
-                if "$ref" in part or "allOf" in part:
-                    if part is not rest and len(parts) > 1:
-                        part, references, cut = self._resolve(part, f"{place}.allOf[{i}]", references)
-                        if cut:
-                            return rest, references, cut
+                if ("$ref" in part or "allOf" in part) and part is not rest and len(parts) > 1:
+                    part, followed, cut = self._resolve(part, f"{place}.allOf[{i}]", outer)
+                    references = tuple(dict.fromkeys((*references, *followed)))
+                    if cut:
+                        return rest, references, cut
                 self._spend(1 + len(part), place)
                 for key, value in part.items():
                     old = merged.get(key)
@@ -128,7 +126,7 @@ class _Writer:
                     else:
                         merged[key] = value
             schema = merged
-        self._spend(1 + len(schema), place)
+        self._spend(10 + len(schema), place)
         return schema, references, ""
 
     def _target(self, reference: object, place: str) -> object:

@@ -31,6 +31,7 @@ def of_property(schema: dict[str, Any], **root: object) -> str:
     return text.removeprefix("{\n").removesuffix(",\n}").removeprefix("x?: ")
 
 
+ENCODING = load_harmony_encoding(HarmonyEncodingName.HARMONY_GPT_OSS)
 STRING = {"type": "string"}
 NODE = {"type": "object", "properties": {"next": {"anyOf": [{"$ref": "#/$defs/Node"}, {"type": "null"}]}}}
 
@@ -144,11 +145,10 @@ SCHEMAS = st.recursive(
 
 @given(described(objects(SCHEMAS)), WORD)
 def test_what_the_library_tells_whole_is_the_librarys_text(schema, description):
-    encoding = load_harmony_encoding(HarmonyEncodingName.HARMONY_GPT_OSS)
     tool = ToolDescription.new("f", description, parameters=schema)
     content = DeveloperContent.new().with_function_tools([tool])
     message = Message.from_role_and_content(Role.DEVELOPER, content)
-    text = encoding.decode(encoding.render_conversation(Conversation.from_messages([message])))
+    text = ENCODING.decode(ENCODING.render_conversation(Conversation.from_messages([message])))
     assert describe([("f", description, schema)]) == text.partition("<|message|>")[2].removesuffix("<|end|>")
 
 
