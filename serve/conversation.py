@@ -4,6 +4,7 @@ from engine.tokenizer import Tokenizer
 from serve.generation import Service, in_thread_if_large
 from serve.harmony import Call, Function, Turn, any_call_header, call_header, render
 from serve.protocol import ApiError, ChatMessage, ChatRequest, NamedTool, Tool, unsupported
+from serve.schema import SchemaError
 
 DEFAULT_EFFORT = "medium"
 
@@ -33,8 +34,8 @@ async def rendered(
         return await in_thread_if_large(
             body_bytes, render, turns, effort, service.today(), service.tokenizer, limit, functions
         )
-    except ValueError as error:
-        raise ApiError(400, f"the tools cannot be described to the model: {error}", "tools") from None
+    except SchemaError as error:
+        raise ApiError(400, f"the tools cannot be described to the model: {error}", error.place) from None
 
 
 def prefilled_call(request: ChatRequest, tokenizer: Tokenizer) -> list[int]:

@@ -26,6 +26,7 @@ from openai_harmony import (
 
 from conf.limits import CALL, CHANNEL, CONSTRAIN, END, ENDOFTEXT, FIRST_SPECIAL, MESSAGE, RETURN, START
 from engine.tokenizer import Tokenizer
+from serve.schema import describe
 from serve.text import utf8_decoder
 
 FUNCTIONS = "functions."  # before a function's name where it is a recipient or an author
@@ -72,7 +73,7 @@ def render(
     follows, its own or a later one: content without a call. An assistant's turn without anything leaves no trace.
     Rendering stops early once there are more than `limit` ids.
 
-    Raises ValueError for functions that cannot be described.
+    Raises SchemaError for functions that cannot be described.
     """
     ids, tools = _system_message(effort, today, tokenizer, functions)
     if tools and not (turns and turns[0].role in ("system", "developer")):
@@ -131,19 +132,12 @@ def _system_message(
     message, encoding = Message.from_role_and_content(Role.SYSTEM, system), tokenizer.encoding
     if not functions:
         return encoding.render(message), ""
-    try:
-        descriptions = DeveloperContent.new().with_function_tools(
-            [ToolDescription.new(f.name, f.description, parameters=f.parameters) for f in functions]
-        )
-        messages = [message, Message.from_role_and_content(Role.DEVELOPER, descriptions)]
-        ids = encoding.render_conversation(
-            Conversation.from_messages(messages), RenderConversationConfig(auto_drop_analysis=False)
-        )
-    except Exception as error:  # the library raises several kinds for an invalid schema
-        raise ValueError(str(error)) from error
-    end = ids.index(END) + 1
-    text = encoding.decode(ids[end:])  # encoded again by `render`, so that control tokens in a description are text
-    return ids[:end], text.partition("<|message|>")[2].removesuffix("<|end|>")
+    named = DeveloperContent.new().with_function_tools([ToolDescription.new(f.name, "") for f in functions])
+    messages = [message, Message.from_role_and_content(Role.DEVELOPER, named)]  # the system message mentions functions
+    ids = encoding.render_conversation(
+        Conversation.from_messages(messages), RenderConversationConfig(auto_drop_analysis=False)
+    )
+    return ids[: ids.index(END) + 1], describe(functions)
 
 
 SegmentKind = Literal["content", "reasoning", "call", "hidden"]
