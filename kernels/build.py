@@ -236,7 +236,9 @@ def _nvrtc(source: Path, options: list[str]) -> bytes:
     try:
         from cuda.core import Program, ProgramOptions
     except ImportError as error:
-        raise BuildError(f"{source.parent.name}/{source.name}: neither nvcc nor NVRTC (cuda-core) is installed") from error
+        raise BuildError(
+            f"{source.parent.name}/{source.name}: neither nvcc nor NVRTC (cuda-core) is installed"
+        ) from error
     defines = [tuple(option[2:].split("=")) for option in options if option.startswith("-D")]
     settings = ProgramOptions(
         arch=f"sm_{ARCHITECTURE}",
