@@ -73,11 +73,16 @@ class Service:
             raise ApiError(503, "the server is shutting down", code="draining", headers=RETRY)
         if self.engine.ready is None:
             raise ApiError(503, "the engine is still starting", code="not_ready", headers=RETRY)
-        if model is not None and model != self.model_name:
+        if model is not None:
+            self.require_model(model)
+        return self.engine.ready
+
+    def require_model(self, model: str) -> None:
+        """Raises ApiError 404 for a model that is not served."""
+        if model != self.model_name and model not in self.server.also_named:
             raise ApiError(
                 404, f"the model {model!r} is not served here; {self.model_name!r} is", "model", "model_not_found"
             )
-        return self.engine.ready
 
     def submit(
         self, prompts: list[tuple[list[int], SamplingParams]], n: int, choice: Callable[[int, int], Choice[AnyDelta]]

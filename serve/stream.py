@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serve.generation import AnyDelta, ChoiceDelta, Generation
-from serve.protocol import ApiError, JsonObject
+from serve.protocol import ApiError, JsonObject, SamplingRequest
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -72,9 +72,12 @@ def timed_out(seconds: float) -> ApiError:
 class EventFormat:
     """The bytes of one request's events; the fields that all of them have are encoded once."""
 
-    def __init__(self, constant: JsonObject, include_usage: bool) -> None:
-        """`constant`: the fields before `choices`. `include_usage`: with `usage`, null in every event but the last."""
-        self.include_usage = include_usage
+    def __init__(self, constant: JsonObject, request: SamplingRequest) -> None:
+        """`constant`: the fields before `choices`. With `include_usage`, `usage` is null in every event but the last,
+        or what it is so far with `continuous_usage_stats`.
+        """
+        self.include_usage, self.continuous_usage = request.include_usage, request.continuous_usage
+        include_usage = self.include_usage
         self._head = b"data: " + msgspec.json.encode(constant)[:-1] + b',"choices":['
         self._usage = b',"usage":null' if include_usage else b""
         self._tail = b"]" + self._usage + b"}\n\n"
@@ -85,6 +88,10 @@ class EventFormat:
         if extra:
             return self._head + self._encode(delta) + b"]" + self._usage + b"," + self._encode(extra)[1:] + b"\n\n"
         return self._head + self._encode(delta) + self._tail
+
+    def event_with_usage(self, delta: ChoiceDelta, usage: JsonObject) -> bytes:
+        """The event of one choice's delta with the usage so far."""
+        return self._head + self._encode(delta) + b'],"usage":' + self._encode(usage) + b"}\n\n"
 
     def usage(self, usage: JsonObject) -> bytes:
         """The last event."""
@@ -108,10 +115,12 @@ class EventStream(Response, Generic[AnyDelta]):
     ) -> None:
         """`opening`: the events before the first token. `seconds`: until the stream ends with an error."""
         self._generation, self._form, self._opening, self._seconds = generation, form, opening, seconds
+        self._request_id = ""  # of the log
         self.status_code, self.media_type, self.background = 200, "text/event-stream", None
         self.init_headers({"cache-control": "no-cache", **headers})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._request_id = scope.get("request_id", "")
         try:
             await unless_gone(receive, self._run(send))
         finally:
@@ -124,17 +133,23 @@ class EventStream(Response, Generic[AnyDelta]):
                 await send({"type": "http.response.body", "body": self._opening, "more_body": True})
                 async for _, delta in deltas:
                     if delta.has_output:
-                        await send({"type": "http.response.body", "body": self._form.event(delta), "more_body": True})
+                        event = self._event(delta)
+                        await send({"type": "http.response.body", "body": event, "more_body": True})
             last = self._form.usage(self._generation.usage()) if self._form.include_usage else b""
             last += b"data: [DONE]\n\n"
         except Exception as error:
             last = b"data: " + self._api_error(error).body() + b"\n\n"
         await send({"type": "http.response.body", "body": last})
 
+    def _event(self, delta: AnyDelta) -> bytes:
+        if self._form.continuous_usage:
+            return self._form.event_with_usage(delta, self._generation.usage())
+        return self._form.event(delta)
+
     def _api_error(self, error: Exception) -> ApiError:
         if isinstance(error, TimeoutError):
             return timed_out(self._seconds)
         if isinstance(error, ApiError):
             return error
-        log.error("a stream failed", exc_info=error)
+        log.error("%s: a stream failed", self._request_id, exc_info=error)
         return ApiError(500, "internal error")

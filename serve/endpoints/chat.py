@@ -33,7 +33,7 @@ async def create(service: Service, http_request: Request) -> Response:
     check(request)
     prefilled = prefilled_call(request, service.tokenizer)
     tools = None if request.tool_choice == "none" else request.tools
-    effort = request.reasoning_effort or DEFAULT_EFFORT
+    effort = request.effort or DEFAULT_EFFORT
     prompt = await chat_prompt(service, len(body), request.messages, tools, effort) + prefilled
     sampling = sampling_params(request, len(prompt), ready)
     check_tokens(prompt, ready, "messages")
@@ -50,7 +50,7 @@ async def create(service: Service, http_request: Request) -> Response:
     prompt_ids: JsonObject = {"prompt_token_ids": prompt} if request.return_token_ids else {}
     seconds = service.server.request_timeout
     if request.stream:
-        form = EventFormat({**constant, "object": "chat.completion.chunk"}, request.include_usage)
+        form = EventFormat({**constant, "object": "chat.completion.chunk"}, request)
         roles = [ChatDelta(index, MessageDelta(role="assistant", content=""), None, None) for index in range(n)]
         opening = b"".join(form.event(role, prompt_ids if role.index == 0 else None) for role in roles)
         return EventStream(generation, form, opening, seconds, headers)

@@ -55,6 +55,8 @@ class TextChoice:
         self._return_token_ids = bool(request.return_token_ids)
         self._prompt: list[int] | None = prompt  # None once the first delta is out
         self._echo = bool(request.echo)
+        as_ids = request.return_tokens_as_token_ids
+        self._name = (lambda token: f"token_id:{token}") if as_ids else tokenizer.token_text
         self._decoder = utf8_decoder()
         self._stop_matcher = StopMatcher(stops)
         self._characters = 0  # decoded so far
@@ -88,7 +90,7 @@ class TextChoice:
         return text_delta
 
     def _logprobs(self, tokens: list[int], logprobs: list[TokenLogprobs], offsets: list[int]) -> TextLogprobs:
-        name = self._tokenizer.token_text
+        name = self._name
         return {
             "tokens": [name(token) for token in tokens],
             "token_logprobs": [entry.logprob for entry in logprobs[: len(tokens)]],
@@ -135,7 +137,7 @@ async def create(service: Service, http_request: Request) -> Response:
     }
     seconds = service.server.request_timeout
     if request.stream:
-        return EventStream(generation, EventFormat(constant, request.include_usage), b"", seconds, headers)
+        return EventStream(generation, EventFormat(constant, request), b"", seconds, headers)
     by_choice = await collected(generation, seconds, http_request.receive)
     choices = [whole_choice(deltas) for deltas in by_choice]
     return json_response({**constant, "choices": choices, "usage": generation.usage()}, headers)
