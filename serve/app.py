@@ -33,7 +33,9 @@ def create_app(
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.state.draining = False
-    app.add_middleware(Guard, keys=read_keys(server.api_key_file), max_body_bytes=server.max_body_bytes)
+    app.add_middleware(
+        Guard, keys=read_keys(server.api_key_file), max_body_bytes=server.max_body_bytes, salt_by_key=server.salt_by_key
+    )
     if server.cors_origins:  # before the guard: a preflight carries no key
         app.add_middleware(
             CORSMiddleware,

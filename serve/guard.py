@@ -4,6 +4,7 @@ Knows headers and bytes; of the routes only those that need no key. A body over 
 in, whether or not its length was announced.
 """
 
+import hashlib
 import hmac
 import logging
 import re
@@ -32,11 +33,24 @@ def read_keys(path: str | None) -> tuple[bytes, ...]:
     return keys
 
 
+def cache_salt(scope: Scope, given: str | None) -> bytes:
+    """The salt of a request's cached pages: of the `cache_salt` it gives, and of its API key where that is configured.
+
+    Empty where there is neither. Its hash is over fewer bytes than any page's, so that no salt is a page's digest.
+    """
+    key_salt: bytes = scope.get("key_salt", b"")
+    if given is None and not key_salt:
+        return b""
+    return hashlib.sha256(
+        b"salt" + key_salt + hashlib.sha256((given or "").encode("utf-8", "replace")).digest()
+    ).digest()
+
+
 class Guard:
     """ASGI middleware; an ApiError that leaves the application, or any other exception, becomes the error object."""
 
-    def __init__(self, app: ASGIApp, keys: tuple[bytes, ...], max_body_bytes: int) -> None:
-        self._app, self._keys, self._limit = app, keys, max_body_bytes
+    def __init__(self, app: ASGIApp, keys: tuple[bytes, ...], max_body_bytes: int, salt_by_key: bool = False) -> None:
+        self._app, self._keys, self._limit, self._salted = app, keys, max_body_bytes, salt_by_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -47,6 +61,8 @@ class Guard:
         # HEAD where GET is: the server that sends the answer leaves its body out.
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         scope = {**scope, "method": method, "request_id": id}
+        if self._salted:
+            scope["key_salt"] = hashlib.sha256(headers.get(b"authorization", b"").partition(b" ")[2].strip()).digest()
         response_started, body_bytes = False, 0
 
         async def limited_receive() -> Message:

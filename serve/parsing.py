@@ -4,7 +4,7 @@ Knows field names and values; types and ranges are those of the request types in
 """
 
 import re
-from typing import TypeGuard, TypeVar
+from typing import TypeVar
 
 import msgspec
 from msgspec import inspect
@@ -126,8 +126,9 @@ def normalise(raw: dict[str, object], ignored: set[str]) -> dict[str, object]:
 def _allowed_tools(choice: dict[str, object], tools: list[object]) -> tuple[list[object], object]:
     """The tools that a choice of the type allowed_tools leaves, and its mode. Raises ApiError 400."""
     group = choice.get("allowed_tools")
-    names = {_function_name(tool) for tool in group["tools"]} if _has_tools(group) else {None}
-    if not _has_tools(group) or None in names:
+    group_tools = group.get("tools") if isinstance(group, dict) else None
+    names = {_function_name(tool) for tool in group_tools} if isinstance(group_tools, list) else {None}
+    if not isinstance(group, dict) or None in names:
         raise ApiError(400, "expected {mode, tools} with functions by name", "tool_choice.allowed_tools")
     missing = names - {_function_name(tool) for tool in tools}
     if missing:
@@ -135,10 +136,6 @@ def _allowed_tools(choice: dict[str, object], tools: list[object]) -> tuple[list
     if group.get("mode") not in ("auto", "required"):
         raise ApiError(400, f"mode: got {group.get('mode')!r}, allowed: auto, required", "tool_choice.allowed_tools")
     return [tool for tool in tools if _function_name(tool) in names], group["mode"]
-
-
-def _has_tools(group: object) -> TypeGuard[dict[str, list[object]]]:
-    return isinstance(group, dict) and isinstance(group.get("tools"), list)
 
 
 def _function_name(tool: object) -> str | None:
@@ -151,7 +148,7 @@ def _function_name(tool: object) -> str | None:
 def allowed_values(kind: type[msgspec.Struct], path: str) -> str:
     """`, allowed: …` for the field at msgspec's `path` in `kind`; empty where it has no list of values."""
     current: list[inspect.Type] = [inspect.type_info(kind)]
-    for name in path.replace("[...]", "").split("."):
+    for name in re.sub(r"\[[^]]*\]", "", path).split("."):
         current = [
             field.type
             for entry in _members(current)

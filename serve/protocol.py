@@ -85,6 +85,7 @@ class SamplingRequest(msgspec.Struct, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None  # shares cached prompts with equals
 
     @property
     def stop_strings(self) -> list[str]:
@@ -230,8 +231,10 @@ class ChatRequest(SamplingRequest, kw_only=True):
     def effort(self) -> str | None:
         """The effort as GPT-OSS knows it; where it is given more than once, reasoning_effort goes first."""
         given = self.reasoning_effort
-        given = given or (self.reasoning and self.reasoning.effort)
-        given = given or (self.chat_template_kwargs and self.chat_template_kwargs.reasoning_effort)
+        if given is None and self.reasoning:
+            given = self.reasoning.effort
+        if given is None and self.chat_template_kwargs:
+            given = self.chat_template_kwargs.reasoning_effort
         return EFFORTS[given] if given else None
 
     @property

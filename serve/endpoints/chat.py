@@ -8,6 +8,7 @@ from starlette.responses import Response
 
 from serve.conversation import DEFAULT_EFFORT, chat_prompt, prefilled_call
 from serve.generation import Service
+from serve.guard import cache_salt
 from serve.message import ChatChoice, ChatDelta, MessageDelta, whole_choice
 from serve.parsing import parse
 from serve.protocol import ApiError, ChatRequest, JsonObject, NamedTool
@@ -40,7 +41,10 @@ async def create(service: Service, http_request: Request) -> Response:
     stops = StopStrings(request.stop_strings)
     n = request.n or 1
     generation = service.submit(
-        [(prompt, sampling)], n, lambda _, index: ChatChoice(index, request, stops, service.tokenizer, prefilled)
+        [(prompt, sampling)],
+        n,
+        lambda _, index: ChatChoice(index, request, stops, service.tokenizer, prefilled),
+        cache_salt(http_request.scope, request.cache_salt),
     )
     constant: JsonObject = {
         "id": f"chatcmpl-{secrets.token_hex(12)}",

@@ -14,6 +14,7 @@ from conf.limits import FIRST_SPECIAL
 from engine.messages import Delta, FinishReason, Ready, TokenLogprobs
 from engine.tokenizer import Tokenizer
 from serve.generation import Service, in_thread_if_large
+from serve.guard import cache_salt
 from serve.parsing import parse
 from serve.protocol import MAX_CHOICES, ApiError, CompletionRequest, JsonObject
 from serve.sampling import check_tokens, sampling_params
@@ -127,7 +128,10 @@ async def create(service: Service, http_request: Request) -> Response:
     jobs = [(ids, sampling_params(request, len(ids), ready)) for ids in encoded]
     stops = StopStrings(request.stop_strings)
     generation = service.submit(
-        jobs, n, lambda job, index: TextChoice(index, request, encoded[job], stops, service.tokenizer)
+        jobs,
+        n,
+        lambda job, index: TextChoice(index, request, encoded[job], stops, service.tokenizer),
+        cache_salt(http_request.scope, request.cache_salt),
     )
     constant: JsonObject = {
         "id": f"cmpl-{secrets.token_hex(12)}",

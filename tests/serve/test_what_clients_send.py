@@ -209,3 +209,25 @@ def test_a_preflight_passes_without_a_key_for_listed_origins_alone(serve, tmp_pa
 def test_without_configuration_no_origin_is_allowed(live):
     response = live.http.get("/health", headers={"origin": "https://a.example"})
     assert "access-control-allow-origin" not in response.headers
+
+
+def test_a_salt_is_the_same_for_the_same_text_and_key_alone(serve, tmp_path):
+    (tmp_path / "keys").write_text("one\ntwo")
+    live = serve(FakeEngine([1]), api_key_file=str(tmp_path / "keys"), salt_by_key=True)
+    asked = [("one", None), ("two", None), ("one", "a"), ("two", "a"), ("one", "b"), ("one", "a")]
+    for key, salt in asked:
+        headers = {"authorization": f"Bearer {key}"}
+        body = {"prompt": "x", "cache_salt": salt}
+        assert live.http.post("/v1/completions", json=body, headers=headers).status_code == 200
+    salts = live.engine.salts
+    assert len(set(salts)) == 5
+    assert salts[2] == salts[5]
+
+
+def test_without_key_and_text_there_is_no_salt(live):
+    live.chat()
+    live.chat(cache_salt="a")
+    live.complete(cache_salt="a")
+    assert live.engine.salts[0] == b""
+    assert live.engine.salts[1] == live.engine.salts[2] != b""
+    assert live.chat(cache_salt="").status_code == 400
