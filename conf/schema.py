@@ -4,6 +4,7 @@ Hydra composes the YAML files of this folder, `load` turns the result into these
 overrides what stands here. Imports nothing of ours but `conf.limits`.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -95,7 +96,10 @@ class KernelsConfig:
 class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 8000
+    also_named: list[str] = field(default_factory=list)  # names of the model that requests may use beside model.name
+    cors_origins: list[str] = field(default_factory=list)  # pages of these origins may call, such as https://a.example
     api_key_file: str | None = None  # one key a line; every route but health and metrics then needs one
+    salt_by_key: bool = False  # requests find cached prompts of their own API key alone
     max_queue: int = 1024  # requests waiting or running; one more answers 429
     max_body_bytes: int = 16 * 2**20
     request_timeout: float = 3600.0  # seconds, then the request ends with an error
@@ -211,6 +215,11 @@ def check(config: Config) -> None:
     require(1 <= server.port <= 65535, "server.port", "1 to 65535")
     for key in ("max_queue", "max_body_bytes", "request_timeout", "step_deadline"):
         require(getattr(server, key) > 0, f"server.{key}", "more than 0")
+    wrong = [origin for origin in server.cors_origins if not re.fullmatch(r"https?://[^/*\s]+", origin)]
+    require(not wrong, "server.cors_origins", "origins in full, scheme://host[:port]; no wildcard")
+    keyed = server.api_key_file is not None or not server.salt_by_key
+    require(keyed, "server.salt_by_key", "false without server.api_key_file")
+    require(all(server.also_named), "server.also_named", "names that are not empty")
     require(server.drain_seconds >= 0, "server.drain_seconds", "0 or more")
     levels = ("critical", "error", "warning", "info", "debug")
     require(server.log_level in levels, "server.log_level", ", ".join(levels))

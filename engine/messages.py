@@ -19,6 +19,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     id: int
     prompt: list[int]
     sampling: SamplingParams
+    salt: bytes = b""  # prompts are found in the prefix cache only by requests of the same salt
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):

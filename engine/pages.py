@@ -13,16 +13,17 @@ from conf.limits import PAGE_TOKENS, SCRATCH_PAGE
 _PAGE_OF_TOKENS = struct.Struct(f"<{PAGE_TOKENS}i")
 
 
-def extend_chain(digests: list[bytes], tokens: list[int]) -> None:
+def extend_chain(digests: list[bytes], tokens: list[int], salt: bytes = b"") -> None:
     """Appends to `digests` one SHA-256 digest for each full page of `tokens` that it does not cover yet.
 
     A digest is that of the previous digest followed by the page's token ids, so it names the page's whole history:
     equal digests mean equal keys and values. A cryptographic hash, because clients choose the tokens and a collision
-    would answer one client with another's text.
+    would answer one client with another's text. `salt` stands before the first page: chains of different salts share
+    no digest.
     """
     for start in range(len(digests) * PAGE_TOKENS, len(tokens) - PAGE_TOKENS + 1, PAGE_TOKENS):
         page = _PAGE_OF_TOKENS.pack(*tokens[start : start + PAGE_TOKENS])
-        digests.append(hashlib.sha256((digests[-1] if digests else b"") + page).digest())
+        digests.append(hashlib.sha256((digests[-1] if digests else salt) + page).digest())
 
 
 def pages_for(tokens: int) -> int:

@@ -30,6 +30,7 @@ class Request:
     arrival: float
     last_position: int  # of the last token it may draw, whose key and value are never computed
     prefill_end: int  # prefill computes the positions before this: the prompt, after preemption also the answer so far
+    salt: bytes = b""  # of its digests
     computed: int = 0  # the positions before this are in its pages once every scheduled step has run
     slot: int = NO_SLOT  # held while it runs
     pages: list[int] = field(default_factory=list)
@@ -97,7 +98,9 @@ class Scheduler:
                 f"a prompt of {prompt} tokens and max_tokens {limit} need {pages_for(last_position)} pages of "
                 f"{PAGE_TOKENS} tokens; the server has {self.pool.total}"
             )
-        request = Request(submit.id, submit.sampling, list(submit.prompt), prompt, now, last_position, prompt)
+        request = Request(
+            submit.id, submit.sampling, list(submit.prompt), prompt, now, last_position, prompt, submit.salt
+        )
         self._requests[submit.id] = request
         self._waiting.append(request)
 
@@ -241,7 +244,7 @@ class Scheduler:
         """The leading pages of a request that are in the prefix cache, at least one token short of all; now held."""
         if not self._reads_cache(request):
             return []
-        extend_chain(request.digests, request.tokens)
+        extend_chain(request.digests, request.tokens, request.salt)
         return self.pool.match(request.digests, (len(request.tokens) - 1) // PAGE_TOKENS)
 
     def _register(self, request: Request) -> None:
@@ -249,7 +252,7 @@ class Scheduler:
         full = min(len(request.tokens), request.computed) // PAGE_TOKENS
         if not self._prefix_cache or full <= request.registered:
             return
-        extend_chain(request.digests, request.tokens)
+        extend_chain(request.digests, request.tokens, request.salt)
         for index in range(request.registered, full):
             self.pool.register(request.pages[index], request.digests[index])
         request.registered = full

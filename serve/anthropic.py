@@ -14,7 +14,7 @@ from msgspec import Meta
 
 from serve.conversation import DEFAULT_EFFORT
 from serve.harmony import Call, Function, Turn
-from serve.protocol import ApiError, ChatRequest, JsonObject, StopString, unsupported
+from serve.protocol import ApiError, ChatRequest, JsonObject, unsupported
 
 # A `tool_use` block has an object as its input. Arguments that are none, since the model erred or was cut short, are
 # told as the text of this field, and given back to the model as it wrote them.
@@ -28,6 +28,8 @@ _BILLING_HEADER = "x-anthropic-billing-header"
 _BUDGETS = ((4096, "low"), (16384, "medium"))
 
 ToolName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]
+
+StopSequence = Annotated[str, Meta(min_length=1, max_length=256)]
 
 
 class Block(msgspec.Struct, kw_only=True):
@@ -237,7 +239,9 @@ class MessagesRequest(CountRequest, kw_only=True):
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None  # -1 and 0: off
-    stop_sequences: Annotated[list[StopString], Meta(max_length=16)] | None = None
+    stop_sequences: Annotated[list[StopSequence], Meta(max_length=16)] | None = None
+        None
+    )
     stream: bool | None = None
     service_tier: Literal["auto", "standard_only"] | None = None  # there is one tier
 

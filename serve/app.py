@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from conf.schema import ServerConfig
@@ -14,6 +15,7 @@ from serve.endpoints import chat, completions, messages, status, tokenize
 from serve.generation import Service
 from serve.guard import Guard, read_keys
 from serve.metrics import Metrics
+from serve.parsing import IGNORED_HEADER
 from serve.protocol import ApiError
 
 
@@ -31,7 +33,17 @@ def create_app(
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.state.draining = False
-    app.add_middleware(Guard, keys=read_keys(server.api_key_file), max_body_bytes=server.max_body_bytes)
+    app.add_middleware(
+        Guard, keys=read_keys(server.api_key_file), max_body_bytes=server.max_body_bytes, salt_by_key=server.salt_by_key
+    )
+    if server.cors_origins:  # before the guard: a preflight carries no key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=server.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", IGNORED_HEADER, "retry-after"],
+        )
     app.add_exception_handler(HTTPException, no_such_route)
     metrics = Metrics(engine, model_name)
     service = Service(engine, server, model_name, Tokenizer(), metrics, lambda: app.state.draining, today)

@@ -47,8 +47,10 @@ class Engine(Protocol):
     def outstanding(self) -> int:
         """Requests submitted and not finished."""
 
-    def submit(self, prompt: list[int], sampling: SamplingParams) -> DeltaStream:
+    def submit(self, prompt: list[int], sampling: SamplingParams, salt: bytes) -> DeltaStream:
         """Start a request at once and stream its Deltas; the last one has a finish_reason.
+
+        Prompts are found in the prefix cache only by requests of the same `salt`.
 
         Deltas that arrive faster than they are read are merged into one. Raises EngineFailed, here or while reading,
         once the engine is lost.
@@ -145,14 +147,14 @@ class EngineClient:
     def outstanding(self) -> int:
         return len(self._streams)
 
-    def submit(self, prompt: list[int], sampling: SamplingParams) -> Stream:
+    def submit(self, prompt: list[int], sampling: SamplingParams, salt: bytes = b"") -> Stream:
         if self.failure:
             raise EngineFailed(self.failure)
         if not self._streams:
             self._last_progress = time.monotonic()
         stream = Stream(next(self._ids), self._abort)
         self._streams[stream.id] = stream
-        self._send(Submit(stream.id, prompt, sampling))
+        self._send(Submit(stream.id, prompt, sampling, salt))
         return stream
 
     def fail(self, reason: str) -> None:

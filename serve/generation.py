@@ -73,19 +73,28 @@ class Service:
             raise ApiError(503, "the server is shutting down", code="draining", headers=RETRY)
         if self.engine.ready is None:
             raise ApiError(503, "the engine is still starting", code="not_ready", headers=RETRY)
-        if model is not None and model != self.model_name:
+        if model is not None:
+            self.require_model(model)
+        return self.engine.ready
+
+    def require_model(self, model: str) -> None:
+        """Raises ApiError 404 for a model that is not served."""
+        if model != self.model_name and model not in self.server.also_named:
             raise ApiError(
                 404, f"the model {model!r} is not served here; {self.model_name!r} is", "model", "model_not_found"
             )
-        return self.engine.ready
 
     def submit(
-        self, prompts: list[tuple[list[int], SamplingParams]], n: int, choice: Callable[[int, int], Choice[AnyDelta]]
+        self,
+        prompts: list[tuple[list[int], SamplingParams]],
+        n: int,
+        choice: Callable[[int, int], Choice[AnyDelta]],
+        salt: bytes,
     ) -> "Generation[AnyDelta]":
         """Start `n` choices of each prompt; `choice(index of the prompt, index of the choice)` reads one.
 
-        Choice i of a prompt draws with seed + i. Raises ApiError 429 where the queue has no room for all of them, 503
-        where the engine failed.
+        Choice i of a prompt draws with seed + i. `salt` is that of `guard.cache_salt`. Raises ApiError 429 where the
+        queue has no room for all of them, 503 where the engine failed.
         """
         self.require_ready()
         outstanding, new, limit = self.engine.outstanding, n * len(prompts), self.server.max_queue
@@ -101,7 +110,7 @@ class Service:
             for i, (ids, sampling) in enumerate(prompts):
                 for j in range(n):
                     seeded = msgspec.structs.replace(sampling, seed=(sampling.seed + j) % SEEDS)
-                    generation.streams.append(self.engine.submit(ids, seeded))
+                    generation.streams.append(self.engine.submit(ids, seeded, salt))
                     generation.choices.append(choice(i, i * n + j))
                     generation.meters.append(Meter(self.metrics, len(ids)))
         except EngineFailed as error:

@@ -4,8 +4,11 @@ Knows headers and bytes; of the routes only those that need no key. A body over 
 in, whether or not its length was announced.
 """
 
+import hashlib
 import hmac
 import logging
+import re
+import secrets
 from pathlib import Path
 
 from starlette.requests import ClientDisconnect
@@ -14,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve.protocol import ApiError
 
 log = logging.getLogger(__name__)
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")  # one that a client may choose: no line of a log is forged by it
 
 
 def read_keys(path: str | None) -> tuple[bytes, ...]:
@@ -29,15 +33,36 @@ def read_keys(path: str | None) -> tuple[bytes, ...]:
     return keys
 
 
+def cache_salt(scope: Scope, given: str | None) -> bytes:
+    """The salt of a request's cached pages: of the `cache_salt` it gives, and of its API key where that is configured.
+
+    Empty where there is neither. Its hash is over fewer bytes than any page's, so that no salt is a page's digest.
+    """
+    key_salt: bytes = scope.get("key_salt", b"")
+    if given is None and not key_salt:
+        return b""
+    return hashlib.sha256(
+        b"salt" + key_salt + hashlib.sha256((given or "").encode("utf-8", "replace")).digest()
+    ).digest()
+
+
 class Guard:
     """ASGI middleware; an ApiError that leaves the application, or any other exception, becomes the error object."""
 
-    def __init__(self, app: ASGIApp, keys: tuple[bytes, ...], max_body_bytes: int) -> None:
-        self._app, self._keys, self._limit = app, keys, max_body_bytes
+    def __init__(self, app: ASGIApp, keys: tuple[bytes, ...], max_body_bytes: int, salt_by_key: bool = False) -> None:
+        self._app, self._keys, self._limit, self._salted = app, keys, max_body_bytes, salt_by_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        id = given if REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
+        # HEAD where GET is: the server that sends the answer leaves its body out.
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        scope = {**scope, "method": method, "request_id": id}
+        if self._salted:
+            scope["key_salt"] = hashlib.sha256(headers.get(b"authorization", b"").partition(b" ")[2].strip()).digest()
         response_started, body_bytes = False, 0
 
         async def limited_receive() -> Message:
@@ -51,6 +76,8 @@ class Guard:
         async def noted_send(message: Message) -> None:
             nonlocal response_started
             response_started = True
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", id.encode())]}
             await send(message)
 
         try:
@@ -60,10 +87,10 @@ class Guard:
             pass  # nobody is left to answer
         except Exception as error:
             if not isinstance(error, ApiError):
-                log.exception("%s %s failed", scope["method"], scope["path"])
+                log.exception("%s: %s %s failed", id, scope["method"], scope["path"])
                 error = ApiError(500, "internal error")
             if not response_started:
-                await respond(error, scope["path"], send)
+                await respond(error, scope["path"], noted_send)
 
     def _check(self, scope: Scope) -> None:
         """Raises ApiError: 401 without a valid key, 413 for a body announced as too large."""
@@ -80,6 +107,9 @@ class Guard:
                     code="invalid_api_key",
                     headers={"WWW-Authenticate": "Bearer"},
                 )
+        encoding = headers.get(b"content-encoding", b"identity").decode("latin-1").strip().lower()
+        if encoding not in ("", "identity"):
+            raise ApiError(415, f"content-encoding: got {encoding[:64]!r}, allowed: identity", "content-encoding")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._limit:
             raise self._too_large()
@@ -90,7 +120,8 @@ class Guard:
 
 async def respond(error: ApiError, path: str, send: Send) -> None:
     """Answer a request for `path` with the error object."""
-    headers = {"content-type": "application/json", **error.headers}
+    body = error.body(path)
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
     await send(
         {
             "type": "http.response.start",
@@ -98,4 +129,4 @@ async def respond(error: ApiError, path: str, send: Send) -> None:
             "headers": [(name.lower().encode(), value.encode()) for name, value in headers.items()],
         }
     )
-    await send({"type": "http.response.body", "body": error.body(path)})
+    await send({"type": "http.response.body", "body": body})

@@ -56,8 +56,9 @@ def unsupported(message: str, param: str) -> ApiError:
     return ApiError(400, message, param, "unsupported_parameter")
 
 
+AnswerTokens = Annotated[int, Meta(ge=1)]  # -1 means: not given, see `parsing.normalise`
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
-StopString = Annotated[str, Meta(min_length=1, max_length=256)]
+StopString = Annotated[str, Meta(max_length=256)]  # an empty one never stops
 TokenId = Annotated[int, Meta(ge=0)]
 TopLogprobs = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
 LogitBias = Annotated[dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_LOGIT_BIAS)]
@@ -69,17 +70,18 @@ class StreamOptions(msgspec.Struct):
     """How a reply is streamed."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # with include_usage: every event has the usage so far
 
 
 class SamplingRequest(msgspec.Struct, kw_only=True):
     """The fields that both endpoints take. null means: not given."""
 
     model: str | None = None
-    max_tokens: Annotated[int, Meta(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+    max_tokens: AnswerTokens | None = None
+    max_completion_tokens: AnswerTokens | None = None
     min_tokens: Annotated[int, Meta(ge=0)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Meta(ge=0, le=1)] | None = None  # 0: the likeliest token alone
     top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None  # -1 and 0: off
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=2)] | None = None
@@ -94,14 +96,20 @@ class SamplingRequest(msgspec.Struct, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None  # shares cached prompts with equals
 
     @property
     def stop_strings(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return [text for text in given if text]
 
     @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
 
 class CompletionRequest(SamplingRequest, kw_only=True):
@@ -113,6 +121,7 @@ class CompletionRequest(SamplingRequest, kw_only=True):
     logprobs: TopLogprobs | None = None
     echo: bool | None = None
     skip_special_tokens: bool | None = None
+    return_tokens_as_token_ids: bool | None = None  # logprobs name a token `token_id:5` instead of by its text
 
     @property
     def top_logprobs_count(self) -> int | None:
@@ -126,7 +135,7 @@ class ContentPart(msgspec.Struct):
     text: str | None = None
 
 
-FunctionName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+FunctionName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 
 class FunctionDefinition(msgspec.Struct):
@@ -188,19 +197,56 @@ class ChatMessage(msgspec.Struct):
     function_call: JsonObject | None = None  # deprecated by OpenAI in favour of tool_calls; refused
 
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+# GPT-OSS knows three efforts and always thinks; the others become the nearest.
+EFFORTS: dict[Effort, str] = {
+    "none": "low",
+    "minimal": "low",
+    "low": "low",
+    "medium": "medium",
+    "high": "high",
+    "xhigh": "high",
+    "max": "high",
+}
+
+
+class TemplateArguments(msgspec.Struct):
+    """`chat_template_kwargs`: what other servers hand to a chat template."""
+
+    reasoning_effort: Effort | None = None
+
+
+class ReasoningOptions(msgspec.Struct):
+    """`reasoning`, as the Responses API and routers send it."""
+
+    effort: Effort | None = None
+
+
 class ChatRequest(SamplingRequest, kw_only=True):
     """POST /v1/chat/completions."""
 
     prompt_field: ClassVar[str] = "messages"
     default_max_tokens: ClassVar[int | None] = None  # as many as the context holds
     messages: Annotated[list[ChatMessage], Meta(min_length=1)]
-    reasoning_effort: Literal["low", "medium", "high"] | None = None
+    reasoning_effort: Effort | None = None
+    reasoning: ReasoningOptions | None = None
+    chat_template_kwargs: TemplateArguments | None = None
     include_reasoning: bool | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
     tools: Tools | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
+
+    @property
+    def effort(self) -> str | None:
+        """The effort as GPT-OSS knows it; where it is given more than once, reasoning_effort goes first."""
+        given = self.reasoning_effort
+        if given is None and self.reasoning:
+            given = self.reasoning.effort
+        if given is None and self.chat_template_kwargs:
+            given = self.chat_template_kwargs.reasoning_effort
+        return EFFORTS[given] if given else None
 
     @property
     def top_logprobs_count(self) -> int | None:

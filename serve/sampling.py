@@ -13,8 +13,6 @@ def sampling_params(request: CompletionRequest | ChatRequest, prompt_tokens: int
 
     Raises ApiError 400 where prompt and answer do not fit, or a token id is not in the vocabulary.
     """
-    if request.stream_options and not request.stream:
-        raise ApiError(400, "stream_options needs stream: true", "stream_options")
     stop_token_ids, logit_bias = request.stop_token_ids or [], request.logit_bias or {}
     max_tokens = _max_tokens(request, prompt_tokens, ready.max_context)
     if (request.min_tokens or 0) > max_tokens:
@@ -29,7 +27,7 @@ def sampling_params(request: CompletionRequest | ChatRequest, prompt_tokens: int
         seed=secrets.randbits(63) if request.seed is None else request.seed % SEEDS,
         min_tokens=request.min_tokens or 0,
         temperature=1.0 if request.temperature is None else request.temperature,
-        top_k=max(request.top_k or 0, 0),
+        top_k=1 if request.top_p == 0 else max(request.top_k or 0, 0),
         top_p=request.top_p or 1.0,
         min_p=request.min_p or 0.0,
         repetition_penalty=request.repetition_penalty or 1.0,

@@ -5,7 +5,7 @@ Knows ASGI and JSON, nothing of what a choice's deltas mean.
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import aclosing
 from typing import Generic, Protocol, TypeVar
 
@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serve.generation import AnyDelta, ChoiceDelta, Generation
-from serve.protocol import ApiError, JsonObject
+from serve.protocol import ApiError, JsonObject, SamplingRequest
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -90,23 +90,25 @@ class EventFormat:
     and without [DONE].
     """
 
-    def __init__(self, constant: JsonObject, include_usage: bool) -> None:
-        """`constant`: the fields before `choices`. `include_usage`: with `usage`, null in every event but the last."""
-        self.include_usage = include_usage
+    def __init__(self, constant: JsonObject, request: SamplingRequest, usage: Callable[[], JsonObject]) -> None:
+        """`constant`: the fields before `choices`. With `include_usage`, the last event has the usage; the others have
+        null, or with `continuous_usage_stats` what `usage` returns: the usage so far.
+        """
+        self._include_usage = request.include_usage
+        self._usage_so_far = usage if request.continuous_usage else None
         self._head = b"data: " + msgspec.json.encode(constant)[:-1] + b',"choices":['
-        self._usage = b',"usage":null' if include_usage else b""
-        self._tail = b"]" + self._usage + b"}\n\n"
+        self._usage = b',"usage":null' if self._include_usage else b""
         self._encode = msgspec.json.Encoder().encode
 
     def event(self, delta: ChoiceDelta, extra: JsonObject | None = None) -> bytes:
         """The event of one choice's delta; `extra`: fields after `choices`."""
-        if extra:
-            return self._head + self._encode(delta) + b"]" + self._usage + b"," + self._encode(extra)[1:] + b"\n\n"
-        return self._head + self._encode(delta) + self._tail
+        usage = b',"usage":' + self._encode(self._usage_so_far()) if self._usage_so_far else self._usage
+        fields = b"," + self._encode(extra)[1:] if extra else b"}"
+        return self._head + self._encode(delta) + b"]" + usage + fields + b"\n\n"
 
     def last(self, usage: JsonObject) -> bytes:
         """The usage, where it is wanted, and [DONE]."""
-        event = self._head + b'],"usage":' + self._encode(usage) + b"}\n\n" if self.include_usage else b""
+        event = self._head + b'],"usage":' + self._encode(usage) + b"}\n\n" if self._include_usage else b""
         return event + b"data: [DONE]\n\n"
 
     def error(self, error: ApiError) -> bytes:
@@ -130,10 +132,12 @@ class EventStream(Response, Generic[AnyDelta]):
     ) -> None:
         """`opening`: the events before the first token. `seconds`: until the stream ends with an error."""
         self._generation, self._form, self._opening, self._seconds = generation, form, opening, seconds
+        self._request_id = ""  # of the log
         self.status_code, self.media_type, self.background = 200, "text/event-stream", None
         self.init_headers({"cache-control": "no-cache", **headers})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._request_id = scope.get("request_id", "")
         try:
             await unless_gone(receive, self._run(send))
         finally:
@@ -157,5 +161,5 @@ class EventStream(Response, Generic[AnyDelta]):
             return timed_out(self._seconds)
         if isinstance(error, ApiError):
             return error
-        log.error("a stream failed", exc_info=error)
+        log.error("%s: a stream failed", self._request_id, exc_info=error)
         return ApiError(500, "internal error")

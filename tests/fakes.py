@@ -35,6 +35,7 @@ class FakeEngine:
         self.break_after: int | None = None
         self.broken: str | Exception = "out of pages"
         self.submitted: list[tuple[list[int], SamplingParams]] = []
+        self.salts: list[bytes] = []  # of those submitted
         self.aborted: list[int] = []  # positions in `submitted`
         self.running: set[int] = set()
 
@@ -42,11 +43,12 @@ class FakeEngine:
     def outstanding(self) -> int:
         return len(self.running)
 
-    def submit(self, prompt: list[int], sampling: SamplingParams) -> "FakeStream":
+    def submit(self, prompt: list[int], sampling: SamplingParams, salt: bytes = b"") -> "FakeStream":
         if self.failure:
             raise EngineFailed(self.failure)
         id = len(self.submitted)
         self.submitted.append((prompt, sampling))
+        self.salts.append(salt)
         self.running.add(id)
         return FakeStream(self, id, self._answer(prompt, sampling), sampling)
 

@@ -8,6 +8,7 @@ from starlette.responses import Response
 
 from serve.conversation import DEFAULT_EFFORT, chat_prompt, prefilled_call
 from serve.generation import Service
+from serve.guard import cache_salt
 from serve.message import ChatChoice, ChatDelta, MessageDelta, whole_choice
 from serve.parsing import parse
 from serve.protocol import ApiError, ChatRequest, JsonObject, NamedTool
@@ -33,14 +34,17 @@ async def create(service: Service, http_request: Request) -> Response:
     check(request)
     prefilled = prefilled_call(request, service.tokenizer)
     tools = None if request.tool_choice == "none" else request.tools
-    effort = request.reasoning_effort or DEFAULT_EFFORT
+    effort = request.effort or DEFAULT_EFFORT
     prompt = await chat_prompt(service, len(body), request.messages, tools, effort) + prefilled
     sampling = sampling_params(request, len(prompt), ready)
     check_tokens(prompt, ready, "messages")
     stops = StopStrings(request.stop_strings)
     n = request.n or 1
     generation = service.submit(
-        [(prompt, sampling)], n, lambda _, index: ChatChoice(index, request, stops, service.tokenizer, prefilled)
+        [(prompt, sampling)],
+        n,
+        lambda _, index: ChatChoice(index, request, stops, service.tokenizer, prefilled),
+        cache_salt(http_request.scope, request.cache_salt),
     )
     constant: JsonObject = {
         "id": f"chatcmpl-{secrets.token_hex(12)}",
@@ -50,7 +54,7 @@ async def create(service: Service, http_request: Request) -> Response:
     prompt_ids: JsonObject = {"prompt_token_ids": prompt} if request.return_token_ids else {}
     seconds = service.server.request_timeout
     if request.stream:
-        form = EventFormat({**constant, "object": "chat.completion.chunk"}, request.include_usage)
+        form = EventFormat({**constant, "object": "chat.completion.chunk"}, request, generation.usage)
         roles = [ChatDelta(index, MessageDelta(role="assistant", content=""), None, None) for index in range(n)]
         opening = b"".join(form.event(role, prompt_ids if role.index == 0 else None) for role in roles)
         return EventStream(generation, form, opening, seconds, headers)

@@ -14,6 +14,7 @@ from conf.limits import FIRST_SPECIAL
 from engine.messages import Delta, FinishReason, Ready, TokenLogprobs
 from engine.tokenizer import Tokenizer
 from serve.generation import Service, in_thread_if_large
+from serve.guard import cache_salt
 from serve.parsing import parse
 from serve.protocol import MAX_CHOICES, ApiError, CompletionRequest, JsonObject
 from serve.sampling import check_tokens, sampling_params
@@ -55,6 +56,8 @@ class TextChoice:
         self._return_token_ids = bool(request.return_token_ids)
         self._prompt: list[int] | None = prompt  # None once the first delta is out
         self._echo = bool(request.echo)
+        as_ids = request.return_tokens_as_token_ids
+        self._name = (lambda token: f"token_id:{token}") if as_ids else tokenizer.token_text
         self._decoder = utf8_decoder()
         self._stop_matcher = StopMatcher(stops)
         self._characters = 0  # decoded so far
@@ -88,7 +91,7 @@ class TextChoice:
         return text_delta
 
     def _logprobs(self, tokens: list[int], logprobs: list[TokenLogprobs], offsets: list[int]) -> TextLogprobs:
-        name = self._tokenizer.token_text
+        name = self._name
         return {
             "tokens": [name(token) for token in tokens],
             "token_logprobs": [entry.logprob for entry in logprobs[: len(tokens)]],
@@ -125,7 +128,10 @@ async def create(service: Service, http_request: Request) -> Response:
     jobs = [(ids, sampling_params(request, len(ids), ready)) for ids in encoded]
     stops = StopStrings(request.stop_strings)
     generation = service.submit(
-        jobs, n, lambda job, index: TextChoice(index, request, encoded[job], stops, service.tokenizer)
+        jobs,
+        n,
+        lambda job, index: TextChoice(index, request, encoded[job], stops, service.tokenizer),
+        cache_salt(http_request.scope, request.cache_salt),
     )
     constant: JsonObject = {
         "id": f"cmpl-{secrets.token_hex(12)}",
@@ -135,7 +141,7 @@ async def create(service: Service, http_request: Request) -> Response:
     }
     seconds = service.server.request_timeout
     if request.stream:
-        return EventStream(generation, EventFormat(constant, request.include_usage), b"", seconds, headers)
+        return EventStream(generation, EventFormat(constant, request, generation.usage), b"", seconds, headers)
     by_choice = await collected(generation, seconds, http_request.receive)
     choices = [whole_choice(deltas) for deltas in by_choice]
     return json_response({**constant, "choices": choices, "usage": generation.usage()}, headers)

@@ -19,6 +19,7 @@ from engine.tokenizer import Tokenizer
 from serve.anthropic import INVALID_JSON, CountRequest, MessagesRequest, sealed
 from serve.conversation import rendered
 from serve.generation import Service, in_thread_if_large
+from serve.guard import cache_salt
 from serve.harmony import Event, Function, Parser, Segment, any_call_header, call_header
 from serve.message import MAX_TOOL_CALLS
 from serve.parsing import IGNORED_HEADER, ignored_header, parse
@@ -255,6 +256,7 @@ async def create(service: Service, http_request: Request) -> Response:
         [(prompt, sampling)],
         1,
         lambda *_: MessagesChoice(request, functions, len(prompt), max_tokens, stops, service.tokenizer, prefilled),
+        cache_salt(http_request.scope, None),
     )
     message: JsonObject = {
         "id": f"msg_{secrets.token_hex(12)}",

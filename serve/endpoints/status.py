@@ -1,4 +1,4 @@
-"""GET /v1/models, /health, /health/ready, /metrics and /version: what is served, and whether all is well."""
+"""GET of models, health, metrics and version: what is served, and whether all is well."""
 
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -13,13 +13,21 @@ from serve.stream import json_response
 
 def add_routes(app: FastAPI, service: Service) -> None:
     """Add the routes of this file to `app`."""
-    model: JsonObject = {"id": service.model_name, "object": "model", "created": int(time.time())}
-    model["owned_by"] = "mini-vllm"
+    created = int(time.time())
+
+    def described(name: str) -> JsonObject:
+        length = {"max_model_len": service.engine.ready.max_context} if service.engine.ready else {}
+        return {"id": name, "object": "model", "created": created, "owned_by": "mini-vllm", **length}
 
     @app.get("/v1/models")
     async def models() -> Response:
-        length = {"max_model_len": service.engine.ready.max_context} if service.engine.ready else {}
-        return json_response({"object": "list", "data": [model | length]})
+        names = [service.model_name, *service.server.also_named]
+        return json_response({"object": "list", "data": [described(name) for name in names]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        service.require_model(name)
+        return json_response(described(name))
 
     @app.get("/health")
     async def health() -> Response:

@@ -205,3 +205,10 @@ class PoolMachine(RuleBasedStateMachine):
 
 PoolMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
 TestPoolMachine = PoolMachine.TestCase
+
+
+def test_chains_of_different_salts_share_no_digest():
+    chains: list[list[bytes]] = [[], [], []]
+    for chain, salt in zip(chains, (b"", b"a" * 32, b"b" * 32), strict=True):
+        extend_chain(chain, list(range(3 * PAGE_TOKENS)), salt)
+    assert len({digest for chain in chains for digest in chain}) == 9

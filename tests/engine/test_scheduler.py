@@ -409,6 +409,16 @@ def test_a_prompt_seen_before_is_computed_from_the_first_page_that_differs():
     assert (loop.scheduler.prefix_query_tokens, loop.scheduler.prefix_hit_tokens) == (262, 128)
 
 
+def test_a_prompt_is_found_by_requests_of_the_same_salt_alone():
+    loop = Loop.of()
+    cached = []
+    for id, salt in enumerate((b"a", b"b", b"", b"a")):
+        loop.add(Submit(id, [7] * 130, SamplingParams(max_tokens=1, seed=id), salt))
+        loop.drain()
+        cached.append(loop.deltas[-1].cached_tokens)
+    assert cached == [0, 0, 0, 128]
+
+
 def test_a_prompt_that_is_cached_whole_still_computes_its_last_page():
     loop = Loop.of()
     loop.add(submit(1, [7] * 128, max_tokens=1))

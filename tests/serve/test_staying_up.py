@@ -134,7 +134,7 @@ def test_an_unexpected_exception_in_a_stream_is_logged_and_not_told(serve, caplo
 def test_an_engine_that_fails_at_submission_answers_503(serve):
     live = serve(FakeEngine([1]))
 
-    def submit(prompt, sampling):
+    def submit(prompt, sampling, salt):
         raise EngineFailed("just now")
 
     live.engine.submit = submit
