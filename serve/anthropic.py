@@ -240,8 +240,6 @@ class MessagesRequest(CountRequest, kw_only=True):
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None  # -1 and 0: off
     stop_sequences: Annotated[list[StopSequence], Meta(max_length=16)] | None = None
-        None
-    )
     stream: bool | None = None
     service_tier: Literal["auto", "standard_only"] | None = None  # there is one tier
 
