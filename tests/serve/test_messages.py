@@ -91,10 +91,11 @@ def with_inputs(message: dict) -> dict:
     """Inputs as a reply that is not streamed has them."""
 
     def input_of(text) -> dict:
-        try:
-            value = json.loads(text or "{}")
-        except ValueError:
-            value = None
+        value = None
+        with contextlib.suppress(ValueError, RecursionError):
+            read = json.loads(text or "{}")
+            json.dumps(read, allow_nan=False)  # raises ValueError for 1e999, which no client can read
+            value = read
         return value if isinstance(value, dict) else {"INVALID_JSON": text}
 
     content = [b | {"input": input_of(b["input"])} if b["type"] == "tool_use" else b for b in message["content"]]
