@@ -23,8 +23,8 @@ class Engine(FakeEngine):
         self.kind = kind
         self.ready = msgspec.structs.replace(self.ready, phases={"capture": 0.25}, memory={"pages": 2**20})
 
-    def submit(self, prompt, sampling):
-        stream = super().submit(prompt, sampling)
+    def submit(self, prompt, sampling, salt):
+        stream = super().submit(prompt, sampling, salt)
         answered = len(self.submitted) - GATE_PROMPTS
         self.stats = Stats(
             prefix_query_tokens=100 * answered,
