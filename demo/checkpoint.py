@@ -18,6 +18,16 @@ from engine.checkpoint import stored_names
 from engine.weights import random_tensor, tensor_specs
 
 DEMO = Architecture.from_config(CONFIG)
+# Fields of config.json that are the same for every GPT-OSS.
+SHARED = (
+    "architectures",
+    "model_type",
+    "attention_bias",
+    "hidden_act",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "quantization_config",
+)
 
 
 def config_json(a: Architecture, layout: str) -> dict[str, Any]:
@@ -43,9 +53,8 @@ def config_json(a: Architecture, layout: str) -> dict[str, Any]:
             "rope_ntk_beta": a.rope_beta_fast,
             "rope_ntk_alpha": a.rope_beta_slow,
         }
+    config |= {name: CONFIG[name] for name in SHARED}
     config |= {
-        "architectures": ["GptOssForCausalLM"],
-        "model_type": "gpt_oss",
         "num_local_experts": a.experts,
         "num_experts_per_tok": a.experts_per_token,
         "layer_types": ["full_attention" if window is None else "sliding_attention" for window in a.windows],
@@ -59,19 +68,6 @@ def config_json(a: Architecture, layout: str) -> dict[str, Any]:
         },
         "max_position_embeddings": a.max_positions,
         "rms_norm_eps": a.norm_eps,
-        "attention_bias": True,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "quantization_config": {
-            "quant_method": "mxfp4",
-            "modules_to_not_convert": [
-                "model.layers.*.self_attn",
-                "model.layers.*.mlp.router",
-                "model.embed_tokens",
-                "lm_head",
-            ],
-        },
     }
     # A smaller vocabulary has no such tokens, and transformers refuses ids outside of it.
     return config | {"eos_token_id": RETURN, "pad_token_id": ENDOFTEXT} if a.vocab > RETURN else config
