@@ -41,7 +41,8 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 # Deprecated by OpenAI: refused, with what to send instead.
 LEGACY = {"functions": "tools", "function_call": "tool_choice"}
-# Wishes that this server does not act on, beside the values that wish for nothing: the others are named as ignored.
+# Wishes that this server does not act on, beside the values that wish for nothing: the others are named as ignored,
+# unless the request type has the field.
 WISHES: dict[str, tuple[object, ...]] = {
     "store": (None, False),
     "verbosity": (None, "medium"),
@@ -199,7 +200,8 @@ def _refuse_unsupported(raw: dict[str, object], kind: type[msgspec.Struct]) -> N
 def _unknown_fields(raw: dict[str, object], kind: type[msgspec.Struct]) -> set[str]:
     """The fields that have no effect because this server does not know them, as `name` or `messages.name`."""
     unknown = raw.keys() - set(kind.__struct_fields__) - NEUTRAL.keys() - LEGACY.keys() - WISHES.keys() - ACCEPTED
-    unknown |= {name for name, nothing in WISHES.items() if name in raw and raw[name] not in nothing}
+    wishes = (WISHES.keys() & raw.keys()) - set(kind.__struct_fields__)
+    unknown |= {name for name in wishes if raw[name] not in WISHES[name]}
     for field, inner in NESTED.items():
         if not issubclass(kind, OPENAI) or field.split(".")[0] not in kind.__struct_fields__:
             continue  # named as a whole

@@ -354,6 +354,11 @@ def test_anthropics_own_tools_are_left_out_and_named(serve, harmony):
     assert live.engine.submitted[0][0] == live.engine.submitted[1][0]
 
 
+def test_a_value_that_this_api_has_is_not_named_as_ignored_because_another_api_lacks_it(serve):
+    live = serve(FakeEngine([]))
+    assert "x-ignored-parameters" not in post(live, service_tier="standard_only").headers
+
+
 # --- the prompt ---
 
 
