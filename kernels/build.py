@@ -24,6 +24,7 @@ import torch
 
 ARCHITECTURE = "90a"  # Hopper, with wgmma and setmaxnreg
 OPTIONS = ("-std=c++17", "-O3")
+SERIALIZED = re.compile(r"\(C75\d\d\)")  # what ptxas says where it makes products wait on its own
 INCLUDE = Path(__file__).with_name("hopper")  # where `#include "common/..."` is looked up
 AHEAD = Path(__file__).with_name("cubins")  # what was compiled ahead of time; an image has it, a checkout does not
 # Bytes of shared memory that a block may have: of any kernel, and of one whose attribute was set.
@@ -229,6 +230,9 @@ def _nvcc(nvcc: str, source: Path, options: list[str]) -> bytes:
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             raise BuildError(f"{source.parent.name}/{source.name} does not compile:\n{result.stderr}")
+        if SERIALIZED.search(result.stderr):
+            file = f"{source.parent.name}/{source.name}"
+            raise BuildError(f"{file} compiles, but waits for wgmma where its source does not:\n{result.stderr}")
         return out.read_bytes()
 
 

@@ -1,4 +1,4 @@
-"""Launch geometry of common/product.cuh, by which dense layers and experts of a prefill step multiply."""
+"""Launch geometry of common/product.cuh, by which the dense layers of a prefill step multiply."""
 
 import torch
 

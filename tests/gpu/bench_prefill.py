@@ -1,26 +1,29 @@
 """Microseconds of the products of a prefill step on the H100: `python -m tests.gpu.bench_prefill`.
 
-Medians of graph replays. Operations are those of the live tokens: what a tile pads counts as time lost.
+Medians of graph replays. Operations are those of the live tokens: what a tile pads counts as time lost. Experts with
+small and with large tiles; a star marks those that a step takes.
 """
 
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from torch.nn import functional as F
 
-from kernels.hopper.experts import prefill_experts
+from kernels.hopper import experts
+from kernels.hopper.experts import LARGE_TILES, SMALL_TILES, prefill_experts, prefill_geometry
 from kernels.hopper.linear import pack
 from kernels.hopper.linear.prefill import prefill_linear
 from kernels.ops import Routing
 from tests.gpu.bench_experts import EXPERTS, HIDDEN, INNER, LIMIT, TOP_K, random_matrix
 from tests.gpu.timing import microseconds
 
-TOKENS = (128, 512, 2048, 8192)
+TOKENS = (64, 128, 256, 512, 1024, 2048, 8192)
 PROJECTIONS = {"qkv": (5120, 2880), "o": (2880, 4096)}
 
 
 def report(name: str, tokens: int, time: float, operations: float) -> None:
-    print(f"{name:<12} {tokens:>6} tokens {time:>9.1f} us {operations / time / 1e6:>7.0f} TFLOP/s", flush=True)
+    print(f"{name:<14} {tokens:>6} tokens {time:>9.1f} us {operations / time / 1e6:>7.0f} TFLOP/s", flush=True)
 
 
 def bench() -> None:
@@ -38,8 +41,11 @@ def bench() -> None:
         x = torch.randn(tokens, HIDDEN, device="cuda").bfloat16()
         ids = torch.rand(tokens, EXPERTS, device="cuda").argsort(-1)[:, :TOP_K].contiguous()
         weights = torch.rand(tokens, TOP_K, device="cuda").softmax(-1)
-        time = microseconds([partial(prefill_experts, x, Routing(ids, weights), gate_up, down, LIMIT)] * 4)
-        report("experts", tokens, time, 6.0 * tokens * TOP_K * HIDDEN * INNER)
+        for name, geometry in (("small", SMALL_TILES), ("large", LARGE_TILES)):
+            with patch.object(experts, "prefill_geometry", lambda pairs, count, geometry=geometry: geometry):
+                time = microseconds([partial(prefill_experts, x, Routing(ids, weights), gate_up, down, LIMIT)] * 4)
+            chosen = " *" if geometry is prefill_geometry(tokens * TOP_K, EXPERTS) else ""
+            report(f"experts {name}{chosen}", tokens, time, 6.0 * tokens * TOP_K * HIDDEN * INNER)
 
 
 if __name__ == "__main__":

@@ -141,9 +141,9 @@ def test_a_graph_replays_the_eager_bytes_for_new_inputs(count):
             assert torch.equal(outs[2 * n + 1], layer.run(first[:, 0], b, c))
 
 
-@pytest.mark.parametrize("tile_pairs", [64, 128])
+@pytest.mark.parametrize("tile_pairs", [64, 144])
 @pytest.mark.parametrize(("count", "experts"), [(1, 32), (65, 32), (300, 8), (2048, 128)])
-def test_pairs_are_grouped_by_expert_in_tiles(count, experts, tile_pairs):
+def test_pairs_are_grouped_by_expert_in_few_even_tiles(count, experts, tile_pairs):
     draw = torch.Generator("cuda").manual_seed(count)
     ids = torch.rand(count, experts, generator=draw, device="cuda").argsort(-1)[:, :TOP_K]
     with uninitialised_is_nan():
@@ -151,7 +151,11 @@ def test_pairs_are_grouped_by_expert_in_tiles(count, experts, tile_pairs):
     assert torch.equal(order.long(), ids.flatten().argsort(stable=True))
     expected, first = [], 0
     for expert, load in enumerate(ids.flatten().bincount(minlength=experts).tolist()):
-        expected += [[expert, first + at, min(tile_pairs, load - at), 0] for at in range(0, load, tile_pairs)]
+        count_of_tiles, at = -(-load // tile_pairs), 0
+        for left in range(count_of_tiles, 0, -1):  # each an even share of what is left, in units of 16
+            size = min(-(-(load - at) // (16 * left)) * 16, load - at)
+            expected.append([expert, first + at, size, 0])
+            at += size
         first += load
     assert tiles.tolist() == expected + [[0, 0, 0, 0]] * (len(tiles) - len(expected))
 

@@ -1,10 +1,13 @@
 """The products of a prefill step on a Hopper GPU: against the reference in float32, and byte for byte."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 
 from kernels import reference
-from kernels.hopper.experts import prefill_experts
+from kernels.hopper import experts
+from kernels.hopper.experts import LARGE_TILES, SMALL_TILES, prefill_experts
 from kernels.hopper.linear import pack
 from kernels.hopper.linear.prefill import prefill_linear
 from kernels.ops import Routing
@@ -15,6 +18,7 @@ pytestmark = pytest.mark.gpu
 PROJECTIONS = [(5120, 2880), (2560, 2880), (640, 2880), (2880, 4096), (2880, 2048), (2880, 512)]  # at tp 1, 2, 8
 DENSE = [*PROJECTIONS, (8, 32), (24, 96), (1000, 160)]
 TOKENS = [1, 31, 64, 65, 100, 128, 129, 300, 2048]
+TILE_EDGES = [15, 16, 17, 63, 64, 65, 143, 144, 145, 287, 288, 289, 8192]  # of tiles of 64 and of 144 tokens
 
 
 def random(*shape, seed=0, scale=1.0):
@@ -62,12 +66,40 @@ def run(layer, x, ids, weights):
         return prefill_experts(x, Routing(ids, weights), *layer.packed, LIMIT)
 
 
+def run_in(geometry, layer, x, ids, weights):
+    """`run` with tiles that the number of pairs may not call for."""
+    with patch.object(experts, "prefill_geometry", lambda pairs, count: geometry):
+        return run(layer, x, ids, weights)
+
+
 @pytest.mark.parametrize("count", [1, 17, 64, 300, 2048])
 def test_experts_are_the_reference(layer, count):
     tokens = layer.tokens(count)
     out = run(layer, *tokens)
     assert out.shape == (count, layer.top_k, layer.hidden)
     assert distance(out, layer.exact(*tokens)) < 5e-3
+
+
+@pytest.mark.parametrize("alike", [False, True], ids=["random choices", "the same experts"])
+@pytest.mark.parametrize("count", TILE_EDGES)
+def test_how_tokens_are_cut_in_tiles_changes_no_bytes(layer, count, alike):
+    x, ids, weights = layer.tokens(count)
+    ids = ids[:1].expand(count, -1) if alike else ids
+    small, large = (run_in(geometry, layer, x, ids, weights) for geometry in (SMALL_TILES, LARGE_TILES))
+    assert torch.equal(small, large)
+    assert distance(large, layer.exact(x, ids, weights)) < 5e-3
+    for token in (0, count // 2, count - 1):
+        alone = x[token:][:1], ids[token:][:1], weights[token:][:1]
+        for geometry in (SMALL_TILES, LARGE_TILES):
+            assert torch.equal(run_in(geometry, layer, *alone), large[token:][:1]), token
+
+
+@pytest.mark.parametrize("geometry", [SMALL_TILES, LARGE_TILES], ids=["small tiles", "large tiles"])
+def test_a_hundred_runs_give_the_same_bytes(layer, geometry):
+    """Warps, and blocks of a cluster, meet at other times in each."""
+    tokens = layer.tokens(777)
+    first = run_in(geometry, layer, *tokens)
+    assert all(torch.equal(run_in(geometry, layer, *tokens), first) for _ in range(100))
 
 
 @pytest.mark.parametrize("count", [40, 200, 1000])
@@ -95,7 +127,7 @@ def test_a_nan_in_one_token_stays_there(layer):
     assert torch.equal(dirty, clean)
 
 
-@pytest.mark.parametrize("count", [64, 500])
+@pytest.mark.parametrize("count", [64, 256, 500, 2048])
 def test_a_captured_chain_replays_the_eager_bytes_for_new_inputs(count):
     """Each kernel starts before its predecessor has ended: none may read too early or write too soon."""
     layer = Layer(*SHAPES["20b"])

@@ -27,6 +27,30 @@ def cached():
     return sorted(path.name for path in build.cache_folder().iterdir())
 
 
+SERIALIZED = """
+#include "common/wgmma.cuh"
+extern "C" __global__ void products(float* out, unsigned long long b) {
+    float sums[16] = {};
+    unsigned a[4] = {threadIdx.x, 1, 2, 3};
+    wgmma_fence();
+    wgmma(sums, a, b);
+    wgmma_commit();
+    TOUCH
+    wgmma_wait<0>();
+    for (int i = 0; i < 16; ++i) out[threadIdx.x * 16 + i] = sums[i];
+}
+"""
+
+
+@needs_nvcc
+def test_a_kernel_whose_products_ptxas_would_serialize_is_refused(source):
+    source.write_text(SERIALIZED.replace("TOUCH", ""))
+    build.cubin(source, {})
+    source.write_text(SERIALIZED.replace("TOUCH", "sums[3] += 1.0f;"))
+    with pytest.raises(build.BuildError, match=r"waits for wgmma(.|\n)*C75"):
+        build.cubin(source, {})
+
+
 @needs_nvcc
 def test_a_cubin_is_cached_by_everything_that_went_into_it(source, monkeypatch):
     first = build.cubin(source, {"VALUE": 1})

@@ -1,15 +1,15 @@
-// The matrix product of a prefill step, where tokens are many, by wgmma: the pipeline that dense layers and experts
-// share. What differs is a `Layer`: which weights, which tokens, and what becomes of the sums.
+// The matrix product of a prefill step's dense layers, where tokens are many, by wgmma. What a `Layer` says: which
+// weights, which tokens, and what becomes of the sums. (The experts have a pipeline of their own, experts/prefill.cu.)
 //
-// Operations: 2 T K rows, at 2,048 tokens of the 20b 0.11 TFLOP a layer dense and 0.41 experts: 0.1 and 0.5 ms at 773
-// TFLOP/s. The bytes that count are those out of the L2, not memory's: a block of 192 rows by 128 tokens reads 512 +
-// 320 (dense: 512 + 768) bytes for every two columns, that is 118 (77) operations a byte; the L2 gives about 5 TB/s.
+// Operations: 2 T K rows, at 2,048 tokens of the 20b 0.11 TFLOP a layer: 0.1 ms at 773 TFLOP/s. The bytes that count are
+// those out of the L2, not memory's: a block of 192 rows by 128 tokens reads 512 + 768 bytes for every two columns, that
+// is 77 operations a byte; the L2 gives about 5 TB/s.
 //
 // An item is 192 rows (three warpgroups of 64) by up to 128 tokens. There are as many blocks as multiprocessors, and
 // block b takes items b, b + blocks, b + 2 blocks ... A fourth warpgroup brings tokens to shared memory, 64 columns at
-// a time, STAGES deep, and runs ahead into the next item; rows of pairs are gathered as they come. While one product of
-// 64 columns runs, each warpgroup makes the A operand of the next. An item with fewer live tokens multiplies by 32, 64
-// or 96. Warpgroups meet only at the stages: while one stores its sums, the others multiply.
+// a time, STAGES deep, and runs ahead into the next item. While one product of 64 columns runs, each warpgroup makes the
+// A operand of the next. An item with fewer live tokens multiplies by 32, 64 or 96. Warpgroups meet only at the stages:
+// while one stores its sums, the others multiply.
 //
 // Weights are packed in the order of mma's A operand: a warp's 16 of wgmma's 64 rows are laid out alike, so they go
 // from memory to registers and multiply from there.
@@ -21,11 +21,10 @@
 //   K                           columns, a multiple of 32
 //   OUT_COLUMNS                 of the output that a warpgroup's 64 rows make
 //   AHEAD<N>                    turns of weights under way while N tokens are multiplied: as registers allow
-//   Weights<AHEAD>              a warp's, see below; weights<AHEAD>(expert, strip) aims them
-//   rows, source, bias, out     weight rows of an expert; rows of K; of all experts or null; rows of out_width()
-//   find(item, tile)            set expert, first token and live tokens of a tile of tokens
-//   row_of(item, token)         row of `out` of an item's token; source_row(row) the row of `source`
-//   weight_of(row)              the routing weight, where WEIGHTED
+//   Weights<AHEAD>              a warp's, see below; weights<AHEAD>(strip) aims them
+//   rows, source, bias, out     weight rows; rows of K; null if there is none; rows of out_width()
+//   find(item, tile)            set the live tokens of a tile of tokens
+//   row_of(item, token)         row of `source` and `out` of an item's token
 //   bias_row(strip, g, half)    weight row that a lane has at row g + 8 half of a strip
 //   finish(at, low, high, ...)  from the sums of rows g and g + 8 to bf16 at[0], at[8]
 // and Weights<AHEAD>, with places known when compiled,
@@ -41,7 +40,6 @@
 constexpr int ROWS = 64 * CONSUMERS;
 constexpr int BEHIND = 3;  // stages under way before the oldest is declared full
 constexpr int STAGE_BYTES = TOKENS * DEPTH * 2;
-constexpr int STAGE_ALIGNMENT = 1024;  // the swizzle's pattern repeats so
 constexpr int CONSUMER_THREADS = CONSUMERS * 128;
 constexpr int THREADS = CONSUMER_THREADS + 128;
 
@@ -53,13 +51,6 @@ template <class Layer>
 constexpr int TURNS = (Layer::K + DEPTH - 1) / DEPTH;
 template <class Layer>
 constexpr int OUT_PITCH = Layer::OUT_COLUMNS + 8;  // of a token's outputs in shared memory: lanes meet no bank twice
-
-// A stage as wgmma's B operand: rows of 128 bytes (a token's 64 columns), 16-byte chunk c of row r at c ^ (r % 8),
-// eight rows every 1024 bytes. In units of 16 bytes: start in bits 0-13, the stride of eight rows in 32-45, and 1 << 62
-// for this swizzle. A step of 16 columns is 32 bytes on.
-__device__ __forceinline__ unsigned long long stage_operand(unsigned at) {
-    return (unsigned long long)(at >> 4 & 0x3FFF) | 1ull << 16 | 64ull << 32 | 1ull << 62;
-}
 
 // The stages in shared memory and their mbarriers. Turns count on over a block's items; turn t has stage t % STAGES.
 struct Pipeline {
@@ -75,15 +66,15 @@ struct Pipeline {
 
 // 192 rows by a tile of tokens.
 struct Item {
-    int block, expert, first, live;  // block of rows; live 0: there are no more items
+    int block, first, live;  // block of rows; live 0: there are no more items
 };
 
 // Items in order: all blocks of rows of a tile of tokens, then the next tile's, so that what runs at a time shares
-// tokens, and weights of few experts.
+// tokens.
 template <class Layer>
 __device__ __forceinline__ Item item_at(const Layer& layer, int index, int tile_count) {
     const int row_blocks = (layer.rows + ROWS - 1) / ROWS, tile = index / row_blocks;
-    Item item = {index - tile * row_blocks, 0, tile * TOKENS, 0};
+    Item item = {index - tile * row_blocks, tile * TOKENS, 0};
     if (tile < tile_count) layer.find(item, tile);
     return item;
 }
@@ -105,8 +96,7 @@ __device__ __forceinline__ void produce(const Layer& layer, int tile_count, cons
         if (item.live == 0) break;
         unsigned at[TOKENS / 16];  // elements from source
 #pragma unroll
-        for (int i = 0; i < TOKENS / 16; ++i)
-            at[i] = layer.source_row(layer.row_of(item, first + 16 * i)) * K + chunk * 8;
+        for (int i = 0; i < TOKENS / 16; ++i) at[i] = layer.row_of(item, first + 16 * i) * K + chunk * 8;
         for (int turn = 0; turn < TURNS<Layer>; ++turn, ++count) {
             const int stage = count % STAGES, column = turn * DEPTH;
             if (count >= STAGES) mbarrier_wait(pipeline.empty + stage * 8, (count / STAGES - 1) & 1);
@@ -133,7 +123,7 @@ __device__ __forceinline__ void multiply(const Layer& layer, const Item& item, i
                                          const Pipeline& pipeline, float (&sums)[N / 2]) {
     constexpr int AHEAD = Layer::template AHEAD<N>, UNROLL = AHEAD > 2 ? AHEAD : 2, TURNS = ::TURNS<Layer>;
     const int lane = threadIdx.x % 32;
-    auto weights = layer.template weights<AHEAD>(item.expert, strip);
+    auto weights = layer.template weights<AHEAD>(strip);
 #pragma unroll
     for (int turn = 0; turn < AHEAD; ++turn)
         if (turn < TURNS) weights.load(turn, turn);
@@ -173,18 +163,13 @@ __device__ __forceinline__ void consume(const Layer& layer, const Item& item, in
 
     // A lane knows the rows of tokens lane, lane + 32 ... of the item.
     int to[N / 32];
-    float weights[N / 32];
 #pragma unroll
-    for (int i = 0; i < N / 32; ++i) {
-        to[i] = layer.row_of(item, i * 32 + lane);
-        weights[i] = Layer::WEIGHTED ? layer.weight_of(to[i]) : 0.0f;
-    }
+    for (int i = 0; i < N / 32; ++i) to[i] = layer.row_of(item, i * 32 + lane);
     const int row = Layer::bias_row(strip, g, 0), other_row = Layer::bias_row(strip, g, 1);
     float bias_low = 0.0f, bias_high = 0.0f;
     if (layer.bias != nullptr) {
-        const bf16* const bias = layer.bias + (size_t)item.expert * layer.rows;
-        if (row < layer.rows) bias_low = widen(bias[row]);
-        if (other_row < layer.rows) bias_high = widen(bias[other_row]);
+        if (row < layer.rows) bias_low = widen(layer.bias[row]);
+        if (other_row < layer.rows) bias_high = widen(layer.bias[other_row]);
     }
     bar_sync<128>(1 + group);  // the last item's outputs have been read
     const int in_group = warp * (Layer::OUT_COLUMNS / 4) + g;
@@ -193,9 +178,8 @@ __device__ __forceinline__ void consume(const Layer& layer, const Item& item, in
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
             const int token = 8 * j + lane % 4 * 2 + c;
-            const float weight = Layer::WEIGHTED ? __shfl_sync(0xFFFFFFFFu, weights[j / 4], token % 32) : 0.0f;
             layer.finish(staged + token * OUT_PITCH<Layer> + in_group, sums[4 * j + c], sums[4 * j + 2 + c], bias_low,
-                         bias_high, weight);
+                         bias_high);
         }
     bar_sync<128>(1 + group);
     constexpr int CHUNKS = Layer::OUT_COLUMNS / 8, ROWS_A_PASS = 32 / CHUNKS;  // a warp stores whole rows at a time

@@ -56,12 +56,6 @@ __device__ __forceinline__ uint4 ld_weight_nc(const void* at) {
     return v;
 }
 
-__device__ __forceinline__ unsigned ld_weight_nc_u32(const void* at) {
-    unsigned v;
-    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(at));
-    return v;
-}
-
 // Weights that other blocks on the same multiprocessor read, too: they may stay in L1.
 __device__ __forceinline__ uint4 ld_reused_weight(const void* at) {
     uint4 v;
@@ -128,6 +122,21 @@ __device__ __forceinline__ unsigned atom_inc_acq_rel_gpu(unsigned* counter, unsi
 
 __device__ __forceinline__ unsigned shared_address(const void* at) { return unsigned(__cvta_generic_to_shared(at)); }
 
+__device__ __forceinline__ uint4 ld_shared(unsigned at) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(at)
+                 : "memory");
+    return v;
+}
+
+__device__ __forceinline__ unsigned ld_shared_u32(unsigned at) {
+    unsigned v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
+    return v;
+}
+
 // 16 bytes from global to shared memory, asynchronously; zeros where !present: then nothing is read.
 __device__ __forceinline__ void cp_async(unsigned to, const void* from, bool present = true) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(present ? 16 : 0)
@@ -145,11 +154,24 @@ __device__ __forceinline__ void cp_async_wait() {
 // Until all of this thread's copies have arrived, committed or not.
 __device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// An arrival at an mbarrier, once this thread's copies so far have come; it is one of those that the phase waits for.
+__device__ __forceinline__ void cp_async_mbarrier_arrive_noinc(unsigned barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 // Bytes, a multiple of 16, by the copy engine; `barrier`, an mbarrier, counts them as they arrive.
 __device__ __forceinline__ void cp_async_bulk(unsigned to, const void* from, int bytes, unsigned barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                  "l"(from), "r"(bytes), "r"(barrier)
                  : "memory");
+}
+
+// The same, from this block's shared memory to that of a block of the cluster; `to` and `barrier` are addresses by mapa.
+__device__ __forceinline__ void cp_async_bulk_cluster(unsigned to, unsigned from, int bytes, unsigned barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+        "r"(from), "r"(bytes), "r"(barrier)
+        : "memory");
 }
 
 // Four 8 x 8 matrices of 16 bits. Lane 8 i + r holds the address of row r of matrix i; lane l gets of each matrix
@@ -173,6 +195,17 @@ __device__ __forceinline__ uint4 ldmatrix_trans(unsigned at) {
     return v;
 }
 
+// The reverse of ldmatrix_trans, for two matrices (addresses by lanes 0 to 15) and for four.
+__device__ __forceinline__ void stmatrix_trans(unsigned at, unsigned a, unsigned b) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(at), "r"(a), "r"(b) : "memory");
+}
+
+__device__ __forceinline__ void stmatrix_trans(unsigned at, unsigned a, unsigned b, unsigned c, unsigned d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a), "r"(b),
+                 "r"(c), "r"(d)
+                 : "memory");
+}
+
 // Barriers ------------------------------------------------------------------------------------------------------------
 
 // Of so many threads of a block; __syncthreads is barrier 0.
@@ -194,6 +227,11 @@ __device__ __forceinline__ void fence_mbarrier_init() {
 
 __device__ __forceinline__ void mbarrier_arrive(unsigned barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// At one of any block of the cluster, by its address from mapa.
+__device__ __forceinline__ void mbarrier_arrive_cluster(unsigned barrier) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(unsigned barrier, int bytes) {
@@ -260,6 +298,19 @@ __device__ __forceinline__ void st_async(unsigned at, const float (&v)[4], unsig
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(at),
                  "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(barrier)
                  : "memory");
+}
+
+// Registers -----------------------------------------------------------------------------------------------------------
+
+// Registers of a thread from here on, for a whole warpgroup: the rest is given back, or waited for.
+template <int COUNT>
+__device__ __forceinline__ void setmaxnreg_dec() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+template <int COUNT>
+__device__ __forceinline__ void setmaxnreg_inc() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
 // Products ------------------------------------------------------------------------------------------------------------

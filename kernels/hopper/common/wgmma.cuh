@@ -26,7 +26,7 @@ __device__ __forceinline__ void hold(float (&registers)[COUNT]) {
     for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
-// wgmma<ACCUMULATE, TRANSPOSED>(d, a, b): d [64, N] = or += a [64, 16] b [16, N] for N 32, 64, 96 and 128. A warp holds
+// wgmma<ACCUMULATE, TRANSPOSED>(d, a, b): d [64, N] = or += a [64, 16] b [16, N] for the N below. A warp holds
 // 16 rows, of which a lane has what mma.m16n8k16 gives it: a as there; d[4 j ... 4 j + 3] are row g of columns 8 j + t
 // and the next, then row g + 8 of both. b is a matrix descriptor; TRANSPOSED: MN-major.
 #define WGMMA_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
@@ -35,6 +35,7 @@ __device__ __forceinline__ void hold(float (&registers)[COUNT]) {
 #define WGMMA_D16 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define WGMMA_D32 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define WGMMA_D48 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define WGMMA_8(i) WGMMA_4(i), WGMMA_4(i + 4)
 #define WGMMA_LIST(...) __VA_ARGS__
 #define WGMMA(N, SUMS, OPERANDS, A, B, ADD, TRANS)                                                                     \
     template <bool ACCUMULATE = true, bool TRANSPOSED = false>                                                         \
@@ -51,13 +52,28 @@ WGMMA(32, WGMMA_D0, WGMMA_16(0), "%16, %17, %18, %19", "%20", "%21", "%22")
 WGMMA(64, WGMMA_D0 ", " WGMMA_D16, WGMMA_LIST(WGMMA_16(0), WGMMA_16(16)), "%32, %33, %34, %35", "%36", "%37", "%38")
 WGMMA(96, WGMMA_D0 ", " WGMMA_D16 ", " WGMMA_D32, WGMMA_LIST(WGMMA_16(0), WGMMA_16(16), WGMMA_16(32)),
       "%48, %49, %50, %51", "%52", "%53", "%54")
+WGMMA(112, WGMMA_D0 ", " WGMMA_D16 ", " WGMMA_D32 ", %48, %49, %50, %51, %52, %53, %54, %55",
+      WGMMA_LIST(WGMMA_16(0), WGMMA_16(16), WGMMA_16(32), WGMMA_8(48)), "%56, %57, %58, %59", "%60", "%61", "%62")
 WGMMA(128, WGMMA_D0 ", " WGMMA_D16 ", " WGMMA_D32 ", " WGMMA_D48,
       WGMMA_LIST(WGMMA_16(0), WGMMA_16(16), WGMMA_16(32), WGMMA_16(48)), "%64, %65, %66, %67", "%68", "%69", "%70")
+WGMMA(144, WGMMA_D0 ", " WGMMA_D16 ", " WGMMA_D32 ", " WGMMA_D48 ", %64, %65, %66, %67, %68, %69, %70, %71",
+      WGMMA_LIST(WGMMA_16(0), WGMMA_16(16), WGMMA_16(32), WGMMA_16(48), WGMMA_8(64)), "%72, %73, %74, %75", "%76",
+      "%77", "%78")
 #undef WGMMA
 #undef WGMMA_LIST
+#undef WGMMA_8
 #undef WGMMA_4
 #undef WGMMA_16
 #undef WGMMA_D0
 #undef WGMMA_D16
 #undef WGMMA_D32
 #undef WGMMA_D48
+
+// Tokens in shared memory as the B operand: rows of 128 bytes (a token's 64 columns), 16-byte chunk c of row r at
+// c ^ (r % 8), eight rows every 1024 bytes. In units of 16 bytes: start in bits 0-13, the stride of eight rows in 32-45,
+// and 1 << 62 for this swizzle. A step of 16 columns is 32 bytes on.
+__device__ __forceinline__ unsigned long long stage_operand(unsigned at) {
+    return (unsigned long long)(at >> 4 & 0x3FFF) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
+constexpr int STAGE_ALIGNMENT = 1024;  // the swizzle's pattern repeats so

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from kernels.build import Argument, Kernel, load_kernel
-from kernels.hopper import product
 from kernels.ops import PackedExperts, Routing
 
 FOLDER = Path(__file__).parent
@@ -33,6 +32,15 @@ MOST_SHARED = 223 * 1024  # bytes that a block of experts_*_small asks for at mo
 LARGE_TOKENS = 64  # pairs of one expert in a block of the kernels experts_*_large
 GROUP_THREADS = 1024
 
+# Prefill.
+CONSUMERS = 3  # warpgroups of a block that multiply, 64 weight rows each
+PREFILL_THREADS = 128 * (CONSUMERS + 1)
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 152, 56  # of a thread: together the 512 x 128 that a block starts with
+LOAD_TURNS = 3  # turns of 64 columns whose weights a warp asks for at once
+UNROLL = 9  # turns in which a product is always under way; a multiple of LOAD_TURNS
+STAGED_TOKENS = 80  # whose outputs a warpgroup stages at a time
+PAIRS_FOR_SMALL = 32  # pairs an expert, on average, up to which SMALL_TILES are faster than LARGE_TILES
+
 
 class Cut(NamedTuple):
     """How the decode kernels cut the columns of a projection, a function of their number alone."""
@@ -40,6 +48,24 @@ class Cut(NamedTuple):
     splits: int
     row_pitch: int  # bytes from one token's columns to the next in shared memory
     split_pitch: int  # the same, of one split's columns
+
+
+class PrefillGeometry(NamedTuple):
+    """How prefill.cu cuts its tokens, and what it keeps in shared memory."""
+
+    tokens: int  # of a tile
+    cluster: int  # blocks that share a tile's tokens
+    stages: int  # of tokens
+    loads: int  # of weights, in a warp's ring
+
+
+LARGE_TILES = PrefillGeometry(tokens=144, cluster=2, stages=7, loads=3)
+SMALL_TILES = PrefillGeometry(tokens=64, cluster=1, stages=8, loads=6)
+
+
+def prefill_geometry(pairs: int, experts: int) -> PrefillGeometry:
+    """Which is faster, as measured on the 20b. A function of shapes alone; both give the same bytes."""
+    return SMALL_TILES if pairs <= PAIRS_FOR_SMALL * experts else LARGE_TILES
 
 
 def cut_of(columns: int) -> Cut:
@@ -73,9 +99,29 @@ def decode_defines(hidden: int, inner: int) -> dict[str, int]:
     }
 
 
-def prefill_defines(hidden: int, inner: int) -> dict[str, int]:
-    """The macros of prefill.cu. inner: of this rank's shard."""
-    return {"HIDDEN": hidden, "INTER": inner} | product.product_defines()
+def prefill_defines(columns: int, up: bool, geometry: PrefillGeometry) -> dict[str, int]:
+    """The macros of prefill.cu: of gate and up, or of the down projection of this rank's shard."""
+    loads = min(geometry.loads, -(-columns // (TILE_COLUMNS * LOAD_TURNS)))  # an item's at most
+    stage_bytes = geometry.tokens * TILE_COLUMNS * 2
+    out_bytes = STAGED_TOKENS * ((32 if up else 64) + 8) * 2  # a consumer's outputs of a token, 8 apart
+    load_bytes = LOAD_TURNS * (512 + 32)  # a strip's values and scales
+    shared = geometry.stages * stage_bytes + CONSUMERS * out_bytes + CONSUMERS * 4 * loads * load_bytes
+    return {
+        "UP": int(up),
+        "COLUMNS": columns,
+        "TOKENS": geometry.tokens,
+        "CLUSTER": geometry.cluster,
+        "CONSUMERS": CONSUMERS,
+        "DEPTH": TILE_COLUMNS,
+        "STAGES": geometry.stages,
+        "LOAD_TURNS": LOAD_TURNS,
+        "LOADS": loads,
+        "UNROLL": UNROLL,
+        "STAGED_TOKENS": STAGED_TOKENS,
+        "CONSUMER_REGISTERS": CONSUMER_REGISTERS,
+        "PRODUCER_REGISTERS": PRODUCER_REGISTERS,
+        "SHARED_BYTES": shared + 1024,  # room to align the stages
+    }
 
 
 def group_defines() -> dict[str, int]:
@@ -196,16 +242,19 @@ def prefill_experts(h: Tensor, routing: Routing, gate_up: PackedExperts, down: P
     """`decode_experts` for many tokens. A token's bytes depend on itself alone; they are not those of decode."""
     check_shapes(h, routing, gate_up, down)
     tokens, top_k = routing.expert_ids.shape
+    pairs, experts = tokens * top_k, gate_up.bias.shape[0]
+    geometry = prefill_geometry(pairs, experts)
+    order, tiles = group(routing.expert_ids, experts, geometry.tokens)
     weights = routing.weights.contiguous()
-    order, tiles = group(routing.expert_ids.contiguous(), gate_up.bias.shape[0], product.TOKENS)
-    activated = torch.empty(tokens * top_k, down.columns, dtype=torch.bfloat16, device=h.device)
+    activated = torch.empty(pairs, down.columns, dtype=torch.bfloat16, device=h.device)
     out = torch.empty(tokens, top_k, down.rows, dtype=torch.bfloat16, device=h.device)
-    defines = prefill_defines(gate_up.columns, down.columns)
+    clusters = torch.cuda.get_device_properties(h.device).multi_processor_count // geometry.cluster
     for name, weight, x, result in (("up", gate_up, h.contiguous(), activated), ("down", down, activated, out)):
-        kernel = load_kernel(FOLDER / "prefill.cu", f"prefill_experts_{name}", defines, product.SHARED_BYTES)
-        grid = product.product_grid(weight.rows, len(tiles), h.device)
+        defines = prefill_defines(weight.columns, name == "up", geometry)
+        kernel = load_kernel(FOLDER / "prefill.cu", f"prefill_experts_{name}", defines, defines["SHARED_BYTES"])
+        items = -(-weight.rows // (64 * CONSUMERS * geometry.cluster)) * len(tiles)
         args = (*_memory(weight), x, result, tiles, order, weights, weight.rows, top_k, len(tiles), limit)
-        kernel.launch(grid, product.THREADS, args)
+        kernel.launch((geometry.cluster * min(items, clusters), 1, 1), PREFILL_THREADS, args)
     return out
 
 
@@ -221,10 +270,11 @@ def check_shapes(h: Tensor, routing: Routing, gate_up: PackedExperts, down: Pack
 
 
 def group(expert_ids: Tensor, experts: int, tile_pairs: int) -> tuple[Tensor, Tensor]:
-    """Sort (token, choice) pairs by expert, and cut them in tiles of one expert and at most tile_pairs.
+    """Sort (token, choice) pairs by expert, and cut them in even tiles of one expert and at most tile_pairs.
 
     expert_ids [T, K] int64 -> order [pairs] int32, each expert's pairs ascending; tiles [max_tiles, 4] int32, of
     (expert, first place in order, pairs, 0), as many as there could be: those left over come last, with 0 pairs.
+    An expert's tiles are as few as can be, and each but its last a multiple of 16, as tile_pairs must be.
     """
     expert_ids = expert_ids.contiguous()
     pairs = expert_ids.numel()

@@ -10,9 +10,10 @@ constexpr unsigned ALL_LANES = 0xFFFFFFFFu;
 static_assert(WARPS == 32, "a lane for each warp");
 static_assert(MOST_EXPERTS == THREADS, "each thread clears one expert's count");
 
-// Sort pairs by expert, each expert's in ascending order, and cut them in tiles of at most tile_pairs of one expert.
-// ids [pairs]; order [pairs]; tiles [max_tiles]: (expert, first place in order, pairs, 0), pairs = 0 in those left
-// over. Block e looks at every id and writes expert e's pairs and tiles: no block waits for another.
+// Sort pairs by expert, each expert's in ascending order, and cut them in as few tiles of one expert as tile_pairs, a
+// multiple of 16, allows; these are as even as 16 pairs at a time allow, so that no block has a full tile where another
+// has a remnant. ids [pairs]; order [pairs]; tiles [max_tiles]: (expert, first place in order, pairs, 0), pairs = 0 in
+// those left over. Block e looks at every id and writes expert e's pairs and tiles: no block waits for another.
 extern "C" __global__ void __launch_bounds__(THREADS)
     experts_group(const long long* ids, int* order, int4* tiles, int pairs, int experts, int max_tiles,
                   int tile_pairs) {
@@ -50,9 +51,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         if (match) order[place + __popc(vote & ((1u << lane) - 1))] = i;
         place += __popc(vote);
     }
-    for (int i = thread; i * tile_pairs < load[expert]; i += THREADS) {
-        const int at = i * tile_pairs;
-        tiles[first_tile + i] = make_int4(expert, first + at, min(load[expert] - at, tile_pairs), 0);
+    const int units = (load[expert] + 15) / 16, count = (load[expert] + tile_pairs - 1) / tile_pairs;
+    for (int i = thread; i < count; i += THREADS) {
+        const int each = units / count, more = units % count;  // the first `more` tiles have a unit more
+        const int at = (i * each + min(i, more)) * 16;
+        tiles[first_tile + i] = make_int4(expert, first + at, min((each + (i < more)) * 16, load[expert] - at), 0);
     }
     if (expert == experts - 1)
         for (int i = all_tiles + thread; i < max_tiles; i += THREADS) tiles[i] = make_int4(0, 0, 0, 0);

@@ -38,7 +38,6 @@ struct DenseWeights {
 
 struct DenseLayer {
     static constexpr int K = COLUMNS, OUT_COLUMNS = 64;
-    static constexpr bool WEIGHTED = false;
     template <int N>
     static constexpr int AHEAD = N <= 64 ? 2 : 1;
 
@@ -49,17 +48,14 @@ struct DenseLayer {
 
     __device__ __forceinline__ void find(Item& item, int) const { item.live = min(tokens - item.first, TOKENS); }
     __device__ __forceinline__ int row_of(const Item& item, int token) const { return item.first + token; }
-    __device__ __forceinline__ int source_row(int row) const { return row; }
-    __device__ __forceinline__ float weight_of(int) const { return 1.0f; }
     __device__ __forceinline__ int out_width() const { return rows; }
 
     template <int AHEAD>
-    __device__ __forceinline__ DenseWeights<AHEAD> weights(int, int strip) const {
+    __device__ __forceinline__ DenseWeights<AHEAD> weights(int strip) const {
         return DenseWeights<AHEAD>(weight, min(strip, (rows + 15) / 16 - 1));  // past the end: sums that are not stored
     }
     static __device__ __forceinline__ int bias_row(int strip, int g, int half) { return strip * 16 + g + 8 * half; }
-    __device__ __forceinline__ void finish(bf16* at, float low, float high, float bias_low, float bias_high,
-                                           float) const {
+    __device__ __forceinline__ void finish(bf16* at, float low, float high, float bias_low, float bias_high) const {
         at[0] = round_bf16(low + bias_low), at[8] = round_bf16(high + bias_high);
     }
 };
