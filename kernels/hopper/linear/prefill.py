@@ -11,13 +11,27 @@ from torch import Tensor
 
 from kernels.build import load_kernel
 from kernels.hopper.linear import check_input
-from kernels.hopper.product import SHARED_BYTES, THREADS, TOKENS, product_defines, product_grid
 from kernels.ops import PackedLinear, Peers
+
+CONSUMERS = 3  # warpgroups of a block, 64 weight rows each
+TOKENS = 128  # of a block
+DEPTH = 64  # columns of a stage
+STAGES = 6
+THREADS = 128 * (CONSUMERS + 1)
+# The stages of tokens, each consumer's 64 outputs a token, 8 apart, and room to align the stages.
+SHARED_BYTES = STAGES * TOKENS * DEPTH * 2 + CONSUMERS * TOKENS * (64 + 8) * 2 + 1024
 
 
 def prefill_defines(columns: int) -> dict[str, int]:
     """The macros of prefill.cu."""
-    return {"COLUMNS": columns} | product_defines()
+    return {
+        "COLUMNS": columns,
+        "CONSUMERS": CONSUMERS,
+        "TOKENS": TOKENS,
+        "DEPTH": DEPTH,
+        "STAGES": STAGES,
+        "SHARED_BYTES": SHARED_BYTES,
+    }
 
 
 def prefill_linear(x: Tensor, weight: PackedLinear) -> Tensor:
@@ -29,8 +43,9 @@ def prefill_linear(x: Tensor, weight: PackedLinear) -> Tensor:
     out = torch.empty(tokens, weight.rows, dtype=torch.bfloat16, device=x.device)
     defines = prefill_defines(weight.columns)
     kernel = load_kernel(Path(__file__).with_name("prefill.cu"), "prefill_linear", defines, SHARED_BYTES)
+    items = -(-weight.rows // (64 * CONSUMERS)) * -(-tokens // TOKENS)
     kernel.launch(
-        grid=product_grid(weight.rows, -(-tokens // TOKENS), x.device),
+        grid=(min(items, torch.cuda.get_device_properties(x.device).multi_processor_count), 1, 1),
         block=THREADS,
         args=(weight.tiles, x, weight.bias, out, weight.rows, tokens),
     )
