@@ -44,8 +44,15 @@ def commit(root: Path) -> str | None:
     new = _run("git", "-C", str(root), "ls-files", "--others", "--exclude-standard", "-z") or ""
     digest = hashlib.sha256(changes.encode())
     for name in filter(None, new.split("\0")):
-        digest.update(name.encode() + (root / name).read_bytes())
+        digest.update(name.encode() + _content(root / name))
     return head + (f"+{digest.hexdigest()[:6]}" if changes or new else "")
+
+
+def _content(path: Path) -> bytes:
+    """What git would record of a new file: of a link where it points, of a nested repository nothing."""
+    if path.is_symlink():
+        return os.fsencode(path.readlink())
+    return path.read_bytes() if path.is_file() else b""
 
 
 def _cpu_name() -> str:

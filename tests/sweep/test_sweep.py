@@ -149,6 +149,13 @@ def test_other_code_is_never_taken_for_the_same(tmp_path):
     for name, text in (("a.py", "2"), ("new.py", "1"), ("new.py", "2")):
         (tmp_path / name).write_text(text)
         seen.append(commit(tmp_path))
+    for target in ("a.py", ".", "nowhere"):  # new files that are links: to a file, a folder, nothing
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(target)
+        seen.append(commit(tmp_path))
+    (tmp_path / "nested").mkdir()
+    subprocess.run(["git", "init", "-q", tmp_path / "nested"], check=True)
+    seen.append(commit(tmp_path))
     assert len(set(seen)) == len(seen)
 
 
