@@ -11,25 +11,31 @@ from tests.kernels.host import compile_for_host
 
 SHAPES = [(32, 64), (64, 96), (192, 160), (320, 2880)]
 CODE = """
-#define mul_bf16x2 mul_bf16x2_in_ptx
+#define mul_bf16x2_low mul_bf16x2_low_in_ptx
+#define mul_bf16x2_high mul_bf16x2_high_in_ptx
 #include "common/ptx.cuh"
-#undef mul_bf16x2
-inline unsigned mul_bf16x2(unsigned a, unsigned b) {  // exact: the products that dequantize makes are bf16 values
-    const unsigned low = __float_as_uint(__uint_as_float(a << 16) * __uint_as_float(b << 16));
-    const unsigned high = __float_as_uint(__uint_as_float(a & 0xFFFF0000u) * __uint_as_float(b & 0xFFFF0000u));
+#undef mul_bf16x2_low
+#undef mul_bf16x2_high
+inline unsigned times(unsigned a, unsigned b) {  // b: a float; exact, since the products of dequantize are bf16 values
+    const unsigned low = __float_as_uint(__uint_as_float(a << 16) * __uint_as_float(b));
+    const unsigned high = __float_as_uint(__uint_as_float(a & 0xFFFF0000u) * __uint_as_float(b));
     return low >> 16 | (high & 0xFFFF0000u);
 }
+inline unsigned mul_bf16x2_low(unsigned a, unsigned b) { return times(a, b << 16); }
+inline unsigned mul_bf16x2_high(unsigned a, unsigned b) { return times(a, b & 0xFFFF0000u); }
 #include "common/mxfp4.cuh"
 #include "experts/matrix.cuh"
 
 // The A fragments that each lane makes of the tiles of a whole weight: [tiles, 32 lanes, 4 steps, 4 registers].
-extern "C" void fragments(const unsigned* values, const unsigned* scales, int tiles, unsigned* a) {
+extern "C" void fragments(const unsigned* values, const unsigned* scales, int tiles, int shifts_at_once, unsigned* a) {
     for (int tile = 0; tile < tiles; ++tile)
         for (int lane = 0; lane < 32; ++lane) {
             const unsigned* words = values + (value_piece(tile) + lane) * 4;
             const unsigned scale = scales[scale_word(tile) + lane / 4];
-            for (int step = 0; step < 4; ++step, a += 4)
-                dequantize(words[step], multiplier_of(scale, step / 2, 0), multiplier_of(scale, step / 2, 1), a);
+            for (int step = 0; step < 4; ++step, a += 4) {
+                const auto to_fragment = shifts_at_once ? dequantize<true> : dequantize<false>;
+                to_fragment(words[step], multipliers_of(scale, step / 2), a);
+            }
         }
 }
 extern "C" int packed_row(int interleaved, int g, int half) {
@@ -70,10 +76,10 @@ def fragments(host, packed):
     """What the lanes multiply: [E, strips, tiles, 32 lanes, 4 steps, 4 registers, 2] float64, times the factor that the
     epilogue makes good."""
     tiles = packed.values[..., 0, 0].numel()
-    a = torch.empty(tiles, 32, 4, 4, dtype=torch.int32)
-    host.fragments(
-        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (packed.values, packed.scales)), tiles, pointer(a)
-    )
+    a, with_shifts = torch.empty(2, tiles, 32, 4, 4, dtype=torch.int32)
+    for shifts_at_once, out in ((1, a), (0, with_shifts)):
+        host.fragments(pointer(packed.values), pointer(packed.scales), tiles, shifts_at_once, pointer(out))
+    assert torch.equal(a, with_shifts)
     halves = torch.stack((a << 16, a & -65536), -1).view(torch.float32).double()
     return halves.view(*packed.values.shape[:3], 32, 4, 4, 2) * host.deferred_scale()
 

@@ -353,9 +353,22 @@ __device__ __forceinline__ unsigned round_bf16x2(float low, float high) {
     return pair;
 }
 
-__device__ __forceinline__ unsigned mul_bf16x2(unsigned a, unsigned b) {  // keeps subnormals
+// Both halves of a times the low, or the high, half of b; keeps subnormals. The instruction itself picks the half.
+__device__ __forceinline__ unsigned mul_bf16x2_low(unsigned a, unsigned b) {
     unsigned product;
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+    asm("{\n.reg .b16 low, high;\n.reg .b32 both;\nmov.b32 {low, high}, %2;\nmov.b32 both, {low, low};\n"
+        "mul.rn.bf16x2 %0, %1, both;\n}"
+        : "=r"(product)
+        : "r"(a), "r"(b));
+    return product;
+}
+
+__device__ __forceinline__ unsigned mul_bf16x2_high(unsigned a, unsigned b) {
+    unsigned product;
+    asm("{\n.reg .b16 low, high;\n.reg .b32 both;\nmov.b32 {low, high}, %2;\nmov.b32 both, {high, high};\n"
+        "mul.rn.bf16x2 %0, %1, both;\n}"
+        : "=r"(product)
+        : "r"(a), "r"(b));
     return product;
 }
 

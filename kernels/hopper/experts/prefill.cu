@@ -185,12 +185,11 @@ struct WeightRing {
         }
         const uint4 value = ld_shared(value_at + j * VALUE_BYTES);
         const unsigned scale = ld_shared_u32(scale_at + j * SCALE_BYTES);
-        const unsigned low[2] = {multiplier_of(scale, 0, 0), multiplier_of(scale, 1, 0)};
-        const unsigned high[2] = {multiplier_of(scale, 0, 1), multiplier_of(scale, 1, 1)};
-        dequantize(value.x, low[0], high[0], a);
-        dequantize(value.y, low[0], high[0], a + 4);
-        dequantize(value.z, low[1], high[1], a + 8);
-        dequantize(value.w, low[1], high[1], a + 12);
+        const unsigned first = multipliers_of(scale, 0), second = multipliers_of(scale, 1);
+        dequantize<true>(value.x, first, a);
+        dequantize<true>(value.y, first, a + 4);
+        dequantize<true>(value.z, second, a + 8);
+        dequantize<true>(value.w, second, a + 12);
         if (last) {
             __syncwarp();
             ask(projection, next);

@@ -11,16 +11,16 @@ constexpr unsigned ALL_LANES = 0xFFFFFFFFu;
 // Add one tile's products to the sums of 8 N_TILES tokens. activations: the address in shared memory that this lane
 // names to ldmatrix for the tile's first 32 columns and the first 8 tokens; rows are PITCH bytes apart. Tokens from
 // `live` on are left out, 16 at a time: every branch keeps the products before it and behind it from overlapping.
-template <int N_TILES, int PITCH>
+template <int N_TILES, int PITCH, bool SHIFTS_AT_ONCE = false>
 __device__ __forceinline__ void multiply_tile(float (&sum)[N_TILES][4], uint4 value, unsigned scale,
                                               unsigned activations, int live) {
     const unsigned words[4] = {value.x, value.y, value.z, value.w};
 #pragma unroll
     for (int block = 0; block < 2; block++) {
-        const unsigned low = multiplier_of(scale, block, 0), high = multiplier_of(scale, block, 1);
+        const unsigned multipliers = multipliers_of(scale, block);
         unsigned a[8];
-        dequantize(words[2 * block], low, high, a);
-        dequantize(words[2 * block + 1], low, high, a + 4);
+        dequantize<SHIFTS_AT_ONCE>(words[2 * block], multipliers, a);
+        dequantize<SHIFTS_AT_ONCE>(words[2 * block + 1], multipliers, a + 4);
 #pragma unroll
         for (int n = 0; n < N_TILES; n++) {
             if (n > 0 && n % 2 == 0 && n * 8 >= live) break;
