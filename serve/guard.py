@@ -46,6 +46,11 @@ def cache_salt(scope: Scope, given: str | None) -> bytes:
     ).digest()
 
 
+def needs_key(path: str) -> bool:
+    """Whether a path needs an API key, where there are any."""
+    return path not in ("/metrics", "/health") and not path.startswith("/health/")
+
+
 class Guard:
     """ASGI middleware; an ApiError that leaves the application, or any other exception, becomes the error object."""
 
@@ -95,8 +100,7 @@ class Guard:
     def _check(self, scope: Scope) -> None:
         """Raises ApiError: 401 without a valid key, 413 for a body announced as too large."""
         headers = dict(scope["headers"])
-        path = scope["path"]
-        if self._keys and path != "/metrics" and path != "/health" and not path.startswith("/health/"):
+        if self._keys and needs_key(scope["path"]):
             scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
             given = (bearer.strip() if scheme.lower() == b"bearer" else b"", headers.get(b"x-api-key", b"").strip())
             # Every key is compared, so that the time does not reveal which one came close.

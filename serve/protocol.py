@@ -21,6 +21,11 @@ _ANTHROPIC_ERROR_TYPES = {503: "overloaded_error", 504: "timeout_error", **_ERRO
 _ANTHROPIC_PATH = "/v1/messages"  # and all paths below it
 
 
+def is_anthropic(path: str) -> bool:
+    """Whether a path belongs to Anthropic's API, else to OpenAI's."""
+    return path == _ANTHROPIC_PATH or path.startswith(_ANTHROPIC_PATH + "/")
+
+
 class ApiError(Exception):
     """An answer other than 200, as the error object of the API. `param` names the field at fault."""
 
@@ -37,7 +42,7 @@ class ApiError(Exception):
 
     def body(self, path: str = "") -> bytes:
         """The error object as JSON, in the shape of the API that `path` belongs to: Anthropic's or OpenAI's."""
-        if path == _ANTHROPIC_PATH or path.startswith(_ANTHROPIC_PATH + "/"):
+        if is_anthropic(path):
             return self.anthropic_body()
         kind = _ERROR_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}

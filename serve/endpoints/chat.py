@@ -10,6 +10,7 @@ from serve.conversation import DEFAULT_EFFORT, chat_prompt, prefilled_call
 from serve.generation import Service
 from serve.guard import cache_salt
 from serve.message import ChatChoice, ChatDelta, MessageDelta, whole_choice
+from serve.openapi import EVENTS, JSON, documented
 from serve.parsing import parse
 from serve.protocol import ApiError, ChatRequest, JsonObject, NamedTool
 from serve.sampling import check_tokens, sampling_params
@@ -20,7 +21,7 @@ from serve.text import StopStrings
 def add_routes(app: FastAPI, service: Service) -> None:
     """Add the route of this file to `app`."""
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", openapi_extra=documented(ChatRequest, (JSON, EVENTS)))
     async def chat_completions(request: Request) -> Response:
         return await create(service, request)
 

@@ -15,6 +15,7 @@ from engine.messages import Delta, FinishReason, Ready, TokenLogprobs
 from engine.tokenizer import Tokenizer
 from serve.generation import Service, in_thread_if_large
 from serve.guard import cache_salt
+from serve.openapi import EVENTS, JSON, documented
 from serve.parsing import parse
 from serve.protocol import MAX_CHOICES, ApiError, CompletionRequest, JsonObject
 from serve.sampling import check_tokens, sampling_params
@@ -107,7 +108,7 @@ class TextChoice:
 def add_routes(app: FastAPI, service: Service) -> None:
     """Add the route of this file to `app`."""
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", openapi_extra=documented(CompletionRequest, (JSON, EVENTS)))
     async def completions(request: Request) -> Response:
         return await create(service, request)
 

@@ -22,6 +22,7 @@ from serve.generation import Service, in_thread_if_large
 from serve.guard import cache_salt
 from serve.harmony import Event, Function, Parser, Segment, any_call_header, call_header
 from serve.message import MAX_TOOL_CALLS
+from serve.openapi import EVENTS, JSON, documented
 from serve.parsing import IGNORED_HEADER, ignored_header, parse
 from serve.protocol import ApiError, JsonObject, unsupported
 from serve.sampling import check_tokens, sampling_params
@@ -221,11 +222,11 @@ class MessagesFormat:
 def add_routes(app: FastAPI, service: Service) -> None:
     """Add the routes of this file to `app`."""
 
-    @app.post("/v1/messages")
+    @app.post("/v1/messages", openapi_extra=documented(MessagesRequest, (JSON, EVENTS)))
     async def messages(request: Request) -> Response:
         return await create(service, request)
 
-    @app.post("/v1/messages/count_tokens")
+    @app.post("/v1/messages/count_tokens", openapi_extra=documented(CountRequest))
     async def count_tokens(request: Request) -> Response:
         """How many tokens the prompt of a message would have, also where that is more than the context holds."""
         body = await request.body()

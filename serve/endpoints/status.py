@@ -1,4 +1,4 @@
-"""GET of models, health, metrics and version: what is served, and whether all is well."""
+"""GET of models, health, metrics, version and the API's description: what is served, and whether all is well."""
 
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -7,6 +7,7 @@ from fastapi import FastAPI
 from starlette.responses import Response
 
 from serve.generation import Service
+from serve.openapi import TEXT, document, documented
 from serve.protocol import ApiError, JsonObject
 from serve.stream import json_response
 
@@ -42,13 +43,22 @@ def add_routes(app: FastAPI, service: Service) -> None:
         service.require_ready()
         return json_response({"status": "ready"})
 
-    @app.get("/metrics")
+    @app.get("/metrics", openapi_extra=documented(answers=(TEXT,)))
     async def metrics() -> Response:
         return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/version")
     async def server_version() -> Response:
-        try:
-            return json_response({"version": version("mini-vllm")})
-        except PackageNotFoundError:  # run from a source folder that was never installed
-            return json_response({"version": "source"})
+        return json_response({"version": own_version()})
+
+    @app.get("/openapi.json")
+    async def openapi() -> Response:
+        return json_response(document(app.routes, own_version(), service.server.api_key_file is not None))
+
+
+def own_version() -> str:
+    """The installed version."""
+    try:
+        return version("mini-vllm")
+    except PackageNotFoundError:  # run from a source folder that was never installed
+        return "source"

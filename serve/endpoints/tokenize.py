@@ -5,6 +5,7 @@ from starlette.responses import Response
 
 from serve.conversation import DEFAULT_EFFORT, chat_prompt
 from serve.generation import Service, in_thread_if_large
+from serve.openapi import documented
 from serve.parsing import parse
 from serve.protocol import ApiError, DetokenizeRequest, JsonObject, TokenizeRequest
 from serve.sampling import check_tokens
@@ -15,7 +16,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
     """Add the routes of this file to `app`."""
     tokenizer = service.tokenizer
 
-    @app.post("/tokenize")
+    @app.post("/tokenize", openapi_extra=documented(TokenizeRequest))
     async def tokenize(http_request: Request) -> Response:
         body = await http_request.body()
         request, headers = parse(body, TokenizeRequest)
@@ -33,7 +34,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
             reply["token_strs"] = [tokenizer.token_text(token) for token in ids]
         return json_response(reply, headers)
 
-    @app.post("/detokenize")
+    @app.post("/detokenize", openapi_extra=documented(DetokenizeRequest))
     async def detokenize(http_request: Request) -> Response:
         body = await http_request.body()
         request, headers = parse(body, DetokenizeRequest)
