@@ -257,6 +257,7 @@ def whole_choice(deltas: list[ChatDelta]) -> JsonObject:
     message: JsonObject = {
         "role": "assistant",
         "content": content or None,
+        "refusal": None,  # the model's refusals are content; OpenAI's clients expect the field
         "reasoning_content": reasoning or None,
         "reasoning": reasoning or None,
     }

@@ -68,6 +68,7 @@ def test_a_chat(serve, chatty):
     message = answer.choices[0].message
     assert (message.role, message.content) == ("assistant", "Hello, you!")
     assert message.reasoning_content == message.reasoning == "They greet."
+    assert message.model_dump(exclude_unset=True)["refusal"] is None
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage.completion_tokens_details.reasoning_tokens == 3
     assert answer.usage.prompt_tokens_details.cached_tokens == 3
