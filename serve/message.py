@@ -103,6 +103,7 @@ class ChatChoice:
         content, reasoning, logprobs = "", "", []
         for event in self._events(delta):
             if event.segment.kind == "reasoning":
+                self.reasoning_tokens += event.stop - event.start
                 reasoning += event.text
             elif event.segment.kind == "content":
                 content += self._visible(event.text)
@@ -142,8 +143,6 @@ class ChatChoice:
             if position == stop_position:
                 break
             if event := self._parser.feed(token):
-                if event.segment.kind == "reasoning":
-                    self.reasoning_tokens += event.stop - event.start
                 yield event
                 if self._stop_matcher.stopped:
                     return

@@ -107,6 +107,16 @@ def test_a_turn_without_an_answer_has_null_content_its_reasoning_and_the_engines
     assert choice["finish_reason"] == "length"
 
 
+def test_reasoning_that_is_held_back_until_the_end_is_counted(serve, harmony):
+    live = serve(FakeEngine(harmony("<|channel|>analysis code")))  # it might be a content type
+    answer = live.chat().json()
+    assert answer["choices"][0]["message"]["reasoning"] == " code"
+    assert answer["usage"]["completion_tokens_details"]["reasoning_tokens"] == 1
+    message = live.http.post("/v1/messages", json={"messages": USER, "max_tokens": 9}).json()
+    assert message["content"][0]["thinking"] == " code"
+    assert message["usage"]["output_tokens_details"]["thinking_tokens"] == 1
+
+
 def test_the_prompt_of_a_chat_is_the_rendered_conversation(serve, chatty, tokenizer):
     live = serve(chatty)
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo <|end|>"}]
