@@ -1,5 +1,8 @@
 """A client's messages and tools to the token ids of a harmony prompt, for every endpoint that takes messages."""
 
+from dataclasses import replace
+
+from conf.limits import CHANNEL, MESSAGE
 from engine.tokenizer import Tokenizer
 from serve.generation import Service, in_thread_if_large
 from serve.harmony import Call, Function, Turn, any_call_header, call_header, render
@@ -10,7 +13,7 @@ DEFAULT_EFFORT = "medium"
 
 
 async def chat_prompt(
-    service: Service, body_bytes: int, messages: list[ChatMessage], tools: list[Tool] | None, effort: str
+    service: Service, body_bytes: int, turns: list[Turn], tools: list[Tool] | None, effort: str
 ) -> list[int]:
     """The prompt of a request whose body has `body_bytes`. Encoding stops soon after the context's length.
 
@@ -20,7 +23,7 @@ async def chat_prompt(
         Function(tool.function.name, tool.function.description or "", tool.function.parameters) for tool in tools or []
     ]
     limit = service.require_ready().max_context
-    return await rendered(service, body_bytes, conversation_turns(messages), functions, effort, limit)
+    return await rendered(service, body_bytes, turns, functions, effort, limit)
 
 
 async def rendered(
@@ -46,6 +49,16 @@ def prefilled_call(request: ChatRequest, tokenizer: Tokenizer) -> list[int]:
         first = request.tools[0].function.name
         return call_header(tokenizer, first) if len(request.tools) == 1 else any_call_header(tokenizer)
     return []
+
+
+async def continued(
+    body_bytes: int, turns: list[Turn], tokenizer: Tokenizer, limit: int
+) -> tuple[list[Turn], list[int]]:
+    """The answer is to go on with the text of the last turn, an assistant's: the turns without that text, and its
+    tokens with their header, to put at the prompt's end. Encoding stops soon after `limit` tokens."""
+    *earlier, last = turns
+    text = await in_thread_if_large(body_bytes, tokenizer.encode, last.content, limit)
+    return [*earlier, replace(last, content="")], [CHANNEL, *tokenizer.encode("final"), MESSAGE, *text]
 
 
 def conversation_turns(messages: list[ChatMessage]) -> list[Turn]:

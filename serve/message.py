@@ -20,7 +20,7 @@ from engine.messages import Delta, FinishReason, TokenLogprobs
 from engine.tokenizer import Tokenizer
 from serve.harmony import Event, Parser, Segment
 from serve.protocol import ChatRequest, JsonObject
-from serve.text import StopMatcher, StopStrings
+from serve.text import StopMatcher, StopStrings, token_names
 
 MAX_TOOL_CALLS = 128  # of a message; further ones are dropped
 
@@ -81,7 +81,7 @@ class ChatChoice:
     def __init__(
         self, index: int, request: ChatRequest, stops: StopStrings, tokenizer: Tokenizer, prefilled: Sequence[int]
     ) -> None:
-        """`prefilled`: tokens of the answer that stand in the prompt, the header of a demanded call."""
+        """`prefilled`: tokens of the answer that stand in the prompt: the header of a demanded call, or a text."""
         self.completion_tokens = self.cached_tokens = self.reasoning_tokens = 0
         self._index = index
         self._include_reasoning = request.include_reasoning is not False
@@ -93,7 +93,7 @@ class ChatChoice:
         self._hidden = Hidden()
         self._has_content = False
         self._stop_matcher = StopMatcher(stops)
-        self._logprobs = LogprobReader(tokenizer)
+        self._logprobs = LogprobReader(tokenizer, request.return_tokens_as_token_ids)
 
     def feed(self, delta: Delta) -> ChatDelta:
         """What `delta` adds that the client may see."""
@@ -162,11 +162,11 @@ class ToolCalls:
     """The calls of one message: each message of the model that is addressed to a function is a call."""
 
     def __init__(self, max_calls: int, prefilled: Segment | None) -> None:
-        """`prefilled`: the call whose whole header stands in the prompt, if any."""
+        """`prefilled`: the message whose whole header stands in the prompt, if any."""
         self._max_calls = max_calls
         self._segments: list[Segment] = []
         self._deltas: list[ToolCallDelta] = []  # not taken yet
-        if prefilled:
+        if prefilled and prefilled.kind == "call":
             self._begin(prefilled)
 
     def __len__(self) -> int:
@@ -215,8 +215,9 @@ class Hidden:
 class LogprobReader:
     """The log probabilities of one choice's tokens, found by the position of a token in the answer."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, as_ids: bool | None) -> None:
+        """`as_ids`: tokens are named by their ids."""
+        self._token_bytes, self._name = tokenizer.token_bytes, token_names(tokenizer, as_ids)
         self._tokens: list[int] = []  # all of the answer's: an event may concern tokens of earlier Deltas
         self._logprobs: list[TokenLogprobs] = []
 
@@ -238,7 +239,7 @@ class LogprobReader:
         return entries
 
     def _entry(self, token: int, logprob: float) -> Logprob:
-        return Logprob(self._tokenizer.token_text(token), logprob, list(self._tokenizer.token_bytes(token)))
+        return Logprob(self._name(token), logprob, list(self._token_bytes(token)))
 
 
 def whole_choice(deltas: list[ChatDelta]) -> JsonObject:

@@ -101,6 +101,7 @@ class SamplingRequest(msgspec.Struct, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None  # logprobs name a token `token_id:5` instead of by its text
     cache_salt: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None  # shares cached prompts with equals
 
     @property
@@ -126,7 +127,6 @@ class CompletionRequest(SamplingRequest, kw_only=True):
     logprobs: TopLogprobs | None = None
     echo: bool | None = None
     skip_special_tokens: bool | None = None
-    return_tokens_as_token_ids: bool | None = None  # logprobs name a token `token_id:5` instead of by its text
 
     @property
     def top_logprobs_count(self) -> int | None:
@@ -237,6 +237,8 @@ class ChatRequest(SamplingRequest, kw_only=True):
     reasoning: ReasoningOptions | None = None
     chat_template_kwargs: TemplateArguments | None = None
     include_reasoning: bool | None = None
+    continue_final_message: bool | None = None  # the answer goes on with the last message, an assistant's
+    add_generation_prompt: bool | None = None  # what clients give beside it: its opposite
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
     tools: Tools | None = None

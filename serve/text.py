@@ -1,11 +1,19 @@
-"""Text as it grows: incremental UTF-8 and stop strings. Knows nothing of HTTP, of messages or of channels."""
+"""Text as it grows: incremental UTF-8, names of tokens, stop strings. Knows nothing of HTTP, messages or channels."""
 
 import codecs
+from collections.abc import Callable
+
+from engine.tokenizer import Tokenizer
 
 
 def utf8_decoder() -> codecs.IncrementalDecoder:
     """Bytes to text as they arrive: an incomplete character is held back, an invalid one becomes U+FFFD."""
     return codecs.getincrementaldecoder("utf-8")("replace")
+
+
+def token_names(tokenizer: Tokenizer, as_ids: bool | None) -> Callable[[int], str]:
+    """How log probabilities name a token: by its text, or as `token_id:5`."""
+    return (lambda token: f"token_id:{token}") if as_ids else tokenizer.token_text
 
 
 class StopStrings:

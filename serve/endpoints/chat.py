@@ -6,7 +6,7 @@ import time
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
-from serve.conversation import DEFAULT_EFFORT, chat_prompt, prefilled_call
+from serve.conversation import DEFAULT_EFFORT, chat_prompt, continued, conversation_turns, prefilled_call
 from serve.generation import Service
 from serve.guard import cache_salt
 from serve.message import ChatChoice, ChatDelta, MessageDelta, whole_choice
@@ -33,10 +33,14 @@ async def create(service: Service, http_request: Request) -> Response:
     request, headers = parse(body, ChatRequest)
     ready = service.require_ready(request.model)
     check(request)
-    prefilled = prefilled_call(request, service.tokenizer)
+    turns = conversation_turns(request.messages)
+    if request.continue_final_message:
+        turns, prefilled = await continued(len(body), turns, service.tokenizer, ready.max_context)
+    else:
+        prefilled = prefilled_call(request, service.tokenizer)
     tools = None if request.tool_choice == "none" else request.tools
     effort = request.effort or DEFAULT_EFFORT
-    prompt = await chat_prompt(service, len(body), request.messages, tools, effort) + prefilled
+    prompt = await chat_prompt(service, len(body), turns, tools, effort) + prefilled
     sampling = sampling_params(request, len(prompt), ready)
     check_tokens(prompt, ready, "messages")
     stops = StopStrings(request.stop_strings)
@@ -83,3 +87,19 @@ def check(request: ChatRequest) -> None:
         raise ApiError(400, "tool_choice required needs tools", "tool_choice")
     if request.top_logprobs and not request.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
+    if request.continue_final_message:
+        check_continuation(request)
+    elif request.add_generation_prompt is False:
+        raise ApiError(400, "add_generation_prompt: false needs continue_final_message", "add_generation_prompt")
+
+
+def check_continuation(request: ChatRequest) -> None:
+    """Raises ApiError 400 where the answer cannot go on with the last message."""
+    last = request.messages[-1]
+    if last.role != "assistant" or last.tool_calls or not last.content:
+        message = "continue_final_message needs a last message of the assistant with content and without tool_calls"
+        raise ApiError(400, message, "continue_final_message")
+    if request.add_generation_prompt:
+        raise ApiError(400, "continue_final_message forbids add_generation_prompt: true", "add_generation_prompt")
+    if request.tool_choice not in (None, "auto", "none"):
+        raise ApiError(400, "continue_final_message forbids a tool_choice that demands a call", "tool_choice")

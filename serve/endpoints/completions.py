@@ -20,7 +20,7 @@ from serve.parsing import parse
 from serve.protocol import MAX_CHOICES, ApiError, CompletionRequest, JsonObject
 from serve.sampling import check_tokens, sampling_params
 from serve.stream import EventFormat, EventStream, collected, json_response
-from serve.text import StopMatcher, StopStrings, utf8_decoder
+from serve.text import StopMatcher, StopStrings, token_names, utf8_decoder
 
 TextLogprobs = dict[str, list[object]]  # an entry a token in each of the lists
 
@@ -57,8 +57,7 @@ class TextChoice:
         self._return_token_ids = bool(request.return_token_ids)
         self._prompt: list[int] | None = prompt  # None once the first delta is out
         self._echo = bool(request.echo)
-        as_ids = request.return_tokens_as_token_ids
-        self._name = (lambda token: f"token_id:{token}") if as_ids else tokenizer.token_text
+        self._name = token_names(tokenizer, request.return_tokens_as_token_ids)
         self._decoder = utf8_decoder()
         self._stop_matcher = StopMatcher(stops)
         self._characters = 0  # decoded so far

@@ -6,19 +6,17 @@ Each message of the model becomes a block of its own, in order: analysis `thinki
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
-from conf.limits import CHANNEL, MESSAGE
 from engine.messages import Delta
 from engine.tokenizer import Tokenizer
 from serve.anthropic import INVALID_JSON, CountRequest, MessagesRequest, sealed
-from serve.conversation import rendered
-from serve.generation import Service, in_thread_if_large
+from serve.conversation import continued, rendered
+from serve.generation import Service
 from serve.guard import cache_salt
 from serve.harmony import Event, Function, Parser, Segment, any_call_header, call_header
 from serve.message import MAX_TOOL_CALLS
@@ -303,9 +301,7 @@ async def prompt_of(
         name = request.choice.name or (functions[0].name if len(functions) == 1 else None)
         prefilled = call_header(tokenizer, name) if name else any_call_header(tokenizer)
     elif last and last.role == "assistant" and last.content and not last.calls:
-        turns[-1] = replace(last, content="")
-        text = await in_thread_if_large(body_bytes, tokenizer.encode, last.content, limit)
-        prefilled = [CHANNEL, *tokenizer.encode("final"), MESSAGE, *text]
+        turns, prefilled = await continued(body_bytes, turns, tokenizer, limit)
     return await rendered(service, body_bytes, turns, functions, request.effort, limit), prefilled
 
 

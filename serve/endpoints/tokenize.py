@@ -3,7 +3,7 @@
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
-from serve.conversation import DEFAULT_EFFORT, chat_prompt
+from serve.conversation import DEFAULT_EFFORT, chat_prompt, conversation_turns
 from serve.generation import Service, in_thread_if_large
 from serve.openapi import documented
 from serve.parsing import parse
@@ -22,7 +22,8 @@ def add_routes(app: FastAPI, service: Service) -> None:
         request, headers = parse(body, TokenizeRequest)
         limit = service.require_ready(request.model).max_context
         if request.messages is not None and request.prompt is None:
-            ids = await chat_prompt(service, len(body), request.messages, request.tools, DEFAULT_EFFORT)
+            turns = conversation_turns(request.messages)
+            ids = await chat_prompt(service, len(body), turns, request.tools, DEFAULT_EFFORT)
         elif request.prompt is not None and request.messages is None:
             ids = await in_thread_if_large(len(body), tokenizer.encode, request.prompt, limit)
         else:

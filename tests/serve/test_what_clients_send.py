@@ -144,6 +144,63 @@ def test_tokens_are_named_by_id_on_demand(live):
     assert "token_id:1" in logprobs["top_logprobs"][0]
 
 
+def test_chat_names_tokens_by_id_on_demand(live):
+    choice = live.chat(logprobs=True, top_logprobs=1, return_tokens_as_token_ids=True).json()["choices"][0]
+    entry = choice["logprobs"]["content"][0]
+    assert entry["token"] == entry["top_logprobs"][0]["token"] == "token_id:1"
+    assert entry["bytes"] == [34]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("content", ["Once upon", [{"type": "text", "text": "Once upon"}]])
+def test_an_answer_goes_on_with_the_last_message(serve, tokenizer, content, stream):
+    live = serve(FakeEngine([*tokenizer.encode(" a time"), 200002]))
+    messages = [
+        {"role": "user", "content": "Tell."},
+        {"role": "assistant", "content": content, "reasoning_content": "A tale."},
+    ]
+    tools = TOOLS if stream else None  # offered or not: the text is no call
+    response = live.chat(
+        messages=messages, continue_final_message=True, add_generation_prompt=False, stream=stream, tools=tools
+    )
+    assert response.status_code == 200, response.text
+    if stream:
+        chunks = [json.loads(line[6:]) for line in response.text.split("\n\n") if line.startswith("data: {")]
+        deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+        assert "".join(delta.get("content", "") for delta in deltas) == " a time"
+        assert not any("tool_calls" in delta for delta in deltas)
+    else:
+        assert response.json()["choices"][0]["message"]["content"] == " a time"
+    start = "<|start|>assistant<|channel|>"
+    assert prompt(live, tokenizer).endswith(f"{start}analysis<|message|>A tale.<|end|>{start}final<|message|>Once upon")
+
+
+ANSWER = {"role": "assistant", "content": "Once"}
+CALLING = {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "write", "arguments": "{}"}}]}
+
+
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"continue_final_message": True, "messages": [{**ANSWER, "content": ""}]}, "continue_final_message"),
+        ({"continue_final_message": True, "messages": [{**ANSWER, **CALLING}]}, "continue_final_message"),
+        (
+            {"continue_final_message": True, "messages": [ANSWER], "add_generation_prompt": True},
+            "add_generation_prompt",
+        ),
+        (
+            {"continue_final_message": True, "messages": [ANSWER], "tools": TOOLS, "tool_choice": "required"},
+            "tool_choice",
+        ),
+        ({"add_generation_prompt": False, "messages": [ANSWER]}, "add_generation_prompt"),
+    ],
+)
+def test_a_continuation_that_makes_no_sense_is_refused(live, given, param):
+    response = live.chat(**given)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
 def test_a_byte_order_mark_is_no_error(live):
     assert live.http.post("/v1/completions", content=b'\xef\xbb\xbf{"prompt": "x"}').status_code == 200
 
