@@ -32,6 +32,7 @@ from demo.bundle import with_demo_folder
 from engine.messages import Ready
 from serve.app import create_app
 from serve.client import EngineClient
+from serve.framing import Protocol
 
 MOST_SOCKET_PATH = 107  # bytes that Linux takes
 FLUSH_SECONDS = 3  # for answers that say why, once the engine is lost
@@ -74,12 +75,7 @@ async def serve(config: Config) -> int:
         raise ConfigError(f"server.api_key_file: {error}") from error
     server = Server(
         uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            http="httptools",
-            lifespan="off",
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            app, log_config=None, access_log=False, http=Protocol, lifespan="off", timeout_keep_alive=KEEP_ALIVE_SECONDS
         )
     )
     loop = asyncio.get_running_loop()

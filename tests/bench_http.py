@@ -16,6 +16,7 @@ import uvicorn
 
 from conf.schema import ServerConfig
 from serve.app import create_app
+from serve.framing import Protocol
 from sweep import load
 from sweep.client import http_sender
 from sweep.workload import Request
@@ -32,7 +33,7 @@ def serve(listener: socket.socket, step: int) -> None:
     engine = FakeEngine(script, max_context=4096)
     engine.step = step
     app = create_app(engine, ServerConfig(), "bench")
-    config = uvicorn.Config(app, loop="uvloop", http="httptools", log_level="warning", access_log=False)
+    config = uvicorn.Config(app, loop="uvloop", http=Protocol, log_level="warning", access_log=False)
     uvicorn.Server(config).run(sockets=[listener])
 
 

@@ -18,6 +18,7 @@ from hypothesis import settings
 from conf.schema import ServerConfig
 from engine.tokenizer import Tokenizer
 from serve.app import create_app
+from serve.framing import Protocol
 from serve.harmony import Parser, Segment
 from tests.fakes import FakeEngine
 
@@ -77,7 +78,9 @@ def serve() -> Iterator[Serve]:
         def start(engine: FakeEngine, **server: object) -> Live:
             app = create_app(engine, ServerConfig(**server), MODEL, today=lambda: TODAY)
             listener = socket.create_server(("127.0.0.1", 0))
-            runner = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
+            runner = uvicorn.Server(
+                uvicorn.Config(app, http=Protocol, log_level="critical", timeout_graceful_shutdown=1)
+            )
             thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]}, daemon=True)
             thread.start()
             port = listener.getsockname()[1]
