@@ -132,12 +132,12 @@ class EventStream(Response, Generic[AnyDelta]):
     ) -> None:
         """`opening`: the events before the first token. `seconds`: until the stream ends with an error."""
         self._generation, self._form, self._opening, self._seconds = generation, form, opening, seconds
-        self._request_id = ""  # of the log
+        self._name = ""  # of the request, in the log
         self.status_code, self.media_type, self.background = 200, "text/event-stream", None
         self.init_headers({"cache-control": "no-cache", **headers})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._request_id = scope.get("request_id", "")
+        self._name = f"{scope['request_id']}: {scope['method']} {scope['path']}"
         try:
             await unless_gone(receive, self._run(send))
         finally:
@@ -161,5 +161,5 @@ class EventStream(Response, Generic[AnyDelta]):
             return timed_out(self._seconds)
         if isinstance(error, ApiError):
             return error
-        log.error("%s: a stream failed", self._request_id, exc_info=error)
+        log.error("%s failed", self._name, exc_info=error)
         return ApiError(500, "internal error")

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 
+from engine.tokenizer import Tokenizer
 from serve.parsing import IGNORED_HEADER
 from tests.fakes import FakeEngine
 from tests.serve.conftest import MODEL
@@ -230,14 +231,25 @@ def test_a_request_id_is_taken_over_or_made(live, path):
     assert made[0] != made[1]
 
 
-def test_the_log_names_the_request_id(serve, caplog):
+def fail(*_: object) -> None:
+    raise RuntimeError("on purpose")
+
+
+@pytest.mark.parametrize("failing", ["prompt", "submit", "engine"])
+@pytest.mark.parametrize("body", [{}, {"stream": True}, {"stream": True, "n": 2}], ids=str)
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/messages"])
+def test_every_line_of_the_log_names_the_request(serve, monkeypatch, caplog, path, body, failing):
     live = serve(FakeEngine([1]))
     live.engine.break_after, live.engine.broken = 0, RuntimeError("on purpose")
-    with caplog.at_level(logging.ERROR):
-        live.http.post("/v1/completions", json={"prompt": "x"}, headers={"x-request-id": "abc-1"})
-        live.http.post("/v1/completions", json={"prompt": "x", "stream": True}, headers={"x-request-id": "abc-2"})
-    lines = [record.getMessage() for record in caplog.records]
-    assert [line.split(":")[0] for line in lines] == ["abc-1", "abc-2"]
+    if failing == "prompt":
+        monkeypatch.setattr(Tokenizer, "encode", fail)
+    if failing == "submit":
+        monkeypatch.setattr(live.engine, "submit", fail)
+    body = {"prompt": "x", "messages": [{"role": "user", "content": "x"}], "max_tokens": 5, **body}
+    with caplog.at_level(logging.INFO):
+        live.http.post(path, json=body, headers={"x-request-id": "abc-1"})
+    lines = [record.getMessage() for record in caplog.records if not record.name.startswith("http")]  # the client's
+    assert lines == [f"abc-1: POST {path} failed"]
 
 
 def test_a_model_may_have_several_names(serve):
