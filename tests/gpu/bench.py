@@ -43,7 +43,7 @@ def matmul_rate() -> float:
 def engine(shape, decode_rows, prefill_tokens, max_context, ranks, device):
     config = Config(
         model=ModelConfig(name="bench", weights=Weights.random, random_shape=shape),
-        buckets=BucketsConfig(decode_rows, prefill_tokens, 16, max_context, page_memory=0.8),
+        buckets=BucketsConfig(decode_rows, prefill_tokens, 64, max_context, page_memory=0.8),
         kernels=KernelsConfig(),
         tp=ranks.size,
     )
@@ -63,6 +63,21 @@ def loop_ms(built, prompt=1024, tokens=400) -> float:
     while core.turn():
         ends.append(time.perf_counter())
     return 1e3 * statistics.median(end - begin for begin, end in pairwise(ends[20:-20]))
+
+
+@torch.inference_mode()
+def tokens_per_s(built, requests, prompt=1024, tokens=512) -> float:
+    """Tokens a second, of prompts and answers together, of requests that come at once and go through the whole engine
+    loop, without HTTP. Their prompts are random, so that none is found in the prefix cache."""
+    core = built.core(lambda _: None)
+    sampling = SamplingParams(max_tokens=tokens, temperature=0.0, seed=0)
+    prompts = torch.randint(0, 199000, (requests, prompt)).tolist()
+    begin = time.perf_counter()
+    for number, ids in enumerate(prompts):
+        core.handle(Submit(number, ids, sampling))
+    while core.turn():
+        pass
+    return requests * (prompt + tokens) / (time.perf_counter() - begin)
 
 
 def by_kernel(built, bucket, replays=20) -> list[tuple[str, int, float]]:
@@ -98,6 +113,11 @@ def print_kernels(built, bucket) -> None:
     for name, count, spent in table:
         if spent >= 1:
             print(f"  {name:<76} {count:>4} x {spent / max(count, 1):>8.2f} us = {spent:>8.1f}", flush=True)
+
+
+def load(text: str) -> tuple[int, int, int]:
+    requests, prompt, tokens = map(int, text.split(","))
+    return requests, prompt, tokens
 
 
 def measure(ranks: Ranks, device: torch.device, arguments: argparse.Namespace) -> dict:
@@ -146,6 +166,24 @@ def measure(ranks: Ranks, device: torch.device, arguments: argparse.Namespace) -
         print(
             f"one request in the engine's loop: {loop:.3f} ms a token, {loop / replay - 1:+.1%} over the replay alone"
         )
+    loads = []
+    for requests, prompt, tokens in arguments.loads:
+        rate_of_all = tokens_per_s(built, requests, prompt, tokens)
+        of_prompts, of_answers = (rate_of_all * part / (prompt + tokens) for part in (prompt, tokens))
+        loads.append(
+            {
+                "requests": requests,
+                "prompt": prompt,
+                "tokens": tokens,
+                "prompt_tokens_per_s": of_prompts,
+                "output_tokens_per_s": of_answers,
+            }
+        )
+        print(
+            f"{requests} requests at once, {prompt} tokens in and {tokens} out, in the engine's loop: "
+            f"{of_prompts:.0f} prompt tokens/s, {of_answers:.0f} output tokens/s",
+            flush=True,
+        )
     for bucket in built.buffers.buckets.prefill:
         for context in {bucket.tokens, min(1024, bucket.tokens)}:
             ms, _ = step_ms(built, bucket, context, launches=3)
@@ -164,6 +202,7 @@ def measure(ranks: Ranks, device: torch.device, arguments: argparse.Namespace) -
         "matmul_rate": products,
         "phases": built.ready.phases,
         "loop_ms": loop,
+        "loads": loads,
         "steps": rows,
     }
 
@@ -172,9 +211,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=SHAPES, default="20b")
     parser.add_argument("--tp", type=int, default=1)
-    parser.add_argument("--rows", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--prefill", type=int, nargs="*", default=[2048])
+    parser.add_argument("--rows", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64, 128, 192, 256])
+    parser.add_argument("--prefill", type=int, nargs="*", default=[128, 512, 2048, 8192])
     parser.add_argument("--kernels", type=int, nargs="*", default=[1, 64, 2048], help="buckets to take apart")
+    parser.add_argument(
+        "--loads",
+        type=load,
+        nargs="*",
+        default=[(64, 1024, 1), (256, 1024, 512), (512, 1024, 512)],
+        help="REQUESTS,PROMPT,TOKENS: requests at once through the engine's loop",
+    )
     parser.add_argument("--contexts", type=int, nargs="*", default=[1024], help="longer ones at one row only")
     arguments = parser.parse_args()
     if arguments.tp == 1:
