@@ -48,7 +48,10 @@ def units(shape: Architecture, rank: int, tp: int) -> set[Unit]:
         (shape.hidden, attended, tp),
         (-(-shape.vocab // tp), shape.hidden, 1),
     ):
-        unit("linear/decode.cu", linear.geometry(rows, columns).defines(ranks))
+        layer = linear.geometry(rows, columns)
+        unit("linear/decode.cu", layer.defines(ranks))
+        for tile in linear.tiles(rows, columns):
+            unit("linear/tiled.cu", tile.defines(layer, ranks))
     for columns in (shape.hidden, attended):
         unit("linear/prefill.cu", prefill_linear_defines(columns))
     for ranks in (1, tp):  # embed_norm exchanges nothing, and is compiled for one rank

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,7 +30,19 @@ AHEAD = Path(__file__).with_name("cubins")  # what was compiled ahead of time; a
 # Bytes of shared memory that a block may have: of any kernel, and of one whose attribute was set.
 DEFAULT_SHARED, MOST_SHARED = 48 * 1024, 227 * 1024
 
-Argument = torch.Tensor | int | float | None
+
+class TensorMap(NamedTuple):
+    """A matrix of which a kernel copies boxes to shared memory (`cp.async.bulk.tensor`).
+
+    matrix: contiguous [rows, columns] bf16, aligned to 16 bytes. box: rows, and columns, of which 64 are 128 bytes:
+    then they lie as `stage_operand` in common/wgmma.cuh reads them. What a box has outside of the matrix is zero.
+    """
+
+    matrix: torch.Tensor
+    box: tuple[int, int]
+
+
+Argument = torch.Tensor | TensorMap | int | float | None
 
 _WAIT_FIRST: ContextVar[bool] = ContextVar("wait_first", default=False)
 
@@ -47,7 +59,8 @@ class Kernel:
         self._shared_bytes = shared_bytes
 
     def launch(self, grid: tuple[int, int, int], block: int, args: tuple[Argument, ...]) -> None:
-        """On torch's current stream. Tensors and None are passed as pointers, int as int32, float as float32.
+        """On torch's current stream. Tensors and None are passed as pointers, int as int32, float as float32, TensorMap
+        as the driver encodes it.
 
         With programmatic dependent launch: the kernel may start before its predecessor has ended, and must execute
         `griddepcontrol.wait` before it touches what others write or read. kernels/README.md has the rules.
@@ -263,7 +276,30 @@ def _argument(value: Argument) -> tuple[Any, Any]:
         return 0, ctypes.c_void_p
     if isinstance(value, torch.Tensor):
         return value.data_ptr(), ctypes.c_void_p
+    if isinstance(value, TensorMap):
+        return _encode(value), None
     return value, ctypes.c_int if isinstance(value, int) else ctypes.c_float
+
+
+def _encode(value: TensorMap) -> Any:
+    from cuda.bindings import driver
+
+    (rows, columns), (box_rows, box_columns) = value.matrix.shape, value.box
+    return _check(
+        driver.cuTensorMapEncodeTiled(
+            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            2,
+            value.matrix.data_ptr(),
+            [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
+            [driver.cuuint64_t(columns * 2)],  # bytes from row to row
+            [driver.cuuint32_t(box_columns), driver.cuuint32_t(box_rows)],
+            [driver.cuuint32_t(1), driver.cuuint32_t(1)],
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
 
 
 def _check(result: tuple[Any, ...]) -> Any:

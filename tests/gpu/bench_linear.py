@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from kernels.hopper.decode import add_norm, add_norm_route, embed_norm, linear
-from kernels.hopper.linear import kernel_for, pack
+from kernels.hopper.linear import kernel_for, pack, tile_for
 from kernels.ops import Norm, Peers, Router
 from tests.gpu.timing import BANDWIDTH, microseconds
 from tests.harness import ALONE
@@ -22,7 +22,7 @@ SHAPES = {
     "o tp8": (2880, 512),
     "lm_head": (201088, 2880),
 }
-TOKENS = (1, 2, 4, 8, 16, 32, 64)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
 PREFILL = 2048
 
 
@@ -37,10 +37,10 @@ def bench() -> None:
             x = torch.randn(tokens, columns, device="cuda").bfloat16()
             library = microseconds([lambda w=weight, x=x, bias=bias: F.linear(x, w, bias) for weight in weights])
             ours = microseconds([lambda w=weight, x=x: linear(x, w) for weight in packed])
+            kernel = "tiled" if tile_for(tokens, rows, columns) else kernel_for(tokens)
             rate = 2 * (rows * columns + tokens * (rows + columns)) / ours * 1e6
             print(
-                f"{name:10}{tokens:7}  {kernel_for(tokens):10}{ours:8.2f}{rate / 1e9:7.0f}{rate / BANDWIDTH:9.1%}"
-                f"{library:11.2f}",
+                f"{name:10}{tokens:7}  {kernel:10}{ours:8.2f}{rate / 1e9:7.0f}{rate / BANDWIDTH:9.1%}{library:11.2f}",
                 flush=True,
             )
     bench_rows()
@@ -52,7 +52,7 @@ def bench_rows(layers: int = 36) -> None:
     norms = [Norm(weight, 1e-5) for weight in torch.ones(layers, 2880, device="cuda")]
     peers = Peers(ALONE)
     table = torch.randn(201088, 2880, device="cuda", dtype=torch.bfloat16)
-    for tokens in (*TOKENS, 256, PREFILL):
+    for tokens in (*TOKENS, PREFILL):
         x = torch.randn(tokens, 2880, device="cuda").bfloat16()
         ids = torch.randint(0, 201088, (tokens,), dtype=torch.int32, device="cuda")
         outputs = torch.randn(tokens, 4, 2880, device="cuda").bfloat16()

@@ -9,10 +9,13 @@ from kernels.build import MOST_SHARED
 from kernels.hopper.linear import (
     STEP_COLUMNS,
     STRIP_ROWS,
+    TILED_STATIC_BYTES,
     geometry,
     kernel_for,
     narrow_shared,
     pack,
+    tile_for,
+    tiles,
     wide_grid,
     wide_shared,
 )
@@ -297,3 +300,38 @@ def test_strips_are_dealt_out_evenly_to_clusters_that_are_all_resident(rows, col
 )
 def test_the_kernel_depends_on_the_number_of_tokens_only(tokens, name):
     assert kernel_for(tokens) == name
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "tokens", "expected"),
+    [
+        (5120, 2880, 32, None),
+        (5120, 2880, 33, (1, 64, 2, 1)),
+        (5120, 2880, 96, (1, 96, 2, 1)),
+        (5120, 2880, 128, (1, 128, 2, 1)),
+        (5120, 2880, 129, (2, 96, 2, 2)),
+        (2880, 4096, 64, None),
+        (2880, 4096, 128, (1, 64, 2, 2)),
+        (2880, 4096, 256, (1, 128, 2, 2)),
+        (2880, 4096, 257, None),
+        (640, 2880, 128, None),
+        (201088, 2880, 8, None),
+        (201088, 2880, 9, (3, 32, 2, 1)),
+        (201088, 2880, 256, (3, 128, 1, 2)),
+        (5120, 224, 128, None),  # fewer steps than runs
+        (5001, 2880, 128, None),  # rows are stored by 8
+    ],
+)
+def test_a_tile_is_chosen_by_shape_and_tokens(rows, columns, tokens, expected):
+    assert tile_for(tokens, rows, columns) == expected
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(201088, 2880), (5120, 2880), (2880, 4096), (640, 2880), (2880, 512)])
+def test_tiles_take_their_tokens_and_fit_a_block(rows, columns):
+    for tile in tiles(rows, columns):
+        assert tile.shared_bytes + TILED_STATIC_BYTES <= MOST_SHARED
+        assert tile.stages >= 4
+    for tokens in range(1, 300):
+        if tile := tile_for(tokens, rows, columns):
+            assert tile in tiles(rows, columns)
+            assert tokens <= tile.tile_tokens * tile.cluster_tokens

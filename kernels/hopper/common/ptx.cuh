@@ -174,6 +174,33 @@ __device__ __forceinline__ void cp_async_bulk_cluster(unsigned to, unsigned from
         : "memory");
 }
 
+// cp_async_bulk to the same place in every block of the cluster that `blocks` has a bit for, counted by each one's own
+// mbarrier in the place of `barrier`.
+__device__ __forceinline__ void cp_async_bulk_multicast(unsigned to, const void* from, int bytes, unsigned barrier,
+                                                        unsigned short blocks) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
+        "%4;" ::"r"(to),
+        "l"(from), "r"(bytes), "r"(barrier), "h"(blocks)
+        : "memory");
+}
+
+// A matrix in global memory and how a box of it lies in shared memory, as the driver encodes it: TensorMap of
+// kernels/build.py, passed as `const __grid_constant__ TensorMap`.
+struct alignas(64) TensorMap {
+    unsigned long long words[16];
+};
+
+// The box whose first element is in that row and column, to the same place in every block of `blocks`.
+__device__ __forceinline__ void cp_async_bulk_tensor_multicast(unsigned to, const TensorMap* matrix, int column,
+                                                               int row, unsigned barrier, unsigned short blocks) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+        "l"(matrix), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
+        : "memory");
+}
+
 // Four 8 x 8 matrices of 16 bits. Lane 8 i + r holds the address of row r of matrix i; lane l gets of each matrix
 // elements 2 (l % 4) and the next of row l / 4.
 __device__ __forceinline__ uint4 ldmatrix(unsigned at) {

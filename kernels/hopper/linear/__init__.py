@@ -1,7 +1,7 @@
 """Dense layers on Hopper: `kernels.reference.linear` over weights packed once, when they are loaded.
 
-How the kernels work, and the reasons for the layout, are in decode.cu. Knows tensors; which layer they belong to is the
-caller's business.
+How the kernels work, and the reasons for the layout, are in decode.cu, and in tiled.cu, which takes many tokens. Knows
+tensors; which layer they belong to is the caller's business.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.build import Kernel, load_kernel
+from kernels.build import MOST_SHARED, Kernel, TensorMap, load_kernel
 from kernels.hopper.exchange import exchange_arguments, one_shot_rows
 from kernels.ops import PackedLinear, Peers
 
@@ -22,6 +22,17 @@ MOST_PROJECTION_ROWS = 8192  # fewer rows are few strips: more warps on each kee
 
 NARROW_TOKENS = (2, 8)  # that the kernels narrow_2 and narrow_8 take
 WIDE_TOKENS = (16, 32, 64)  # and wide_16, ...; above 64 the grid tiles tokens by 64
+TILED_TOKENS = (32, 64, 96, 128)  # of a block of the kernel tiled; a cluster takes one or two such tiles
+MOST_TILED_TOKENS = 2 * TILED_TOKENS[-1]
+# Of more rows than these, a weight is faster in the kernel tiled from so many tokens on: as measured, kernels/NOTES.md.
+TILED_FROM = ((8192, 9), (4096, 33), (2047, 65), (0, 129))
+MULTIPROCESSORS = 132  # of an H100 SXM, for which tiles are chosen
+
+# Of the kernel tiled: from a token's 16 rows to the next, staged for storing; bytes of static shared memory, at most;
+# and registers of the threads that multiply and of those that copy, by the number of warpgroups that multiply.
+TILED_OUT_PITCH = 24
+TILED_STATIC_BYTES = 512
+TILED_REGISTERS = {1: (200, 56), 2: (232, 40), 3: (160, 32)}
 
 
 class Geometry(NamedTuple):
@@ -44,7 +55,73 @@ class Geometry(NamedTuple):
     def defines(self, ranks: int) -> dict[str, int]:
         """The macros of decode.cu."""
         fields = {name.upper(): value for name, value in self._asdict().items()}
-        return fields | {"STRIP_ROWS": STRIP_ROWS, "STEP_COLUMNS": STEP_COLUMNS, "RANKS": ranks}
+        return fields | self.layout_defines() | {"RANKS": ranks}
+
+    def layout_defines(self) -> dict[str, int]:
+        """The macros of layout.cuh."""
+        return {
+            "COLUMNS": self.columns,
+            "SPLITS": self.splits,
+            "NARROW_PITCH": self.narrow_pitch,
+            "STRIP_ROWS": STRIP_ROWS,
+            "STEP_COLUMNS": STEP_COLUMNS,
+        }
+
+
+class Tile(NamedTuple):
+    """How the kernel tiled divides a layer; what tiled.cu takes as macros, which it explains."""
+
+    consumers: int
+    tile_tokens: int
+    cluster_rows: int
+    cluster_tokens: int
+
+    @property
+    def blocks(self) -> int:
+        """Of a cluster."""
+        return self.cluster_rows * self.cluster_tokens
+
+    @property
+    def threads(self) -> int:
+        """Of a block: its consumers and a warpgroup of producers."""
+        return 128 * (self.consumers + 1)
+
+    @property
+    def stage_bytes(self) -> int:
+        """Of 64 columns of a block's tokens and of its strips."""
+        return 2 * (self.tile_tokens * STEP_COLUMNS * 2 + 4 * self.consumers * TILE_BYTES)
+
+    @property
+    def staged_bytes(self) -> int:
+        """What a block needs beside its stages: each warp's outputs of 32 tokens, and room to align the stages."""
+        return 4 * self.consumers * 32 * TILED_OUT_PITCH * 2 + 1024
+
+    @property
+    def stages(self) -> int:
+        """As many as there is room for."""
+        return (MOST_SHARED - TILED_STATIC_BYTES - self.staged_bytes) // self.stage_bytes
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of dynamic shared memory."""
+        return self.stages * self.stage_bytes + self.staged_bytes
+
+    def defines(self, layer: Geometry, ranks: int) -> dict[str, int]:
+        """The macros of tiled.cu."""
+        fields = {name.upper(): value for name, value in self._asdict().items()}
+        consumer_registers, producer_registers = TILED_REGISTERS[self.consumers]
+        return (
+            layer.layout_defines()
+            | fields
+            | {
+                "RANKS": ranks,
+                "STAGES": self.stages,
+                "OUT_PITCH": TILED_OUT_PITCH,
+                "CONSUMER_REGISTERS": consumer_registers,
+                "PRODUCER_REGISTERS": producer_registers,
+                "SHARED_BYTES": self.shared_bytes,
+            }
+        )
 
 
 def geometry(rows: int, columns: int) -> Geometry:
@@ -106,16 +183,41 @@ def pack(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
 
 def decode_linear(x: Tensor, weight: PackedLinear) -> Tensor:
     """x [T, K] bf16 -> [T, N] bf16. A token's bytes do not depend on the other tokens nor on T."""
-    return launch(kernel_for(x.shape[0]), x, weight)
+    return _decode_linear(x, weight, None)
 
 
 def decode_linear_partial(x: Tensor, weight: PackedLinear, peers: Peers) -> Tensor:
     """`decode_linear` for a partial sum: the kernel sends it to the other ranks, whose `add_norm_route` adds it up."""
-    return launch(kernel_for(x.shape[0]), x, weight, peers)
+    return _decode_linear(x, weight, peers)
+
+
+def _decode_linear(x: Tensor, weight: PackedLinear, peers: Peers | None) -> Tensor:
+    tile = tile_for(x.shape[0], weight.rows, weight.columns)
+    return launch_tiled(tile, x, weight, peers) if tile else launch(kernel_for(x.shape[0]), x, weight, peers)
+
+
+def tile_for(tokens: int, rows: int, columns: int) -> Tile | None:
+    """How the kernel tiled divides so many tokens, or None where it does not take them or `kernel_for`'s is faster."""
+    fewest = next(fewest for more_than, fewest in TILED_FROM if rows > more_than)
+    if not fewest <= tokens <= MOST_TILED_TOKENS or rows % 8 or columns // STEP_COLUMNS < splits_of(rows):
+        return None
+    blocks = -(-rows // 64)  # a tile's, with one warpgroup each
+    # Two tiles where all of their blocks find a multiprocessor each, or where one has not the registers.
+    tiles = 1 if tokens <= 96 or (tokens <= 128 and 2 * blocks > MULTIPROCESSORS) else 2
+    tile_tokens = next(most for most in TILED_TOKENS if tokens <= most * tiles)
+    if rows > MOST_PROJECTION_ROWS:  # blocks take many items: the larger, the fewer times tokens are read
+        return Tile(3, tile_tokens, 2 // tiles, tiles)
+    return Tile(1 if blocks * tiles <= MULTIPROCESSORS else 2, tile_tokens, 2, tiles)
+
+
+def tiles(rows: int, columns: int) -> set[Tile]:
+    """All that `tile_for` returns for a weight of this shape."""
+    return {tile for tokens in range(MOST_TILED_TOKENS + 1) if (tile := tile_for(tokens, rows, columns))}
 
 
 def kernel_for(tokens: int) -> str:
-    """Up to 8 tokens x is small beside a strip of weights and is read for each; above, a cluster keeps it."""
+    """Where `tile_for` has nothing: up to 8 tokens x is small beside a strip of weights and is read for each; above, a
+    cluster keeps it."""
     if tokens <= NARROW_TOKENS[-1]:
         return f"narrow_{next(most for most in NARROW_TOKENS if tokens <= most)}"
     return f"wide_{next((tile for tile in WIDE_TOKENS if tokens <= tile), WIDE_TOKENS[-1])}"
@@ -140,11 +242,37 @@ def launch(name: str, x: Tensor, weight: PackedLinear, peers: Peers | None = Non
         warps, clusters = wide_grid(strips, layer.most_warps, resident)
         grid = (layer.splits, -(-tokens // tile), clusters)
         kernel = _kernel(name, layer, ranks, wide_shared(tile, layer, warps))
-    area: tuple[Tensor | None, int, int] = (None, 0, 0)
-    if peers:
-        area = exchange_arguments(peers, peers.attention, 2 * weight.rows * one_shot_rows(tokens, ranks))
+    area = _area(peers, weight.rows, tokens)
     kernel.launch(grid=grid, block=warps * 32, args=(weight.tiles, x, weight.bias, out, weight.rows, tokens, *area))
     return out
+
+
+def launch_tiled(tile: Tile, x: Tensor, weight: PackedLinear, peers: Peers | None = None) -> Tensor:
+    """The same by the kernel tiled, for as many tokens as a cluster takes."""
+    tokens = x.shape[0]
+    check_input(x, weight)
+    if tokens > tile.tile_tokens * tile.cluster_tokens:
+        raise ValueError(f"{tile} takes up to {tile.tile_tokens * tile.cluster_tokens} tokens, not {tokens}")
+    out = torch.empty(tokens, weight.rows, dtype=torch.bfloat16, device=x.device)
+    defines = tile.defines(geometry(weight.rows, weight.columns), peers.size if peers else 1)
+    kernel = load_kernel(FOLDER / "tiled.cu", "tiled", defines, tile.shared_bytes)
+    items = -(-weight.rows // (64 * tile.consumers * tile.cluster_rows))
+    clusters = min(items, kernel.resident_clusters(tile.blocks, tile.threads))
+    boxes = TensorMap(x, (tile.tile_tokens // tile.cluster_rows, 2 * STEP_COLUMNS))
+    area = _area(peers, weight.rows, tokens)
+    kernel.launch(
+        grid=(clusters * tile.blocks, 1, 1),
+        block=tile.threads,
+        args=(weight.tiles, boxes, weight.bias, out, weight.rows, tokens, *area),
+    )
+    return out
+
+
+def _area(peers: Peers | None, rows: int, tokens: int) -> tuple[Tensor | None, int, int]:
+    """The arguments of a kernel that sends so many rows to the other ranks; without peers, nowhere."""
+    if peers is None:
+        return None, 0, 0
+    return exchange_arguments(peers, peers.attention, 2 * rows * one_shot_rows(tokens, peers.size))
 
 
 def check_input(x: Tensor, weight: PackedLinear) -> None:
