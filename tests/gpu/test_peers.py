@@ -20,7 +20,7 @@ pytestmark = pytest.mark.gpu
 
 EPS = 1e-5
 HIDDEN = 2880
-MOST_ROWS, MOST_TOKENS = 64, 2048
+MOST_ROWS, MOST_TOKENS = 128, 2048
 on_gpus = pytest.mark.parametrize(
     "gpus",
     [
@@ -65,6 +65,7 @@ def check_sums(ranks, device):
                 (7, False),
                 (17, True),
                 (64, False),
+                (100, False),
                 (1, True),
                 (300, True),
                 (MOST_ROWS, False),
