@@ -66,8 +66,6 @@ class Guard:
         # HEAD where GET is: the server that sends the answer leaves its body out.
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         scope = {**scope, "method": method, "request_id": id}
-        if self._salted:
-            scope["key_salt"] = hashlib.sha256(headers.get(b"authorization", b"").partition(b" ")[2].strip()).digest()
         response_started, body_bytes = False, 0
 
         async def limited_receive() -> Message:
@@ -86,7 +84,11 @@ class Guard:
             await send(message)
 
         try:
-            self._check(scope)
+            if self._keys and needs_key(scope["path"]):
+                key = self._key(headers)
+                if self._salted:
+                    scope["key_salt"] = hashlib.sha256(key).digest()
+            self._check(headers)
             await self._app(scope, limited_receive, noted_send)
         except ClientDisconnect:
             pass  # nobody is left to answer
@@ -97,20 +99,23 @@ class Guard:
             if not response_started:
                 await respond(error, scope["path"], noted_send)
 
-    def _check(self, scope: Scope) -> None:
-        """Raises ApiError: 401 without a valid key, 413 for a body announced as too large."""
-        headers = dict(scope["headers"])
-        if self._keys and needs_key(scope["path"]):
-            scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
-            given = (bearer.strip() if scheme.lower() == b"bearer" else b"", headers.get(b"x-api-key", b"").strip())
-            # Every key is compared, so that the time does not reveal which one came close.
-            if not sum(hmac.compare_digest(key, allowed) for key in given for allowed in self._keys):
-                raise ApiError(
-                    401,
-                    "a valid API key is needed: Authorization: Bearer <key>, or x-api-key: <key>",
-                    code="invalid_api_key",
-                    headers={"WWW-Authenticate": "Bearer"},
-                )
+    def _key(self, headers: dict[bytes, bytes]) -> bytes:
+        """The API key of a request. Raises ApiError 401 without a valid one."""
+        scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
+        given = (bearer.strip() if scheme.lower() == b"bearer" else b"", headers.get(b"x-api-key", b"").strip())
+        # Every key is compared, so that the time does not reveal which one came close.
+        valid = [allowed for key in given for allowed in self._keys if hmac.compare_digest(key, allowed)]
+        if valid:
+            return valid[0]
+        raise ApiError(
+            401,
+            "a valid API key is needed: Authorization: Bearer <key>, or x-api-key: <key>",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+    def _check(self, headers: dict[bytes, bytes]) -> None:
+        """Raises ApiError: 415 for a compressed body, 413 for one announced as too large."""
         encoding = headers.get(b"content-encoding", b"identity").decode("latin-1").strip().lower()
         if encoding not in ("", "identity"):
             raise ApiError(415, f"content-encoding: got {encoding[:64]!r}, allowed: identity", "content-encoding")

@@ -108,6 +108,25 @@ def test_a_key_that_the_rest_leaves_without_effect_stops_the_start(overrides, wo
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "origins", ["'*'", "'https://*'", "'https://*.a.example'", "'null'", "a.example", "'https://a.example/'", "''"]
+)
+def test_an_origin_is_given_in_full(origins):
+    with pytest.raises(ConfigError, match=r"server\.cors_origins: got .*no wildcard") as error:
+        compose([f"server.cors_origins=['https://a.example',{origins}]"])
+    assert "\n" not in str(error.value)
+
+
+def test_a_salt_for_each_key_needs_keys():
+    with pytest.raises(
+        ConfigError, match=r"server\.salt_by_key: got True, allowed: false without server\.api_key_file"
+    ):
+        compose(["server.salt_by_key=true"])
+    assert compose(["server.salt_by_key=true", "server.api_key_file=/x"]).server.salt_by_key
+    origins = ["https://a.example", "http://127.0.0.1:3000"]
+    assert compose([f"server.cors_origins={origins}"]).server.cors_origins == origins
+
+
 def test_keys_that_do_have_an_effect_pass():
     compose(CHECKPOINT)
     compose(["model=gpt-oss-120b", "model.weights=random", "model.random_shape.num_hidden_layers=2"])
