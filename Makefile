@@ -7,7 +7,7 @@ RUNTIME := .$(if $(GPU),[hopper])
 SWEEP := .[sweep$(if $(GPU),$(comma)hopper)]
 TESTS := .[test$(if $(GPU),$(comma)hopper)]
 
-.PHONY: help install serve sweep test gpu-test gpu-bench lint format bench-host bench-http demo-train demo-eval clean
+.PHONY: help install serve sweep test fuzz gpu-test gpu-bench lint format bench-host bench-http demo-train demo-eval clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -37,6 +37,9 @@ sweep: $(BIN)/.sweep ## measure configurations and decide: make sweep ARGS="buck
 
 test: $(BIN)/.tests ## everything that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+fuzz: $(BIN)/.tests ## 100,000 token streams and 20,000 request bodies through the server, the engine faked: 20 minutes
+	$(BIN)/python -m tests.serve.fuzz $(ARGS)
 
 gpu-test: $(BIN)/.tests ## what needs an H100
 	$(BIN)/python -m pytest -m gpu $(ARGS)
