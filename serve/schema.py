@@ -13,6 +13,7 @@ _DEPTH = 64  # of schemas in schemas
 _BUDGET = 500_000  # of characters and keys, counted again at each level: what a bomb of references may cost
 _LINE_BREAK = re.compile(r"\r\n|[\n\r\u2028\u2029]")
 _PLAIN_NAME = re.compile(r"[\w$.-]+")
+_STRUCTURE = {"properties", "items", "prefixItems"}  # told also where a schema has variants
 _NAMES = {"integer": "number"} | {name: name for name in ("string", "number", "boolean", "null")}
 
 
@@ -83,51 +84,65 @@ class _Writer:
     def _resolve(
         self, schema: Mapping[str, object], place: str, references: tuple[str, ...]
     ) -> tuple[Mapping[str, object], tuple[str, ...], str]:
-        """The schema without $ref and allOf, the references followed, and the name where one was cut."""
+        """The schema without $ref and allOf, the references followed, and the name where one was cut.
+
+        Of several anyOf or oneOf that all hold, the first stays where it is; the others are a list at the key "&".
+        """
         while "$ref" in schema or "allOf" in schema:
             self._spend(10 + len(schema), place)
             rest = {key: value for key, value in schema.items() if key not in ("$ref", "allOf")}
+            parts: list[tuple[object, str, tuple[str, ...]]] = []  # schema, its place, references being followed there
             if "$ref" in schema:
                 reference = schema["$ref"]
                 target = self._target(reference, place)
                 assert isinstance(reference, str)
                 if reference in references:
                     return rest, references, re.sub(r"\W", "_", reference.rpartition("/")[2]) or "any"
-                references = (*references, reference)
-                parts: list[object] = [target]
-                if "allOf" in schema:
-                    rest["allOf"] = schema["allOf"]
-            else:
-                given = schema["allOf"]
-                if not isinstance(given, list) or not given:
-                    raise SchemaError(f"{place}.allOf", "must be a list of schemas")
-                parts = given
-            outer = references
+                parts.append((target, f"{place}.$ref", (*references, reference)))
+            if "allOf" in schema:
+                given = _schemas(schema, "allOf", place)
+                parts += [(part, f"{place}.allOf[{i}]", references) for i, part in enumerate(given)]
             merged: dict[str, object] = {}
-            for i, part in enumerate([*parts, rest]):
+            for part, where, followed in parts:
                 if part is True:
                     continue
                 if not isinstance(part, Mapping):
-                    raise SchemaError(f"{place}.allOf[{i}]", "a schema must be an object")
-                if ("$ref" in part or "allOf" in part) and part is not rest and len(parts) > 1:
-                    part, followed, cut = self._resolve(part, f"{place}.allOf[{i}]", outer)
-                    references = tuple(dict.fromkeys((*references, *followed)))
+                    raise SchemaError(where, "a schema must be an object")
+                if ("$ref" in part or "allOf" in part) and len(parts) > 1:
+                    part, followed, cut = self._resolve(part, where, followed)
                     if cut:
-                        return rest, references, cut
-                self._spend(1 + len(part), place)
-                for key, value in part.items():
-                    old = merged.get(key)
-                    if key == "properties" and isinstance(old, Mapping) and isinstance(value, Mapping):
-                        self._spend(len(old) + len(value), place)
-                        merged[key] = {**old, **value}
-                    elif key == "required" and isinstance(old, list) and isinstance(value, list):
-                        self._spend(len(old) + len(value), place)
-                        merged[key] = [*old, *value]
-                    else:
-                        merged[key] = value
+                        return rest, followed, cut
+                references = tuple(dict.fromkeys((*references, *followed)))
+                self._merge(merged, part, where)
+            self._merge(merged, rest, place)
             schema = merged
         self._spend(10 + len(schema), place)
         return schema, references, ""
+
+    def _merge(self, merged: dict[str, object], part: Mapping[str, object], place: str) -> None:
+        """Add to `merged` what a schema of the same value demands; where both name a key, the later one holds."""
+        self._spend(1 + len(part), place)
+        for key, value in part.items():
+            old = merged.get(key)
+            if key == "properties" and isinstance(old, Mapping) and isinstance(value, Mapping):
+                self._spend(len(old) + len(value), place)
+                both = {name: self._both(old[name], value[name], place) for name in value if name in old}
+                merged[key] = {**old, **value, **both}
+            elif key in ("required", "&") and isinstance(old, list) and isinstance(value, list):
+                self._spend(len(old) + len(value), place)
+                merged[key] = [*old, *value]
+            elif key in ("anyOf", "oneOf") and old is not None and old is not value:
+                self._merge(merged, {"&": [{key: value}]}, place)
+            else:
+                merged[key] = value
+
+    def _both(self, first: object, second: object, place: str) -> object:
+        """The schema of a value that two schemas describe."""
+        if first is second:
+            return first
+        earlier = _list(first["allOf"]) if isinstance(first, Mapping) and first.keys() == {"allOf"} else [first]
+        self._spend(len(earlier), place)
+        return {"allOf": [*earlier, second]}
 
     def _target(self, reference: object, place: str) -> object:
         target: object = self._root
@@ -155,19 +170,33 @@ class _Writer:
             if not isinstance(values, list) or not values:
                 raise SchemaError(f"{place}.enum", "must be a list of values")
             return _Type(" | ".join(map(_json, values)), len(values) > 1)
+        unions = []
         for key in ("oneOf", "anyOf"):
             if key in schema:
                 variants = [
                     self.type(variant, f"{place}.{key}[{i}]", indent, references, depth + 1).text
                     for i, variant in enumerate(_schemas(schema, key, place))
                 ]
-                return _Type(" | ".join(dict.fromkeys(variants)), len(set(variants)) > 1)
+                unions.append(_Type(" | ".join(dict.fromkeys(variants)), len(set(variants)) > 1))
+        others = schema.get("&", [])
+        unions += [self.type(one, place, indent, references, depth + 1) for one in _list(others)]
+        told = [union for union in dict.fromkeys(unions) if union.text != "any"]
+        if not told or schema.keys() & _STRUCTURE:
+            told.insert(0, self._structure(schema, place, indent, references, depth))
+        if len(told) == 1:
+            return told[0]
+        return _Type(" & ".join(f"({one.text})" if one.union else one.text for one in told), union=True)
+
+    def _structure(
+        self, schema: Mapping[str, object], place: str, indent: str, references: tuple[str, ...], depth: int
+    ) -> _Type:
+        """What the schema says by its `type` and what belongs to it."""
         kind = schema.get("type")
         if isinstance(kind, list) and kind:
-            texts = [
-                self.type({**schema, "type": one, "nullable": False}, place, indent, references, depth + 1).text
-                for one in kind
-            ]
+            texts = []
+            for one in kind:
+                texts.append(self._structure({**schema, "type": one}, place, indent, references, depth + 1).text)
+                self._spend(10 + len(schema) + len(texts[-1]), place)
             return _Type(" | ".join(dict.fromkeys(texts)), len(set(texts)) > 1)
         if kind == "object" or (kind is None and schema.keys() & {"properties", "additionalProperties"}):
             return self._object(schema, place, indent, references, depth)
@@ -225,7 +254,8 @@ class _Writer:
             bare = isinstance(shown["default"], str) and "enum" in shown
             default = f"// default: {_json(shown['default'])[1:-1] if bare else _json(shown['default'])}"
         variants = shown.get("oneOf")
-        stacked = isinstance(variants, list) and bool(variants) and not cut and "const" not in shown
+        stacked = isinstance(variants, list) and bool(variants) and not cut
+        stacked = stacked and not shown.keys() & {"const", "anyOf", "&", *_STRUCTURE}
         first = variants[0] if stacked and isinstance(variants, list) else None
         repeated = isinstance(first, Mapping) and isinstance(about, str) and first.get("description") == about
         examples = shown.get("examples")
@@ -261,6 +291,10 @@ def _schemas(schema: Mapping[str, object], key: str, place: str) -> list[object]
     if not isinstance(given, list) or not given:
         raise SchemaError(f"{place}.{key}", "must be a list of schemas")
     return given
+
+
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
 
 
 def _comment(text: object, indent: str) -> str:

@@ -1,8 +1,10 @@
 """What the model reads of a function's schema: the library's text where the library tells all, else ours."""
 
+import enum
 import json
 import re
-from typing import Any
+from collections.abc import Iterator
+from typing import Annotated, Any, Generic, Literal, TypeVar, Union
 
 import pydantic
 import pytest
@@ -32,7 +34,8 @@ def of_property(schema: dict[str, Any], **root: object) -> str:
 
 
 ENCODING = load_harmony_encoding(HarmonyEncodingName.HARMONY_GPT_OSS)
-STRING = {"type": "string"}
+STRING, NULL = {"type": "string"}, {"type": "null"}
+A = {"type": "object", "properties": {"a": STRING}}
 NODE = {"type": "object", "properties": {"next": {"anyOf": [{"$ref": "#/$defs/Node"}, {"type": "null"}]}}}
 
 
@@ -53,10 +56,32 @@ NODE = {"type": "object", "properties": {"next": {"anyOf": [{"$ref": "#/$defs/No
         ({"type": "array", "items": {**STRING, "nullable": True}}, "(string | null)[]"),
         ({"type": "object", "additionalProperties": {"type": "integer"}}, "{\n    [key: string]: number,\n    }"),
         ({"prefixItems": [STRING, {"type": "integer"}]}, "[string, number]"),
+        (
+            {"$ref": "#/$defs/Both", "allOf": [{"properties": {"c": STRING}}]},
+            "{\n    a?: string,\n    b?: string,\n    c?: string,\n    }",
+        ),
+        (
+            {"allOf": [{"anyOf": [STRING, NULL]}, {"anyOf": [NULL, {"type": "integer"}]}]},
+            "(string | null) & (null | number)",
+        ),
+        ({"allOf": [{"oneOf": [{"const": 1}, {"const": 2}]}] * 2 + [{"oneOf": [{"const": 3}]}]}, "(1 | 2) & 3"),
+        ({"anyOf": [STRING, NULL], "allOf": [{"$ref": "#/$defs/Union"}]}, "(number | boolean) & (string | null)"),
+        (
+            {"type": "array", "items": {"allOf": [{"anyOf": [STRING, NULL]}, {"anyOf": [STRING]}]}},
+            "((string | null) & string)[]",
+        ),
+        ({"allOf": [{"properties": {"a": STRING}}, {"properties": {"a": {}}}]}, "{\n    a?: string,\n    }"),
+        ({**A, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]}, "{\n    a?: string,\n    }"),
+        (
+            {**A, "oneOf": [{"properties": {"b": STRING}}, NULL]},
+            "{\n    a?: string,\n    } & ({\n    b?: string,\n    } | null)",
+        ),
     ],
 )
 def test_a_schema_is_told_whole(schema, text):
-    defs = {"Color": {"enum": ["red", "green"]}, "Node": NODE}
+    both = {"allOf": [A, {"properties": {"b": STRING}}]}
+    union = {"anyOf": [{"type": "integer"}, {"type": "boolean"}]}
+    defs = {"Color": {"enum": ["red", "green"]}, "Node": NODE, "Both": both, "Union": union}
     assert of_property(schema, **{"$defs": defs}) == text
 
 
@@ -100,9 +125,13 @@ def test_what_cannot_be_described_is_refused_with_its_place(schema, place):
 def test_bombs_are_refused():
     doubling = {f"d{i}": {"properties": {k: {"$ref": f"#/$defs/d{i + 1}"} for k in "abcdefgh"}} for i in range(30)}
     wide = {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 8} for i in range(30)}
-    for defs in (doubling | {"d30": STRING}, wide | {"d30": STRING}):
+    unions = {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 8, "anyOf": [STRING]} for i in range(30)}
+    for defs in (doubling | {"d30": STRING}, wide | {"d30": STRING}, unions | {"d30": STRING}):
         with pytest.raises(SchemaError):
             of_property({"$ref": "#/$defs/d0"}, **{"$defs": defs})
+    for many in ('{"properties": {"a": {}}}', '{"anyOf": [{"type": "string"}]}'):
+        with pytest.raises(SchemaError):
+            of_property({"allOf": [json.loads(many) for _ in range(3000)]})
     deep: dict[str, Any] = STRING
     for _ in range(500):
         deep = {"type": "array", "items": deep}
@@ -152,23 +181,73 @@ def test_what_the_library_tells_whole_is_the_librarys_text(schema, description):
     assert describe([("f", description, schema)]) == text.partition("<|message|>")[2].removesuffix("<|end|>")
 
 
+T = TypeVar("T")
+
+
+class Page(pydantic.BaseModel, Generic[T]):
+    items: list[T]
+    rest: "Page[T] | None"
+
+
+class Tree(pydantic.BaseModel, Generic[T]):
+    """A tree."""
+
+    value: T
+    children: list["Tree[T]"] = []
+    by_name: dict[str, "Tree[T]"]
+
+
+class Color(enum.Enum):
+    red = "red"
+    quoted = 'a "b"'
+
+
+class Level(enum.IntEnum):
+    low = 1
+    high = 10
+
+
+def nested(fields: dict[str, Any]) -> type[pydantic.BaseModel]:
+    return pydantic.create_model("Nested", **{name: (kind, ...) for name, kind in fields.items()})
+
+
 FIELDS = st.recursive(
-    st.sampled_from([int, str, float, bool, None]),
-    lambda inner: (
-        inner.map(lambda t: list[t])
-        | inner.map(lambda t: dict[str, t])
-        | inner.map(lambda t: t | None if t is not None else t)
-        | st.dictionaries(st.sampled_from("abc"), inner, min_size=1).map(
-            lambda fields: pydantic.create_model("Nested", **{name: (t, ...) for name, t in fields.items()})
-        )
+    st.sampled_from(
+        [int, str, float, bool, None, Color, Level, Literal["a", "b\n"], Literal[1, None, True], Literal["one"]]
+    ),
+    lambda inner: st.one_of(
+        inner.map(lambda t: list[t]),
+        inner.map(lambda t: dict[str, t]),
+        inner.map(lambda t: t | None if t is not None else t),
+        st.tuples(inner, inner).map(lambda pair: tuple[pair]),
+        st.tuples(inner, inner).map(lambda pair: Union[pair]),  # noqa: UP007
+        inner.map(lambda t: Annotated[t, pydantic.Field(description="what it is")]),
+        inner.map(lambda t: Page[t]),
+        inner.map(lambda t: Tree[t]),
+        st.dictionaries(st.sampled_from("abc"), inner, min_size=1).map(nested),
     ),
     max_leaves=5,
 )
 
 
+def schemas(value: object) -> Iterator[dict[str, Any]]:
+    """All objects in a JSON value."""
+    if isinstance(value, dict):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from schemas(inner)
+
+
 @given(st.dictionaries(st.sampled_from("abcdef"), FIELDS, min_size=1))
-def test_every_model_of_pydantic_is_told_without_any(fields):
-    model = pydantic.create_model("Model", **{name: (t, ...) for name, t in fields.items()})
-    text = parameters(json.loads(json.dumps(model.model_json_schema())))
+def test_every_model_of_pydantic_is_told_whole(fields):
+    """No type is unknown, no property and no value is lost."""
+    schema = json.loads(json.dumps(nested(fields).model_json_schema()))
+    text = parameters(schema)
     assert "any" not in text
-    assert all(f"\n{name}: " in text for name in fields)
+    for one in schemas(schema):
+        for value in [*one.get("enum", []), *([one["const"]] if "const" in one else [])]:
+            assert json.dumps(value) in text
+        if isinstance(one.get("properties"), dict) and one.get("type") == "object":
+            for name in one["properties"]:
+                mark = ":" if name in one.get("required", []) else "?:"
+                assert f"{name}{mark} " in text or f"{name}{mark}\n" in text
