@@ -1,6 +1,7 @@
 """GET of models, health, metrics, version and the API's description: what is served, and whether all is well."""
 
 import time
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import FastAPI
@@ -19,6 +20,10 @@ def add_routes(app: FastAPI, service: Service) -> None:
     def described(name: str) -> JsonObject:
         length = {"max_model_len": service.engine.ready.max_context} if service.engine.ready else {}
         return {"id": name, "object": "model", "created": created, "owned_by": "mini-vllm", **length}
+
+    @cache  # made at the first request, once all routes are there
+    def description() -> JsonObject:
+        return document(app.routes, own_version(), service.server.api_key_file is not None)
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -53,7 +58,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/openapi.json")
     async def openapi() -> Response:
-        return json_response(document(app.routes, own_version(), service.server.api_key_file is not None))
+        return json_response(description())
 
 
 def own_version() -> str:
