@@ -100,6 +100,9 @@ class ServerConfig:
     cors_origins: list[str] = field(default_factory=list)  # pages of these origins may call, such as https://a.example
     api_key_file: str | None = None  # one key a line; every route but health and metrics then needs one
     salt_by_key: bool = False  # requests find cached prompts of their own API key alone
+    stored_responses: int = 256  # of /v1/responses, kept in memory for previous_response_id; 0 keeps none
+    stored_bytes: int = 64 * 2**20  # of JSON, over all of them
+    stored_seconds: float = 3600.0  # each is kept at most
     max_queue: int = 1024  # requests waiting or running; one more answers 429
     max_body_bytes: int = 16 * 2**20
     request_timeout: float = 3600.0  # seconds, then the request ends with an error
@@ -215,6 +218,11 @@ def check(config: Config) -> None:
     require(1 <= server.port <= 65535, "server.port", "1 to 65535")
     for key in ("max_queue", "max_body_bytes", "request_timeout", "step_deadline"):
         require(getattr(server, key) > 0, f"server.{key}", "more than 0")
+    require(server.stored_responses >= 0, "server.stored_responses", "0 or more")
+    for key in ("stored_bytes", "stored_seconds"):
+        require(getattr(server, key) > 0, f"server.{key}", "more than 0; server.stored_responses=0 keeps none")
+        unused = server.stored_responses == 0 and getattr(server, key) != getattr(ServerConfig, key)
+        require(not unused, f"server.{key}", "no change with server.stored_responses=0")
     wrong = [origin for origin in server.cors_origins if not re.fullmatch(r"https?://[^/*\s]+", origin)]
     require(not wrong, "server.cors_origins", "origins in full, scheme://host[:port]; no wildcard")
     keyed = server.api_key_file is not None or not server.salt_by_key

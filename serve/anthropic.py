@@ -4,23 +4,19 @@ Knows nothing of how a request is answered (`endpoints/messages`). Types and ran
 The text of neighbouring blocks is joined by a blank line.
 """
 
-import base64
-import binascii
 from collections.abc import Iterator
 from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 from msgspec import Meta
 
-from serve.conversation import DEFAULT_EFFORT
+from serve.conversation import DEFAULT_EFFORT, unsealed
 from serve.harmony import Call, Function, Turn
 from serve.protocol import ApiError, ChatRequest, JsonObject, unsupported
 
 # A `tool_use` block has an object as its input. Arguments that are none, since the model erred or was cut short, are
 # told as the text of this field, and given back to the model as it wrote them.
 INVALID_JSON = "INVALID_JSON"
-# Reasoning that the client does not want to see is in the signature of its block, after this mark.
-_SEALED = "sealed:"
 # Claude Code's first block of the system prompt: it differs with every request, and would keep the prefix cache from
 # ever finding a conversation.
 _BILLING_HEADER = "x-anthropic-billing-header"
@@ -262,19 +258,6 @@ class MessagesRequest(CountRequest, kw_only=True):
 def is_billing_header(text: str) -> bool:
     """Whether a block of the system prompt is left out."""
     return text.startswith(_BILLING_HEADER)
-
-
-def sealed(reasoning: str) -> str:
-    """A signature that holds the reasoning of its block."""
-    return _SEALED + base64.b64encode(reasoning.encode()).decode()
-
-
-def unsealed(signature: str) -> str:
-    """The reasoning that a signature holds; empty for one that another server made."""
-    try:
-        return base64.b64decode(signature.removeprefix(_SEALED)).decode() if signature.startswith(_SEALED) else ""
-    except (binascii.Error, ValueError):
-        return ""
 
 
 def _assistant_turns(message: Message, field: str, function_names: dict[str, str]) -> list[Turn]:

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from conf.schema import ServerConfig
 from engine.tokenizer import Tokenizer
 from serve.client import Engine
-from serve.endpoints import chat, completions, messages, status, tokenize
+from serve.endpoints import chat, completions, messages, responses, status, tokenize
 from serve.generation import Service
 from serve.guard import Guard, read_keys
 from serve.metrics import Metrics
@@ -50,6 +50,7 @@ def create_app(
     completions.add_routes(app, service)
     chat.add_routes(app, service)
     messages.add_routes(app, service)
+    responses.add_routes(app, service)
     tokenize.add_routes(app, service)
     status.add_routes(app, service)
     return app

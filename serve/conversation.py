@@ -1,5 +1,8 @@
 """A client's messages and tools to the token ids of a harmony prompt, for every endpoint that takes messages."""
 
+import base64
+import binascii
+from collections.abc import Sequence
 from dataclasses import replace
 
 from conf.limits import CHANNEL, MESSAGE
@@ -10,6 +13,7 @@ from serve.protocol import ApiError, ChatMessage, ChatRequest, NamedTool, Tool, 
 from serve.schema import SchemaError
 
 DEFAULT_EFFORT = "medium"
+_SEALED = "sealed:"  # before reasoning that a client keeps without reading it
 
 
 async def chat_prompt(
@@ -46,9 +50,26 @@ def prefilled_call(request: ChatRequest, tokenizer: Tokenizer) -> list[int]:
     if isinstance(request.tool_choice, NamedTool):
         return call_header(tokenizer, request.tool_choice.function.name)
     if request.tool_choice == "required" and request.tools:
-        first = request.tools[0].function.name
-        return call_header(tokenizer, first) if len(request.tools) == 1 else any_call_header(tokenizer)
+        return demanded_call(tokenizer, [tool.function.name for tool in request.tools])
     return []
+
+
+def demanded_call(tokenizer: Tokenizer, names: Sequence[str]) -> list[int]:
+    """The header of a call of one of these functions, as far as the choice among them leaves it open."""
+    return call_header(tokenizer, names[0]) if len(names) == 1 else any_call_header(tokenizer)
+
+
+def sealed(reasoning: str) -> str:
+    """The reasoning as clients send it back unread. They may also write it in plain: this is no secret."""
+    return _SEALED + base64.b64encode(reasoning.encode()).decode()
+
+
+def unsealed(text: str) -> str:
+    """The reasoning that was sealed; empty for what another server made."""
+    try:
+        return base64.b64decode(text.removeprefix(_SEALED)).decode() if text.startswith(_SEALED) else ""
+    except (binascii.Error, ValueError):
+        return ""
 
 
 async def continued(

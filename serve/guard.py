@@ -84,10 +84,9 @@ class Guard:
             await send(message)
 
         try:
-            if self._keys and needs_key(scope["path"]):
-                key = self._key(headers)
-                if self._salted:
-                    scope["key_salt"] = hashlib.sha256(key).digest()
+            key = self._key(headers) if self._keys and needs_key(scope["path"]) else None
+            scope["key_digest"] = b"" if key is None else hashlib.sha256(key).digest()
+            scope["key_salt"] = scope["key_digest"] if self._salted else b""
             self._check(headers)
             await self._app(scope, limited_receive, noted_send)
         except ClientDisconnect:

@@ -48,6 +48,12 @@ class Turn:
     reasoning: str = ""  # an assistant's
     calls: tuple[Call, ...] = ()  # an assistant's, after its content
     name: str = ""  # of the function whose answer this is: a tool's
+    preamble: bool = False  # content of an assistant that is not its final answer, although no call is in this turn
+
+    @property
+    def is_final(self) -> bool:
+        """Whether its content is a final answer."""
+        return self.role == "assistant" and bool(self.content) and not self.calls and not self.preamble
 
 
 class Function(NamedTuple):
@@ -78,14 +84,15 @@ def render(
     ids, tools = _system_message(effort, today, tokenizer, functions)
     if tools and not (turns and turns[0].role in ("system", "developer")):
         ids += _message(tokenizer, limit, "developer", tools)
-    finals = [i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.content and not turn.calls]
+    finals = [i for i, turn in enumerate(turns) if turn.is_final]
     last_final = finals[-1] if finals else -1
     for i, turn in enumerate(turns):
         if turn.role == "assistant":
             if turn.reasoning and i > last_final:
                 ids += _message(tokenizer, limit, "assistant", turn.reasoning, "analysis")
             if turn.content:  # before a call it is a preamble
-                ids += _message(tokenizer, limit, "assistant", turn.content, "commentary" if turn.calls else "final")
+                channel = "final" if turn.is_final else "commentary"
+                ids += _message(tokenizer, limit, "assistant", turn.content, channel)
             for call in turn.calls:
                 ids += [START, *tokenizer.encode("assistant"), *call_header(tokenizer, call.name)]
                 ids += [*tokenizer.encode(call.arguments, limit), CALL]

@@ -51,6 +51,7 @@ WISHES: dict[str, tuple[object, ...]] = {
 }
 # Change nothing here whatever their value is.
 ACCEPTED = {"best_of", "user", "metadata", "prompt_cache_key", "safety_identifier", "add_special_tokens"}
+ACCEPTED |= {"client_metadata", "prompt_cache_retention"}
 IGNORED_HEADER = "x-ignored-parameters"  # of a response: the fields of the request that this server does not know
 # Fields whose values are objects: their unknown fields are named too.
 NESTED: dict[str, type[msgspec.Struct]] = {

@@ -116,6 +116,32 @@ class EventFormat:
         return b"data: " + error.body() + b"\n\n"
 
 
+class TypedEvents(msgspec.Struct):
+    """What one Delta of the engine adds: events with a field `type`, each as it is encoded."""
+
+    events: list[JsonObject]
+    finish_reason: str | None
+
+    @property
+    def has_output(self) -> bool:
+        return bool(self.events)
+
+
+class TypedFormat:
+    """Events that carry their type twice: in the line `event`, and in their JSON."""
+
+    def __init__(self) -> None:
+        self._encode = msgspec.json.Encoder().encode
+
+    def event(self, delta: TypedEvents) -> bytes:
+        """The events of one Delta."""
+        return b"".join(map(self.line, delta.events))
+
+    def line(self, event: JsonObject) -> bytes:
+        """One event's bytes."""
+        return b"event: " + str(event["type"]).encode() + b"\ndata: " + self._encode(event) + b"\n\n"
+
+
 class EventStream(Response, Generic[AnyDelta]):
     """A response of server-sent events, lean because it runs once per token.
 

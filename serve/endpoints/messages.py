@@ -14,32 +14,21 @@ from starlette.responses import Response
 
 from engine.messages import Delta
 from engine.tokenizer import Tokenizer
-from serve.anthropic import INVALID_JSON, CountRequest, MessagesRequest, sealed
-from serve.conversation import continued, rendered
+from serve.anthropic import INVALID_JSON, CountRequest, MessagesRequest
+from serve.conversation import continued, demanded_call, rendered, sealed
 from serve.generation import Service
 from serve.guard import cache_salt
-from serve.harmony import Event, Function, Parser, Segment, any_call_header, call_header
+from serve.harmony import Event, Function, Parser, Segment
 from serve.message import MAX_TOOL_CALLS
 from serve.openapi import EVENTS, JSON, documented
 from serve.parsing import IGNORED_HEADER, ignored_header, parse
 from serve.protocol import ApiError, JsonObject, unsupported
 from serve.sampling import check_tokens, sampling_params
-from serve.stream import EventStream, collected, json_response
+from serve.stream import EventStream, TypedEvents, TypedFormat, collected, json_response
 from serve.text import StopMatcher, StopStrings
 
 AnyRequest = TypeVar("AnyRequest", bound=CountRequest)
 SIGNATURE = "unsigned"  # of a thinking block: clients demand one and send it back, nothing here depends on it
-
-
-class BlockDelta(msgspec.Struct):
-    """What one Delta of the engine adds: events, each as it is encoded."""
-
-    events: list[JsonObject]
-    finish_reason: str | None
-
-    @property
-    def has_output(self) -> bool:
-        return bool(self.events)
 
 
 class OpenBlock:
@@ -87,7 +76,7 @@ class MessagesChoice:
         if self._parser.segment:
             self._open(self._parser.segment)
 
-    def feed(self, delta: Delta) -> BlockDelta:
+    def feed(self, delta: Delta) -> TypedEvents:
         """What `delta` adds that the client may see; the last with the message's end."""
         self.cached_tokens += delta.cached_tokens or 0
         stop_position = len(delta.tokens) - 1 if delta.finish_reason == "stop" else None
@@ -113,7 +102,7 @@ class MessagesChoice:
             self._events.append({"type": "message_delta", "delta": stop, "usage": self._usage()})
             self._events.append({"type": "message_stop"})
         events, self._events = self._events, []
-        return BlockDelta(events, finish_reason)
+        return TypedEvents(events, finish_reason)
 
     def _usage(self) -> JsonObject:
         """In this API `input_tokens` are those that were not read from the cache."""
@@ -196,18 +185,8 @@ class MessagesChoice:
         self._events.append({"type": "content_block_delta", "index": self._index, "delta": {"type": kind, field: text}})
 
 
-class MessagesFormat:
-    """Events that carry their type twice: in the line `event`, and in their JSON."""
-
-    def __init__(self) -> None:
-        self._encode = msgspec.json.Encoder().encode
-
-    def event(self, delta: BlockDelta) -> bytes:
-        return b"".join(map(self.line, delta.events))
-
-    def line(self, event: JsonObject) -> bytes:
-        """One event's bytes."""
-        return b"event: " + str(event["type"]).encode() + b"\ndata: " + self._encode(event) + b"\n\n"
+class MessagesFormat(TypedFormat):
+    """The events of this API."""
 
     def last(self, usage: JsonObject) -> bytes:
         """Nothing: the choice's own last event says how it ended."""
@@ -298,8 +277,8 @@ async def prompt_of(
     prefilled: list[int] = []
     last = turns[-1] if turns else None
     if request.choice.type in ("any", "tool"):
-        name = request.choice.name or (functions[0].name if len(functions) == 1 else None)
-        prefilled = call_header(tokenizer, name) if name else any_call_header(tokenizer)
+        names = [request.choice.name] if request.choice.name else [function.name for function in functions]
+        prefilled = demanded_call(tokenizer, names)
     elif last and last.role == "assistant" and last.content and not last.calls:
         turns, prefilled = await continued(body_bytes, turns, tokenizer, limit)
     return await rendered(service, body_bytes, turns, functions, request.effort, limit), prefilled

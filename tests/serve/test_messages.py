@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from serve.anthropic import sealed
+from serve.conversation import sealed
 from serve.harmony import Call, Function, Turn, any_call_header, call_header, render
 from tests.fakes import FakeEngine
 from tests.serve.conftest import MODEL, TODAY

@@ -1,0 +1,71 @@
+"""Answers that a later request may name: kept in memory, within bounds of number, bytes and time.
+
+Knows bytes and owners, not what an answer is. The oldest goes first.
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Stored(NamedTuple):
+    """One answer."""
+
+    response: bytes  # as the client got it
+    conversation: bytes  # all that was said until then, the answer included
+
+
+class ResponseStore:
+    """Answers by owner and id; one owner's are not there for another."""
+
+    def __init__(
+        self, max_entries: int, max_bytes: int, seconds: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`max_bytes`: of all entries together. `seconds`: for which one is kept."""
+        self._max_entries, self._max_bytes, self._seconds, self._clock = max_entries, max_bytes, seconds, clock
+        self._entries: OrderedDict[tuple[bytes, str], tuple[float, Stored]] = OrderedDict()
+        self.bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def put(self, owner: bytes, id: str, stored: Stored) -> None:
+        """Keep an answer under a new id. One that is larger than all there is room for is not kept."""
+        if _size(stored) > self._max_bytes:
+            return
+        self._entries[owner, id] = (self._clock(), stored)
+        self.bytes += _size(stored)
+        while len(self._entries) > self._max_entries or self.bytes > self._max_bytes:
+            self._remove(next(iter(self._entries)))
+        self._expire()
+
+    def get(self, owner: bytes, id: str) -> Stored | None:
+        """The answer; None where there is none, or no longer."""
+        self._expire()
+        _, stored = self._entries.get((owner, id), (0.0, None))
+        return stored
+
+    def delete(self, owner: bytes, id: str) -> bool:
+        """Whether there was one to forget."""
+        self._expire()
+        if (owner, id) not in self._entries:
+            return False
+        self._remove((owner, id))
+        return True
+
+    def _expire(self) -> None:
+        now = self._clock()
+        while self._entries:
+            key, (since, _) = next(iter(self._entries.items()))
+            if now - since < self._seconds:
+                return
+            self._remove(key)
+
+    def _remove(self, key: tuple[bytes, str]) -> None:
+        _, stored = self._entries.pop(key)
+        self.bytes -= _size(stored)
+
+
+def _size(stored: Stored) -> int:
+    return len(stored.response) + len(stored.conversation)
