@@ -98,6 +98,8 @@ CHECKPOINT = ["model=gpt-oss-120b", "model.path=/x"]
         (["buckets.pages=9", "buckets.page_memory=0.5"], ["buckets.page_memory: got 0.5", "buckets.pages=9"]),
         (["kernels=hopper", "kernels.dtype=float32"], ["kernels.dtype: got float32", "bfloat16", "hopper"]),
         (["kernels=hopper", "kernels.device=cpu"], ["kernels.device: got cpu", "kernels.name=hopper"]),
+        (["server.stored_responses=0", "server.stored_bytes=9"], ["server.stored_bytes: got 9", "stored_responses=0"]),
+        (["server.stored_responses=0", "server.stored_seconds=9"], ["server.stored_seconds: got 9.0", "responses=0"]),
     ],
     ids=str,
 )
@@ -127,7 +129,17 @@ def test_a_salt_for_each_key_needs_keys():
     assert compose([f"server.cors_origins={origins}"]).server.cors_origins == origins
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("stored_responses", -1), ("stored_bytes", 0), ("stored_seconds", 0), ("stored_seconds", -1.0)]
+)
+def test_bounds_of_the_store_are_positive(key, value):
+    with pytest.raises(ConfigError, match=f"server.{key}: got {value}"):
+        compose([f"server.{key}={value}"])
+
+
 def test_keys_that_do_have_an_effect_pass():
+    compose(["server.stored_responses=0"])
+    compose(["server.stored_responses=9", "server.stored_bytes=1000", "server.stored_seconds=0.5"])
     compose(CHECKPOINT)
     compose(["model=gpt-oss-120b", "model.weights=random", "model.random_shape.num_hidden_layers=2"])
     compose(["buckets.page_memory=0.5"])

@@ -166,7 +166,9 @@ def test_n_times_prompts_is_capped(live):
         b'{"metadata": ' + b'{"a":' * 50_000 + b"1" + b"}" * 50_001,
     ],
 )
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
+@pytest.mark.parametrize(
+    "path", ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize"]
+)
 def test_a_body_that_is_no_json_object_is_refused(live, path, body):
     assert error(live.http.post(path, content=body), 400)["type"] == "invalid_request_error"
 

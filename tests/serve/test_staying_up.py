@@ -19,17 +19,30 @@ from tests.serve.conftest import Live
 ROUTES = {
     "/v1/completions": {"prompt": "Hello"},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}]},
+    "/v1/responses": {"input": "x"},
 }
+ONE_CHOICE = "/v1/responses"  # has no n
 MANY = [1000 + i for i in range(200)]
 
 
-def both(live: Live, **body: object) -> list:
+def each(live: Live, **body: object) -> list:
+    """The answers of all routes."""
     return [live.http.post(path, json=given | body) for path, given in ROUTES.items()]
 
 
 def last_event(text: str) -> dict | str:
-    last = text.strip().split("\n\n")[-1].removeprefix("data: ")
+    last = text.strip().split("\n\n")[-1].split("data: ")[-1]
     return last if last == "[DONE]" else json.loads(last)
+
+
+def told_error(text: str) -> str:
+    """The message of the error with which a stream ends."""
+    last = last_event(text)
+    return last.get("response", last)["error"]["message"]
+
+
+def choices(path: str, n: int) -> int:
+    return 1 if path == ONE_CHOICE else n
 
 
 def test_serve_never_imports_torch():
@@ -52,7 +65,7 @@ def test_a_server_that_cannot_take_requests_says_so_and_when_to_come_back(serve,
         live.app.state.draining = True
     else:
         live.engine.failure = "rank 3 died"
-    for response in (*both(live), *both(live, stream=True), live.http.get("/health/ready")):
+    for response in (*each(live), *each(live, stream=True), live.http.get("/health/ready")):
         assert response.status_code == 503
         assert int(response.headers["retry-after"]) > 0
     health = live.http.get("/health")
@@ -63,7 +76,9 @@ def test_a_server_that_cannot_take_requests_says_so_and_when_to_come_back(serve,
 
 def test_a_full_queue_answers_429_and_counts_every_choice(serve):
     live = serve(FakeEngine([1, 200002]), max_queue=3)
-    for response in both(live, n=4):
+    for path, body in ROUTES.items():
+        live.engine.running = set(range(100, 104 - choices(path, 4)))
+        response = live.http.post(path, json=body | {"n": 4})
         assert response.status_code == 429
         assert response.json()["error"]["type"] == "rate_limit_error"
         assert int(response.headers["retry-after"]) > 0
@@ -90,14 +105,14 @@ def test_a_request_that_takes_too_long_ends_with_an_error(serve, n):
     engine = FakeEngine(MANY)
     engine.delay = 0.05
     live = serve(engine, request_timeout=0.1)
-    for response in both(live, n=n, max_tokens=100):
+    for response in each(live, n=n, max_tokens=100):
         assert response.status_code == 504
         assert response.json()["error"]["code"] == "timeout"
-    for response in both(live, n=n, max_tokens=100, stream=True):
+    for response in each(live, n=n, max_tokens=100, stream=True):
         assert response.status_code == 200
-        assert last_event(response.text)["error"]["code"] == "timeout"
+        assert "longer than 0.1 s" in told_error(response.text)
         assert "[DONE]" not in response.text
-    assert sorted(engine.aborted) == list(range(4 * n))
+    assert sorted(engine.aborted) == list(range(2 * sum(choices(path, n) for path in ROUTES)))
     assert engine.running == set()
 
 
@@ -110,11 +125,11 @@ def test_an_engine_error_midway_is_told_to_the_client(serve, broken, status, say
     engine = FakeEngine(MANY)
     engine.break_after, engine.broken = 3, broken
     live = serve(engine)
-    for response in both(live, n=n):
+    for response in each(live, n=n):
         assert response.status_code == status
         assert says in response.json()["error"]["message"]
-    for response in both(live, n=n, stream=True):
-        assert says in last_event(response.text)["error"]["message"]
+    for response in each(live, n=n, stream=True):
+        assert says in told_error(response.text)
         assert "[DONE]" not in response.text
     assert engine.running == set()
 
@@ -124,9 +139,9 @@ def test_an_unexpected_exception_in_a_stream_is_logged_and_not_told(serve, caplo
     engine.break_after, engine.broken = 3, KeyError("secret detail")
     live = serve(engine)
     with caplog.at_level(logging.ERROR, "serve"):
-        responses = both(live, stream=True)
+        responses = each(live, stream=True)
     for response in responses:
-        assert last_event(response.text)["error"]["message"] == "internal error"
+        assert told_error(response.text) == "internal error"
         assert "secret" not in response.text
     assert "secret detail" in caplog.text
 
@@ -138,7 +153,7 @@ def test_an_engine_that_fails_at_submission_answers_503(serve):
         raise EngineFailed("just now")
 
     live.engine.submit = submit
-    assert [response.status_code for response in both(live)] == [503, 503]
+    assert [response.status_code for response in each(live)] == [503] * len(ROUTES)
 
 
 @pytest.mark.parametrize("path", ROUTES)
@@ -151,6 +166,7 @@ def test_a_client_that_goes_away_aborts_its_request(serve, path, stream, n, sile
     engine.delay = 0.005
     engine.hold = asyncio.Event() if silent else None
     live = serve(engine)
+    n = choices(path, n)
     body = json.dumps({**ROUTES[path], "stream": stream, "n": n, "max_tokens": 15_000}).encode()
     client = socket.create_connection(("127.0.0.1", live.port))
     client.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
@@ -187,7 +203,11 @@ def test_while_a_long_prompt_is_encoded_the_others_are_served(serve, monkeypatch
     monkeypatch.setattr(Tokenizer, "encode", slow)
     live = serve(FakeEngine([1, 200002], max_context=100_000))
     text = "long " * 10_000
-    body = {"prompt": text} if path == "/v1/completions" else {"messages": [{"role": "user", "content": text}]}
+    body = {
+        "/v1/completions": {"prompt": text},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": text}]},
+        "/v1/responses": {"input": text},
+    }[path]
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(live.http.post, path, json=body)
         assert started.wait(5)

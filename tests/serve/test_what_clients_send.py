@@ -288,14 +288,28 @@ def test_a_salt_is_the_same_for_the_same_text_and_key_alone(serve, tmp_path):
         headers = {"authorization": f"Bearer {key}"}
         body = {"prompt": "x", "cache_salt": salt}
         assert live.http.post("/v1/completions", json=body, headers=headers).status_code == 200
-    salts = live.engine.salts[:]
+    salts = live.engine.salts
     assert len(set(salts)) == 5
     assert salts[2] == salts[5]
-    for key in ("one", "two"):
-        assert live.http.post("/v1/completions", json={"prompt": "x"}, headers={"x-api-key": key}).status_code == 200
-    assert live.engine.salts[6:] == salts[:2]
     refused = live.http.post("/v1/completions", content=b"x", headers={"content-encoding": "gzip"})
     assert refused.status_code == 401
+
+
+def test_a_key_salts_alike_in_whichever_header_it_comes(serve, tmp_path):
+    (tmp_path / "keys").write_text("one\ntwo")
+    live = serve(FakeEngine([1]), api_key_file=str(tmp_path / "keys"), salt_by_key=True)
+    sent = [
+        {"authorization": "Bearer one"},
+        {"x-api-key": "one"},
+        {"x-api-key": "two"},
+        {"authorization": "Bearer wrong", "x-api-key": "two"},
+        {"authorization": "bearer  two", "x-api-key": "wrong"},
+    ]
+    for headers in sent:
+        assert live.http.post("/v1/completions", json={"prompt": "x"}, headers=headers).status_code == 200
+    one, also_one, *twos = live.engine.salts
+    assert one == also_one != b""
+    assert set(twos) == {twos[0]} != {one}
 
 
 def test_without_key_and_text_there_is_no_salt(live):
