@@ -21,6 +21,7 @@ _INPUT_SCHEMA: JsonObject = {"type": "object", "properties": {INPUT: {"type": "s
 _CALLS = ("function_call", "custom_tool_call")
 _OUTPUTS = ("function_call_output", "custom_tool_call_output")
 Value = TypeVar("Value")
+REFERENCE = "item_reference"  # to an item of an answer that is kept
 ENCRYPTED, LOGPROBS = "reasoning.encrypted_content", "message.output_text.logprobs"
 
 ToolName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
@@ -47,7 +48,8 @@ class Part(msgspec.Struct, omit_defaults=True):
 class Item(msgspec.Struct, omit_defaults=True):
     """An item of the conversation: a message, reasoning, a call, or the answer to one. Each has some of the fields."""
 
-    type: str | None = None  # without one it is a message
+    type: str | None = None  # without one it is a message, or a reference
+    id: str | None = None
     role: Literal["user", "assistant", "system", "developer"] | None = None
     content: str | list[Part] | None = None
     phase: Literal["commentary", "final_answer"] | None = None
@@ -61,7 +63,8 @@ class Item(msgspec.Struct, omit_defaults=True):
 
     @property
     def kind(self) -> str:
-        return self.type or "message"
+        is_reference = self.id is not None and self.role is None
+        return self.type or (REFERENCE if is_reference else "message")
 
     @property
     def reasoning(self) -> str:
@@ -324,20 +327,19 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
             "background": False,
         }
 
-    def turns(self, earlier: Sequence[Item]) -> list[Turn]:
-        """The conversation as harmony takes it; `earlier`: the items before those of this request.
+    def turns(self, items: Sequence[Item], earlier: int) -> list[Turn]:
+        """The conversation as harmony takes it; the first `earlier` items are those of answers before this request.
 
         A message of the assistant that does not say its phase is a preamble where a call follows it. Raises ApiError
         400 for an item that is not text or does not belong here, and for the answer to a call that no earlier item is.
         """
-        items = [*earlier, *self.items]
         if not items:
             raise ApiError(400, "input: got no item, at least one is needed", "input")
         turns = [Turn("system", self.instructions)] if self.instructions else []
         function_names: dict[str, str] = {}  # by id of the call
         before_call = _before_call(items)
         for position, item in enumerate(items):
-            turns.append(_turn(item, f"input[{position - len(earlier)}]", function_names, position in before_call))
+            turns.append(_turn(item, f"input[{position - earlier}]", function_names, position in before_call))
         return turns
 
     @staticmethod
@@ -451,7 +453,7 @@ def _turn(item: Item, field: str, function_names: dict[str, str], before_call: b
                 400, f"call_id {item.call_id!r} is not the id of a call in an earlier item", f"{field}.call_id"
             )
         return Turn("tool", _text(item.output, f"{field}.output"), name=called)
-    allowed = ", ".join(("message", "reasoning", *_CALLS, *_OUTPUTS))
+    allowed = ", ".join(("message", "reasoning", *_CALLS, *_OUTPUTS, REFERENCE))
     raise unsupported(f"items of type {item.kind!r} are not supported, allowed: {allowed}", f"{field}.type")
 
 

@@ -14,6 +14,7 @@ class Stored(NamedTuple):
 
     response: bytes  # as the client got it
     conversation: bytes  # all that was said until then, the answer included
+    items: dict[str, bytes]  # the answer's parts by their ids
 
 
 class ResponseStore:
@@ -25,6 +26,7 @@ class ResponseStore:
         """`max_bytes`: of all entries together. `seconds`: for which one is kept."""
         self._max_entries, self._max_bytes, self._seconds, self._clock = max_entries, max_bytes, seconds, clock
         self._entries: OrderedDict[tuple[bytes, str], tuple[float, Stored]] = OrderedDict()
+        self._by_item: dict[tuple[bytes, str], str] = {}  # (owner, id of an item) -> id of its answer
         self.bytes = 0
 
     def __len__(self) -> int:
@@ -35,6 +37,7 @@ class ResponseStore:
         if _size(stored) > self._max_bytes:
             return
         self._entries[owner, id] = (self._clock(), stored)
+        self._by_item |= {(owner, item): id for item in stored.items}
         self.bytes += _size(stored)
         while len(self._entries) > self._max_entries or self.bytes > self._max_bytes:
             self._remove(next(iter(self._entries)))
@@ -45,6 +48,11 @@ class ResponseStore:
         self._expire()
         _, stored = self._entries.get((owner, id), (0.0, None))
         return stored
+
+    def item(self, owner: bytes, item_id: str) -> bytes | None:
+        """A part of an answer; None where there is none, or no longer."""
+        stored = self.get(owner, self._by_item.get((owner, item_id), ""))
+        return stored.items[item_id] if stored else None
 
     def delete(self, owner: bytes, id: str) -> bool:
         """Whether there was one to forget."""
@@ -64,8 +72,10 @@ class ResponseStore:
 
     def _remove(self, key: tuple[bytes, str]) -> None:
         _, stored = self._entries.pop(key)
+        for item in stored.items:
+            del self._by_item[key[0], item]
         self.bytes -= _size(stored)
 
 
 def _size(stored: Stored) -> int:
-    return len(stored.response) + len(stored.conversation)
+    return len(stored.response) + len(stored.conversation) + sum(map(len, stored.items.values()))

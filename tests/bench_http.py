@@ -24,6 +24,7 @@ from tests.fakes import FakeEngine
 
 TOKENS = 256
 REASONING = 64
+ENDS = (b"[DONE]", b"event: response.incomplete")  # of a stream: of the older endpoints, of Responses
 
 
 def serve(listener: socket.socket, step: int) -> None:
@@ -44,18 +45,17 @@ async def stream(port: int, request: bytes) -> int:
     tail = b""
     while block := await reader.read(262144):
         received += block.count(b"data: ")
-        tail = (tail + block)[-64:]
-        if b"[DONE]" in tail:
-            break
-    writer.close()
-    if b"[DONE]" not in tail:
-        raise SystemExit(f"a stream ended early: {tail!r}")
-    return received
+        new = tail + block
+        if any(end in new for end in ENDS):
+            writer.close()
+            return received
+        tail = new[-64:]
+    raise SystemExit(f"a stream ended early: {tail!r}")
 
 
 async def measure(port: int, path: str, body: dict, streams: int) -> tuple[float, float]:
     """(seconds, events) of `streams` requests at once."""
-    payload = json.dumps({**body, "stream": True, "max_tokens": TOKENS}).encode()
+    payload = json.dumps({**body, "stream": True}).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: bench\r\nContent-Length: {len(payload)}\r\n\r\n".encode()
     start = time.perf_counter()
     events = await asyncio.gather(*(stream(port, head + payload) for _ in range(streams)))
@@ -79,8 +79,9 @@ def main() -> None:
     parser.add_argument("--step", type=int, nargs="+", default=[1, 8])
     options = parser.parse_args()
     cases = {
-        "/v1/completions": {"prompt": "Hello"},
-        "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hello"}]},
+        "/v1/completions": {"prompt": "Hello", "max_tokens": TOKENS},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": TOKENS},
+        "/v1/responses": {"input": "Hello", "max_output_tokens": TOKENS},
     }
     for step in options.step:
         listener = socket.create_server(("127.0.0.1", 0), backlog=2048)

@@ -21,7 +21,7 @@ from serve.harmony import Event, Parser, Segment
 from serve.message import MAX_TOOL_CALLS, Logprob, LogprobReader
 from serve.parsing import IGNORED_HEADER, ignored_header, parse
 from serve.protocol import ApiError, JsonObject, unsupported
-from serve.responses import Item, Offered, ResponsesRequest, custom_input
+from serve.responses import REFERENCE, Item, Offered, ResponsesRequest, custom_input
 from serve.sampling import check_tokens, sampling_params
 from serve.store import ResponseStore, Stored
 from serve.stream import EventStream, TypedEvents, TypedFormat, collected, json_response
@@ -274,7 +274,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
         """A response that is kept, as it was."""
         if request.query_params.get("stream", "false") != "false":
             raise unsupported("stream: a response that is kept is not streamed again", "stream")
-        body = stored(service, store, request, id).response
+        body = stored(service, store, request.scope["key_digest"], id).response
         return Response(body, media_type="application/json")
 
     @app.delete("/v1/responses/{id}")
@@ -295,17 +295,15 @@ async def create(service: Service, store: ResponseStore, http_request: Request) 
     is_stored = request.store is not False and service.server.stored_responses > 0
     unknown = headers.get(IGNORED_HEADER, "").split(", ") if headers else []
     headers = ignored_header({*unknown, *request.ignored(is_stored)})
-    earlier: list[Item] = []
-    prompt_bytes = len(body)
-    if request.previous_response_id is not None:
-        previous = stored(service, store, http_request, request.previous_response_id, "previous_response_id")
-        earlier = msgspec.json.decode(previous.conversation, type=list[Item])
-        prompt_bytes += len(previous.conversation)
+    owner: bytes = http_request.scope["key_digest"]
+    items, earlier, item_bytes = conversation(service, store, owner, request)
     offered = request.offered()
     prefilled = demanded_call(service.tokenizer, names) if (names := request.demanded(offered)) else []
     functions = [tool.function for tool in offered.values()]
-    turns = request.turns(earlier)
-    prompt = await rendered(service, prompt_bytes, turns, functions, request.effort, ready.max_context) + prefilled
+    turns = request.turns(items, earlier)
+    prompt = (
+        await rendered(service, len(body) + item_bytes, turns, functions, request.effort, ready.max_context) + prefilled
+    )
     sampling = sampling_params(request.sampling(ready.max_context - len(prompt)), len(prompt), ready)
     check_tokens(prompt, ready, "input")
     id = _new_id("resp")
@@ -320,10 +318,10 @@ async def create(service: Service, store: ResponseStore, http_request: Request) 
     }
 
     def keep(whole: JsonObject) -> None:
-        if is_stored:
-            answer = msgspec.convert(msgspec.to_builtins(whole["output"]), list[Item])
-            conversation = msgspec.json.encode([*earlier, *request.items, *answer])
-            store.put(http_request.scope["key_digest"], id, Stored(msgspec.json.encode(whole), conversation))
+        if is_stored and isinstance(whole["output"], list):
+            parts = {str(part["id"]): msgspec.json.encode(part) for part in whole["output"]}
+            answer = [msgspec.json.decode(part, type=Item) for part in parts.values()]
+            store.put(owner, id, Stored(msgspec.json.encode(whole), msgspec.json.encode([*items, *answer]), parts))
 
     choice = ResponsesChoice(request, response, offered, len(prompt), service.tokenizer, prefilled, keep)
     generation = service.submit(
@@ -339,9 +337,37 @@ async def create(service: Service, store: ResponseStore, http_request: Request) 
     return json_response(whole, headers)
 
 
-def stored(service: Service, store: ResponseStore, request: Request, id: str, param: str = "id") -> Stored:
+def conversation(
+    service: Service, store: ResponseStore, owner: bytes, request: ResponsesRequest
+) -> tuple[list[Item], int, int]:
+    """(all items, number of those before this request, bytes of what was kept).
+
+    Raises ApiError 404 for what is not kept, 413 where it is more than a body could hold.
+    """
+    items: list[Item] = []
+    kept_bytes = 0
+    if request.previous_response_id is not None:
+        previous = stored(service, store, owner, request.previous_response_id, "previous_response_id")
+        items = msgspec.json.decode(previous.conversation, type=list[Item])
+        kept_bytes += len(previous.conversation)
+    earlier = len(items)
+    for position, item in enumerate(request.items):
+        if item.kind == REFERENCE:
+            field = f"input[{position}].id"
+            part = store.item(owner, item.id or "")
+            if part is None:
+                raise ApiError(404, f"there is no item {item.id!r}: {kept_are(service)}", field, "item_not_found")
+            kept_bytes += len(part)
+            item = msgspec.json.decode(part, type=Item)
+        if kept_bytes > (most := service.server.max_body_bytes):
+            raise ApiError(413, f"the conversation that is kept exceeds {most} bytes", "input", "body_too_large")
+        items.append(item)
+    return items, earlier, kept_bytes
+
+
+def stored(service: Service, store: ResponseStore, owner: bytes, id: str, param: str = "id") -> Stored:
     """The response that the client was given under this id. Raises ApiError 404."""
-    found = store.get(request.scope["key_digest"], id)
+    found = store.get(owner, id)
     if found is None:
         raise not_stored(service, id, param)
     return found
@@ -349,14 +375,16 @@ def stored(service: Service, store: ResponseStore, request: Request, id: str, pa
 
 def not_stored(service: Service, id: str, param: str = "id") -> ApiError:
     """The answer to an id that is not, or no longer, known."""
-    server = service.server
-    kept = (
-        f"kept are the last {server.stored_responses} for {server.stored_seconds:g} s, as far as they fit"
-        if server.stored_responses
-        else "this server keeps none"
-    )
     code = "previous_response_not_found" if param == "previous_response_id" else "response_not_found"
-    return ApiError(404, f"there is no response {id!r}: {kept}", param, code)
+    return ApiError(404, f"there is no response {id!r}: {kept_are(service)}", param, code)
+
+
+def kept_are(service: Service) -> str:
+    """What this server keeps, in words."""
+    server = service.server
+    if not server.stored_responses:
+        return "this server keeps none"
+    return f"kept are the last {server.stored_responses} responses for {server.stored_seconds:g} s, as far as they fit"
 
 
 def _new_id(prefix: str) -> str:

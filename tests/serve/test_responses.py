@@ -476,6 +476,35 @@ def test_a_response_is_gone_on_with_by_its_id(serve, harmony):
     assert third.output_text == "It is cold, say they."
 
 
+def test_items_that_are_kept_may_be_named_instead_of_sent(serve, harmony, tmp_path):
+    (tmp_path / "keys").write_text("one\ntwo")
+    live = serve(FakeEngine(harmony(THINKS + PREAMBLE + CALLS)), api_key_file=str(tmp_path / "keys"))
+    output = create(live, key="one", tools=TOOLS).output
+    answer = {"type": "function_call_output", "call_id": output[-1].call_id, "output": "-5"}
+    references = [{"type": "item_reference", "id": output[0].id}, *({"id": item.id} for item in output[1:])]
+    by_name = create(live, key="one", tools=TOOLS, input=[*USER, *references, answer])
+    create(live, key="one", tools=TOOLS, input=[*USER, *(item.to_dict() for item in output), answer])
+    create(live, key="one", tools=TOOLS, input=USER, previous_response_id=by_name.id)
+    prompts = [prompt for prompt, _ in live.engine.submitted]
+    assert prompts[1] == prompts[2]
+    assert prompts[3][: len(prompts[1])] == prompts[1]
+    for key, id in (("two", output[0].id), ("one", "rs_0")):
+        with pytest.raises(openai.NotFoundError, match=id) as error:
+            create(live, key=key, input=[*USER, {"type": "item_reference", "id": id}])
+        assert (error.value.param, error.value.code) == ("input[1].id", "item_not_found")
+    assert live.http.delete(f"/v1/responses/{by_name.id}", headers={"x-api-key": "one"}).status_code == 200
+    with pytest.raises(openai.NotFoundError):
+        create(live, key="one", input=[{"id": by_name.output[0].id}])
+
+
+def test_what_is_named_has_the_bounds_of_what_is_sent(serve, harmony):
+    live = serve(FakeEngine(harmony(ANSWER)), max_body_bytes=20_000)
+    (_, message) = create(live).output
+    named = [{"type": "item_reference", "id": message.id}] * 200
+    assert refusal(post(live, input=named), 413, "input")["code"] == "body_too_large"
+    assert post(live, input=named[:10]).status_code == 200
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_response_that_is_kept_can_be_read_and_forgotten(serve, harmony, stream):
     live = serve(FakeEngine(harmony(ANSWER)))
@@ -558,23 +587,26 @@ def test_a_store_never_exceeds_its_bounds_and_forgets_the_oldest_first(entries):
         who, name = bytes([owner]), f"{id}" if action != "put" else f"{id}.{position}"
         name = name if action == "put" or not model else model[id % len(model)][1]
         if action == "put":
-            stored = Stored(b"r" * size, b"c" * size)
+            stored = Stored(b"r" * (size - size // 2), b"c" * size, {f"item of {name}": b"i" * (size // 2)})
             store.put(who, name, stored)
             if 2 * size <= 100:
                 model.append((who, name, now, stored))
         model = [entry for entry in model if now - entry[2] < 20][-3:]
-        while sum(len(entry[3].response) * 2 for entry in model) > 100:
+        while sum(len(entry[3].conversation) * 2 for entry in model) > 100:
             model.pop(0)
         known = {(entry[0], entry[1]): entry[3] for entry in model}
         if action == "get":
-            assert store.get(who, name) == known.get((who, name))
+            stored = known.get((who, name))
+            assert store.get(who, name) == stored
+            assert store.item(who, f"item of {name}") == (stored and stored.items[f"item of {name}"])
         if action == "delete":
             assert store.delete(who, name) == ((who, name) in known)
             model = [entry for entry in model if entry[:2] != (who, name)]
         if action != "put":
             assert len(store) == len(model)
         assert len(store) <= 3
-        assert store.bytes == sum(2 * len(stored.response) for *_, stored in model) <= 100
+        assert store.bytes == sum(2 * len(stored.conversation) for *_, stored in model) <= 100
+        assert len(store._by_item) == len(store)
 
 
 # --- refusals ---
