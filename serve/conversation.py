@@ -13,6 +13,7 @@ from serve.protocol import ApiError, ChatMessage, ChatRequest, NamedTool, Tool, 
 from serve.schema import SchemaError
 
 DEFAULT_EFFORT = "medium"
+_SCHEMA = ".function.parameters"  # of a tool in a chat request
 _SEALED = "sealed:"  # before reasoning that a client keeps without reading it
 
 
@@ -31,18 +32,28 @@ async def chat_prompt(
 
 
 async def rendered(
-    service: Service, body_bytes: int, turns: list[Turn], functions: list[Function], effort: str, limit: int
+    service: Service,
+    body_bytes: int,
+    turns: list[Turn],
+    functions: list[Function],
+    effort: str,
+    limit: int,
+    places: Sequence[str] = (),
 ) -> list[int]:
     """The prompt of `turns`, from a body of `body_bytes`. Encoding stops soon after `limit` tokens.
 
-    Raises ApiError 400 for functions that cannot be described.
+    `places`: where the schema of each function stands in the request, if not where it stands in a chat request. Raises
+    ApiError 400 for functions that cannot be described.
     """
     try:
         return await in_thread_if_large(
             body_bytes, render, turns, effort, service.today(), service.tokenizer, limit, functions
         )
     except SchemaError as error:
-        raise ApiError(400, f"the tools cannot be described to the model: {error}", error.place) from None
+        function, _, inner = error.place.partition(_SCHEMA)
+        place = places[int(function.strip("tols[]"))] + inner if places else error.place
+        message = f"the tools cannot be described to the model: {place}: {error.problem}"
+        raise ApiError(400, message, place) from None
 
 
 def prefilled_call(request: ChatRequest, tokenizer: Tokenizer) -> list[int]:

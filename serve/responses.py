@@ -104,6 +104,7 @@ class Offered(NamedTuple):
     is_custom: bool
     name: str
     namespace: str | None
+    place: str  # of its schema in the request
 
 
 class ToolReference(msgspec.Struct, omit_defaults=True):
@@ -396,7 +397,7 @@ def _offer(
     if is_custom and tool.format and tool.format.definition:
         lines.append(f"The {INPUT} follows this grammar ({tool.format.syntax}):\n{tool.format.definition}")
     function = Function(full_name, "\n".join(lines), _INPUT_SCHEMA if is_custom else tool.parameters)
-    offered[full_name] = Offered(function, is_custom, name, namespace)
+    offered[full_name] = Offered(function, is_custom, name, namespace, f"{field}.parameters")
 
 
 def _full_name(namespace: str | None, name: str) -> str:

@@ -18,11 +18,11 @@ _NAMES = {"integer": "number"} | {name: name for name in ("string", "number", "b
 
 
 class SchemaError(ValueError):
-    """A schema that cannot be described; `place` is where it stands in the request."""
+    """A schema that cannot be described; `place` is where it stands in a chat request."""
 
     def __init__(self, place: str, problem: str) -> None:
         super().__init__(f"{place}: {problem}")
-        self.place = place
+        self.place, self.problem = place, problem
 
 
 class _Type(NamedTuple):

@@ -301,9 +301,9 @@ async def create(service: Service, store: ResponseStore, http_request: Request) 
     prefilled = demanded_call(service.tokenizer, names) if (names := request.demanded(offered)) else []
     functions = [tool.function for tool in offered.values()]
     turns = request.turns(items, earlier)
-    prompt = (
-        await rendered(service, len(body) + item_bytes, turns, functions, request.effort, ready.max_context) + prefilled
-    )
+    places = [tool.place for tool in offered.values()]
+    size, limit = len(body) + item_bytes, ready.max_context
+    prompt = await rendered(service, size, turns, functions, request.effort, limit, places) + prefilled
     sampling = sampling_params(request.sampling(ready.max_context - len(prompt)), len(prompt), ready)
     check_tokens(prompt, ready, "input")
     id = _new_id("resp")
@@ -346,22 +346,27 @@ def conversation(
     """
     items: list[Item] = []
     kept_bytes = 0
+
+    def counted(kept: bytes) -> bytes:
+        nonlocal kept_bytes
+        kept_bytes += len(kept)
+        if kept_bytes > (most := service.server.max_body_bytes):
+            raise ApiError(413, f"the conversation that is kept exceeds {most} bytes", "input", "body_too_large")
+        return kept
+
     if request.previous_response_id is not None:
         previous = stored(service, store, owner, request.previous_response_id, "previous_response_id")
-        items = msgspec.json.decode(previous.conversation, type=list[Item])
-        kept_bytes += len(previous.conversation)
+        items = msgspec.json.decode(counted(previous.conversation), type=list[Item])
     earlier = len(items)
     for position, item in enumerate(request.items):
         if item.kind == REFERENCE:
-            field = f"input[{position}].id"
             part = store.item(owner, item.id or "")
             if part is None:
-                raise ApiError(404, f"there is no item {item.id!r}: {kept_are(service)}", field, "item_not_found")
-            kept_bytes += len(part)
-            item = msgspec.json.decode(part, type=Item)
-        if kept_bytes > (most := service.server.max_body_bytes):
-            raise ApiError(413, f"the conversation that is kept exceeds {most} bytes", "input", "body_too_large")
-        items.append(item)
+                message = f"there is no item {item.id!r}: {kept_are(service)}"
+                raise ApiError(404, message, f"input[{position}].id", "item_not_found")
+            items.append(msgspec.json.decode(counted(part), type=Item))
+        else:
+            items.append(item)
     return items, earlier, kept_bytes
 
 

@@ -29,6 +29,7 @@ CRM = {
     "description": "Customers.",
     "tools": [{"type": "function", "name": "find", "description": "Finds one.", "parameters": SCHEMA}],
 }
+BROKEN = {"type": "object", "properties": {"x": {"$ref": "#/$defs/Gone"}}}
 TOOLS = [WEATHER, PATCH, CRM]
 TEXT_SCHEMA = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
 FUNCTIONS = [
@@ -654,6 +655,11 @@ def items(*given) -> list[dict]:
         ({"tools": [WEATHER, WEATHER]}, "tools", "'get_weather'"),
         ({"tools": [CRM, CRM]}, "tools", "'crm.find'"),
         ({"tools": [CRM | {"name": "n" * 125}]}, "tools[0].tools[0].name", "128"),
+        (
+            {"tools": [{"type": "web_search"}, WEATHER, CRM | {"tools": [WEATHER | {"parameters": BROKEN}]}]},
+            "tools[2].tools[0].parameters.properties.x.$ref",
+            "points at nothing",
+        ),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "other"}}, "tool_choice", "'other'"),
         ({"tools": TOOLS, "tool_choice": {"type": "file_search"}}, "tool_choice", "'file_search'"),
         ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools"}}, "tool_choice", "mode"),
