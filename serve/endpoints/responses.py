@@ -19,6 +19,7 @@ from serve.generation import Service
 from serve.guard import cache_salt
 from serve.harmony import Event, Parser, Segment
 from serve.message import MAX_TOOL_CALLS, Logprob, LogprobReader
+from serve.openapi import EVENTS, JSON, documented
 from serve.parsing import IGNORED_HEADER, ignored_header, parse
 from serve.protocol import ApiError, JsonObject, unsupported
 from serve.responses import REFERENCE, Item, Offered, ResponsesRequest, custom_input
@@ -69,7 +70,7 @@ class ResponsesChoice:
         self._max_calls = 1 if request.parallel_tool_calls is False else MAX_TOOL_CALLS
         self._prompt_tokens = prompt_tokens
         self._parser = Parser(tokenizer, prefilled, list(offered))
-        self._logprobs = LogprobReader(tokenizer)
+        self._logprobs = LogprobReader(tokenizer, as_ids=False)
         self._events: list[JsonObject] = []  # not taken yet
         self._sequence_number = 0
         self._output: list[JsonObject] = []  # items that are complete
@@ -265,7 +266,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
     server = service.server
     store = ResponseStore(server.stored_responses, server.stored_bytes, server.stored_seconds)
 
-    @app.post("/v1/responses")
+    @app.post("/v1/responses", openapi_extra=documented(ResponsesRequest, (JSON, EVENTS)))
     async def responses(request: Request) -> Response:
         return await create(service, store, request)
 

@@ -25,6 +25,7 @@ from serve.anthropic import INVALID_JSON, CountRequest, MessagesRequest
 from serve.app import create_app
 from serve.parsing import ACCEPTED, LEGACY, NEUTRAL, WISHES
 from serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from serve.responses import ResponsesRequest
 from tests.fakes import FakeEngine
 
 SECONDS = 10  # that one answer may take
@@ -161,6 +162,33 @@ def streamed_message(text: str) -> object:
     return blocks, last["delta"]["stop_reason"], last["delta"]["stop_sequence"], last["usage"]
 
 
+def response(reply: dict[str, Any]) -> object:
+    items = [{name: value for name, value in item.items() if name not in ("id", "call_id")} for item in reply["output"]]
+    return items, reply["status"], reply["incomplete_details"], reply["usage"]
+
+
+def streamed_response(text: str) -> object:
+    """What the last event holds, once the events before it are found to say the same."""
+    *events, last = data(text)
+    assert [event["type"] for event in events[:2]] == ["response.created", "response.in_progress"]
+    assert last["type"] in ("response.completed", "response.incomplete"), "the stream is not complete"
+    assert [event["sequence_number"] for event in [*events, last]] == list(range(len(events) + 1))
+    items, texts = [], {}
+    for event in events[2:]:
+        if event["type"] == "response.output_item.done":
+            items.append(event["item"])
+            assert event["output_index"] == len(items) - 1
+            item = event["item"]
+            told = item.get("arguments", item.get("input"))
+            told = item["content"][0]["text"] if told is None else told
+            assert texts.pop(item["id"], "") == told, item
+        elif event["type"].endswith(".delta"):
+            texts[event["item_id"]] = texts.get(event["item_id"], "") + event["delta"]
+    assert not texts
+    assert items == last["response"]["output"]
+    return response(last["response"])
+
+
 USER = [{"role": "user", "content": "Weather in Oslo?"}]
 PLACE = {
     "$defs": {"City": {"anyOf": [{"enum": ["Oslo", "Rome"]}, {"type": "null"}]}},
@@ -192,6 +220,21 @@ BLOCKS = [
     {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": "-5", "is_error": False}]},
 ]
 ANTHROPIC_TOOLS = [{"name": "get_weather", "input_schema": PLACE}, {"name": "now", "input_schema": {"type": "object"}}]
+RESPONSES_TOOLS = [
+    {"type": "function", "name": "get_weather", "description": "Weather.", "parameters": PLACE, "strict": True},
+    {"type": "custom", "name": "note", "format": {"type": "text"}},
+    {"type": "namespace", "name": "functions", "description": "More.", "tools": [{"type": "function", "name": "now"}]},
+    {"type": "web_search"},
+]
+ITEMS = [
+    *USER,
+    {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "Look."}]},
+    {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "I look."}]},
+    {"type": "function_call", "call_id": "c1", "name": "get_weather", "arguments": '{"city": "Oslo"}'},
+    {"type": "function_call_output", "call_id": "c1", "output": "-5"},
+    {"type": "custom_tool_call", "call_id": "c2", "name": "note", "input": "cold"},
+    {"type": "custom_tool_call_output", "call_id": "c2", "output": [{"type": "input_text", "text": "kept"}]},
+]
 
 COMPLETIONS = Route(
     "/v1/completions",
@@ -237,7 +280,22 @@ MESSAGES = Route(
     message,
     streamed_message,
 )
-GENERATING = (COMPLETIONS, CHAT, MESSAGES)  # a new endpoint joins here
+RESPONSES = Route(
+    "/v1/responses",
+    ResponsesRequest,
+    [
+        {"input": "Hello", "max_output_tokens": 500},
+        {"input": USER, "tools": RESPONSES_TOOLS, "include": ["reasoning.encrypted_content"], "store": False},
+        {"input": ITEMS, "tools": RESPONSES_TOOLS, "parallel_tool_calls": False, "instructions": "Be brief."},
+        {"input": ITEMS, "tools": RESPONSES_TOOLS, "tool_choice": "required", "metadata": {"a": "b"}},
+        {"input": USER, "tools": RESPONSES_TOOLS, "tool_choice": {"type": "custom", "name": "note"}},
+        {"input": USER, "top_logprobs": 2, "include": ["message.output_text.logprobs"], "max_output_tokens": 9},
+        {"input": USER, "reasoning": {"effort": "high", "summary": "auto"}, "text": {"format": {"type": "text"}}},
+    ],
+    response,
+    streamed_response,
+)
+GENERATING = (COMPLETIONS, CHAT, MESSAGES, RESPONSES)  # a new endpoint joins here
 ROUTES = (
     *GENERATING,
     Route("/v1/messages/count_tokens", CountRequest, [{"messages": BLOCKS, "tools": ANTHROPIC_TOOLS}]),

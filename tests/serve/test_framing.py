@@ -12,6 +12,7 @@ BODIES = {
     "/v1/completions": {"prompt": "x"},
     "/v1/chat/completions": {"messages": MESSAGES},
     "/v1/messages": {"messages": MESSAGES, "max_tokens": 9},
+    "/v1/responses": {"input": "x"},
 }
 
 
@@ -38,7 +39,7 @@ def test_a_stream_to_http_1_0_is_unchunked_and_ends_with_the_connection(serve, p
     lines = rest.decode().split("\n")
     assert {line.partition(":")[0] for line in lines} <= {"data", "event", ""}
     assert rest.endswith(b"\n\n")
-    assert "[DONE]" in lines[-3] or "message_stop" in lines[-3]
+    assert any(end in lines[-3] for end in ("[DONE]", "message_stop", "response.completed"))
 
 
 def test_a_long_stream_to_http_1_0_arrives_whole(serve, tokenizer):

@@ -18,6 +18,7 @@ BODIES = {
     "/v1/chat/completions": {"messages": USER, "tools": [{"type": "function", "function": FUNCTION}], "n": 2},
     "/v1/messages": {"messages": USER, "max_tokens": 5, "system": [{"type": "text", "text": "x"}]},
     "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]},
+    "/v1/responses": {"input": [{"role": "user", "content": "x"}], "tools": [{"type": "custom", "name": "f"}]},
     "/tokenize": {"prompt": "Hello"},
     "/detokenize": {"tokens": [1, 2]},
 }
@@ -102,7 +103,7 @@ def test_what_the_document_allows_is_answered_and_what_it_forbids_is_refused(liv
             assert not schema.is_valid(wrong)
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/messages"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/responses"])
 def test_a_streams_media_type_is_described(live, path):
     answer = live.http.post(path, json={**BODIES[path], "stream": True})
     media = answer.headers["content-type"].partition(";")[0]
@@ -111,9 +112,10 @@ def test_a_streams_media_type_is_described(live, path):
 
 
 def test_every_get_answers_as_described(live):
+    id = live.http.post("/v1/responses", json={"input": "x"}).json()["id"]
     for path, method, operation in operations(document(live)):
         if method == "get":
-            answer = live.http.get(path.format(name=MODEL))
+            answer = live.http.get(path.format(name=MODEL, id=id))
             assert answer.headers["content-type"].partition(";")[0] in operation["responses"]["200"]["content"], path
 
 
@@ -132,5 +134,5 @@ def test_keys_are_described_where_they_are_needed(serve, live, tmp_path):
         described["components"]["securitySchemes"]
     )
     for path, method, operation in operations(described):
-        refused = guarded.http.request(method, path.format(name="x"), json={}).status_code == 401
+        refused = guarded.http.request(method, path.format(name="x", id="x"), json={}).status_code == 401
         assert refused == (operation.get("security") != []), path

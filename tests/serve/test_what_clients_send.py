@@ -237,7 +237,7 @@ def fail(*_: object) -> None:
 
 @pytest.mark.parametrize("failing", ["prompt", "submit", "engine"])
 @pytest.mark.parametrize("body", [{}, {"stream": True}, {"stream": True, "n": 2}], ids=str)
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/messages"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/responses"])
 def test_every_line_of_the_log_names_the_request(serve, monkeypatch, caplog, path, body, failing):
     live = serve(FakeEngine([1]))
     live.engine.break_after, live.engine.broken = 0, RuntimeError("on purpose")
@@ -245,7 +245,8 @@ def test_every_line_of_the_log_names_the_request(serve, monkeypatch, caplog, pat
         monkeypatch.setattr(Tokenizer, "encode", fail)
     if failing == "submit":
         monkeypatch.setattr(live.engine, "submit", fail)
-    body = {"prompt": "x", "messages": [{"role": "user", "content": "x"}], "max_tokens": 5, **body}
+    prompts = {"/v1/completions": {"prompt": "x"}, "/v1/responses": {"input": "x"}}
+    body = prompts.get(path, {"messages": [{"role": "user", "content": "x"}], "max_tokens": 5}) | body
     with caplog.at_level(logging.INFO):
         live.http.post(path, json=body, headers={"x-request-id": "abc-1"})
     lines = [record.getMessage() for record in caplog.records if not record.name.startswith("http")]  # the client's
