@@ -174,12 +174,12 @@ class _Writer:
         for key in ("oneOf", "anyOf"):
             if key in schema:
                 variants = [
-                    self.type(variant, f"{place}.{key}[{i}]", indent, references, depth + 1).text
+                    self.type(variant, f"{place}.{key}[{i}]", indent, references, depth + 1)
                     for i, variant in enumerate(_schemas(schema, key, place))
                 ]
-                unions.append(_Type(" | ".join(dict.fromkeys(variants)), len(set(variants)) > 1))
-        others = schema.get("&", [])
-        unions += [self.type(one, place, indent, references, depth + 1) for one in _list(others)]
+                texts = dict.fromkeys(variant.text for variant in variants)
+                unions.append(_Type(" | ".join(texts), len(texts) > 1 or variants[0].union))
+        unions += [self.type(one, place, indent, references, depth + 1) for one in _list(schema.get("&"))]
         told = [union for union in dict.fromkeys(unions) if union.text != "any"]
         if not told or schema.keys() & _STRUCTURE:
             told.insert(0, self._structure(schema, place, indent, references, depth))
@@ -193,7 +193,7 @@ class _Writer:
         """What the schema says by its `type` and what belongs to it."""
         kind = schema.get("type")
         if isinstance(kind, list) and kind:
-            texts = []
+            texts: list[str] = []
             for one in kind:
                 texts.append(self._structure({**schema, "type": one}, place, indent, references, depth + 1).text)
                 self._spend(10 + len(schema) + len(texts[-1]), place)

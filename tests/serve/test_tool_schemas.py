@@ -70,6 +70,7 @@ NODE = {"type": "object", "properties": {"next": {"anyOf": [{"$ref": "#/$defs/No
             {"type": "array", "items": {"allOf": [{"anyOf": [STRING, NULL]}, {"anyOf": [STRING]}]}},
             "((string | null) & string)[]",
         ),
+        ({"type": "array", "items": {"anyOf": [{"enum": ["a", "b"]}]}}, '("a" | "b")[]'),
         ({"allOf": [{"properties": {"a": STRING}}, {"properties": {"a": {}}}]}, "{\n    a?: string,\n    }"),
         ({**A, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]}, "{\n    a?: string,\n    }"),
         (
