@@ -38,7 +38,7 @@ sweep: $(BIN)/.sweep ## measure configurations and decide: make sweep ARGS="buck
 test: $(BIN)/.tests ## everything that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
 
-fuzz: $(BIN)/.tests ## 100,000 token streams and 20,000 request bodies through the server, the engine faked: 20 minutes
+fuzz: $(BIN)/.tests ## 100,000 token streams and 20,000 request bodies through the server, the engine faked
 	$(BIN)/python -m tests.serve.fuzz $(ARGS)
 
 gpu-test: $(BIN)/.tests ## what needs an H100
