@@ -11,10 +11,20 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from engine.messages import Abort, BucketStats, Delta, FromEngine, Stats, StepReport, ToEngine, TokenLogprobs
+from engine.messages import (
+    Abort,
+    BucketStats,
+    Delta,
+    FromEngine,
+    PromptLogprobs,
+    Stats,
+    StepReport,
+    ToEngine,
+    TokenLogprobs,
+)
 from engine.scheduler import Scheduled, Scheduler
 from graphs.buckets import Bucket
-from graphs.buffers import Buffers, Sampled, Staging
+from graphs.buffers import Buffers, Sampled, Scores, Staging
 from graphs.capture import Steps, Wait
 
 Send = Callable[[int, npt.NDArray[np.int32]], None]
@@ -91,7 +101,13 @@ class Core:
         launched.wait()
         rows = launched.scheduled.rows
         sampled = self._buffers.sampled(launched.staging, len(rows))
-        deltas = self.scheduler.update(launched.scheduled, sampled.tokens, lambda row, n: _logprobs(sampled, row, n))
+        scores = self._buffers.scored(launched.staging)
+        deltas = self.scheduler.update(
+            launched.scheduled,
+            sampled.tokens,
+            lambda row, count: _logprobs(sampled, row, count),
+            lambda token, count: _prompt_logprobs(scores, token, count),
+        )
         self._publish(StepReport(deltas, self.stats()))
 
     def stats(self) -> Stats:
@@ -115,4 +131,13 @@ class Core:
 def _logprobs(sampled: Sampled, row: int, count: int) -> TokenLogprobs:
     return TokenLogprobs(
         float(sampled.logprobs[row]), sampled.top_ids[row, :count].tolist(), sampled.top_logprobs[row, :count].tolist()
+    )
+
+
+def _prompt_logprobs(scores: Scores, token: int, count: int) -> PromptLogprobs:
+    return PromptLogprobs(
+        float(scores.logprobs[token]),
+        scores.top_ids[token, :count].tolist(),
+        scores.top_logprobs[token, :count].tolist(),
+        int(scores.ranks[token]),
     )

@@ -36,11 +36,19 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top_logprobs: list[float]
 
 
+class PromptLogprobs(TokenLogprobs, frozen=True, array_like=True):
+    """The same of a token of the prompt, given those before it."""
+
+    rank: int  # 1 for the likeliest of all tokens
+
+
 class Delta(msgspec.Struct, frozen=True, array_like=True):
-    """What one step adds to one request: usually one token, or none with finish_reason "error".
+    """What one step adds to one request: usually one token, none with finish_reason "error" or max_tokens 0.
 
     The last token of a request that stopped on a stop token id is that id. `logprobs` is as long as `tokens` if the
-    request wants them. `cached_tokens` and `queue_seconds` are in the first Delta only.
+    request wants them. `prompt_logprobs` are those of the prompt's tokens from the second on, in order, each once:
+    those of a prompt of several chunks come in several Deltas, the last of them with the first token. `cached_tokens`
+    and `queue_seconds` are in the first Delta only.
     """
 
     id: int
@@ -50,6 +58,7 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     cached_tokens: int | None = None  # prompt tokens found in the prefix cache
     queue_seconds: float | None = None  # from arrival in the engine to the first step
     error: str | None = None  # with finish_reason "error": what went wrong, fit for the client
+    prompt_logprobs: list[PromptLogprobs] | None = None
 
 
 class BucketStats(msgspec.Struct, frozen=True, array_like=True):
@@ -93,7 +102,12 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     tp: int
     phases: dict[str, float]  # seconds by phase, in order
     memory: dict[str, int]  # bytes by use
-    buckets: dict[str, list[int]]
+    buckets: dict[str, list[int]]  # sizes by kind
+
+    @property
+    def scores_prompts(self) -> bool:
+        """Whether requests may ask for log probabilities of their prompts."""
+        return bool(self.buckets.get("score"))
 
 
 ToEngine = Submit | Abort

@@ -30,6 +30,8 @@ from kernels.ops import (
     TokenPlaces,
 )
 
+SCORED_AT_ONCE = 256  # tokens: their logits are all that is held, 103 MB of a vocabulary of 201,088 in bfloat16
+
 
 class Layer(NamedTuple):
     """One layer of one rank, in the form in which the operations take it."""
@@ -66,7 +68,7 @@ class Model:
         inputs = buffers.inputs[bucket]
         if isinstance(inputs, DecodeInputs):
             return lambda: self._decode(buffers, inputs)
-        return lambda: self._prefill(buffers, inputs)
+        return lambda: self._prefill(buffers, inputs, bucket.kind == "score")
 
     def _decode(self, buffers: Buffers, inputs: DecodeInputs[Tensor]) -> None:
         places = TokenPlaces(inputs.positions, inputs.slots)
@@ -74,10 +76,12 @@ class Model:
         hidden = self.forward("decode", buffers, tokens, places)  # [rows, H]
         self.sample(buffers, self.logits(hidden), TokenPlaces(next_positions, inputs.slots))
 
-    def _prefill(self, buffers: Buffers, inputs: PrefillInputs[Tensor]) -> None:
+    def _prefill(self, buffers: Buffers, inputs: PrefillInputs[Tensor], scores: bool) -> None:
         buffers.install(inputs)
         places = TokenPlaces(inputs.positions, inputs.slots)
         hidden = self.forward("prefill", buffers, inputs.tokens, places)  # [tokens, H]
+        if scores:
+            self.score(buffers, hidden, inputs.targets)
         logits = self.logits(hidden[inputs.last])  # [sequences, V / ranks]
         self.sample(buffers, logits, TokenPlaces(inputs.positions[inputs.last] + 1, inputs.sample_slots))
 
@@ -116,6 +120,15 @@ class Model:
     def logits(self, hidden: Tensor) -> Tensor:
         """Normed hidden states [R, H] -> this rank's logits [R, V / ranks]. R is small in a prefill step too."""
         return self.kernels.decode.linear(hidden, self.lm_head)
+
+    def score(self, buffers: Buffers, hidden: Tensor, targets: Tensor) -> None:
+        """Normed hidden states [T, H] of a prefill, targets [T] int32 -> the targets' log probabilities, in buffers."""
+        top = min(MAX_TOP_LOGPROBS, self.architecture.vocab)
+        for first in range(0, len(hidden), SCORED_AT_ONCE):
+            rows = slice(first, first + SCORED_AT_ONCE)
+            logits = self.kernels.prefill.linear(hidden[rows], self.lm_head)  # [rows, V / ranks]
+            scored = self.kernels.score(logits, targets[rows], first, self.architecture.vocab, top, self.peers)
+            buffers.put_scores(first, scored)
 
     def sample(self, buffers: Buffers, logits: Tensor, places: TokenPlaces) -> None:
         """Draw and emit one token a row. Every option is a value in the state of the row's slot: one graph for all."""

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from conf.limits import PAGE_TOKENS
-from engine.messages import Delta, FinishReason, Submit, TokenLogprobs
+from engine.messages import Delta, FinishReason, PromptLogprobs, Submit, TokenLogprobs
 from engine.pages import PagePool, extend_chain, pages_for
 from graphs.buckets import Buckets
-from graphs.plan import NO_PAGE, Chunk, DecodeStep, PrefillStep, SamplingParams, Step
+from graphs.plan import NO_PAGE, NO_TARGET, Chunk, DecodeStep, PrefillStep, SamplingParams, Step
 
 NO_SLOT = -1
 
@@ -31,6 +31,8 @@ class Request:
     last_position: int  # of the last token it may draw, whose key and value are never computed
     prefill_end: int  # prefill computes the positions before this: the prompt, after preemption also the answer so far
     salt: bytes = b""  # of its digests
+    to_score: int = 0  # the tokens behind the positions before this are to get log probabilities
+    scored: int = 0  # those behind the positions before this get them in a scheduled step
     computed: int = 0  # the positions before this are in its pages once every scheduled step has run
     slot: int = NO_SLOT  # held while it runs
     pages: list[int] = field(default_factory=list)
@@ -38,7 +40,13 @@ class Request:
     digests: list[bytes] = field(default_factory=list)  # of the leading full pages of `tokens`; no page is hashed twice
     cached_tokens: int | None = None  # found in the prefix cache at the first admission; None before it
     queue_seconds: float = 0.0  # from arrival to the first admission
+    answered: bool = False  # it had a Delta
     done: bool = False  # finished or aborted: tokens that still arrive for it are dropped
+
+    @property
+    def unscored(self) -> bool:
+        """Whether there are log probabilities of its prompt to compute yet."""
+        return self.scored < self.to_score
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +58,7 @@ class Scheduled:
 
     step: Step
     rows: Sequence[Request | None]
+    scored: Sequence[tuple[Request, range]] = ()  # the step's tokens whose targets are the request's, in order
 
 
 class Scheduler:
@@ -67,6 +76,7 @@ class Scheduler:
         self._max_context = max_context
         self._prefix_cache = prefix_cache
         self._largest = buckets.prefill[-1]
+        self._largest_scored = buckets.score[-1] if buckets.score else None
         self._free_slots = list(range(buckets.max_rows - 1, -1, -1))
         self._requests: dict[int, Request] = {}
         self._running: list[Request] = []  # oldest first
@@ -86,13 +96,16 @@ class Scheduler:
     def add(self, submit: Submit, now: float) -> None:
         """Queues a request; `now` is in seconds. Raises ValueError, fit for the client, for one that can never run."""
         prompt, limit = len(submit.prompt), submit.sampling.max_tokens
-        if prompt < 1 or limit < 1:
-            raise ValueError(f"a prompt of {prompt} tokens and max_tokens {limit}: both must be at least 1")
+        if prompt < 1 or limit < 0:
+            raise ValueError(f"a prompt of {prompt} tokens and max_tokens {limit}: at least 1 and 0 are allowed")
+        scores = submit.sampling.prompt_logprobs is not None
+        if scores and not self._largest_scored:
+            raise ValueError("prompt_logprobs: this server has no bucket for them (buckets.prompt_logprobs)")
         if prompt + limit > self._max_context:
             raise ValueError(
                 f"a prompt of {prompt} tokens and max_tokens {limit} exceed the context of {self._max_context} tokens"
             )
-        last_position = prompt + limit - 1
+        last_position = prompt + max(limit, 1) - 1  # with max_tokens 0 a token is drawn too, and dropped
         if pages_for(last_position) > self.pool.total:
             raise ValueError(
                 f"a prompt of {prompt} tokens and max_tokens {limit} need {pages_for(last_position)} pages of "
@@ -101,6 +114,7 @@ class Scheduler:
         request = Request(
             submit.id, submit.sampling, list(submit.prompt), prompt, now, last_position, prompt, submit.salt
         )
+        request.to_score = prompt - 1 if scores else 0
         self._requests[submit.id] = request
         self._waiting.append(request)
 
@@ -117,44 +131,49 @@ class Scheduler:
         """
         scheduled = self._decode() if self._prefilled else None
         scheduled = scheduled or self._prefill(now) or self._decode()
-        self._prefilled = scheduled is not None and scheduled.step.kind == "prefill"
+        self._prefilled = scheduled is not None and scheduled.step.kind != "decode"
         return scheduled
 
     def update(
-        self, scheduled: Scheduled, tokens: list[int], logprobs: Callable[[int, int], TokenLogprobs]
+        self,
+        scheduled: Scheduled,
+        tokens: list[int],
+        logprobs: Callable[[int, int], TokenLogprobs],
+        scores: Callable[[int, int], PromptLogprobs],
     ) -> list[Delta]:
         """Adds a step's drawn tokens to their requests; call it in the order in which steps were scheduled.
 
-        tokens: one a row, ignored where the row draws none. `logprobs(row, count)` gives a row's log probabilities; it
-        is called only for requests that want them.
+        tokens: one a row, ignored where the row draws none. `logprobs(row, count)` gives a row's log probabilities,
+        `scores(token, count)` those of the target of one of the step's tokens; they are called only for requests that
+        want them.
         """
         deltas = []
+        parts = {
+            request: [scores(token, request.sampling.prompt_logprobs or 0) for token in targets]
+            for request, targets in scheduled.scored
+            if not request.done
+        }
         for row, (request, token) in enumerate(zip(scheduled.rows, tokens, strict=True)):
             if request is None or request.done:
                 continue
             request.tokens.append(token)
             length, sampling = len(request.tokens), request.sampling
+            drawn = [token] if sampling.max_tokens else []
             finish: FinishReason | None = None
-            if token in sampling.stop_token_ids:
+            if drawn and token in sampling.stop_token_ids:
                 finish = "stop"
             elif length > request.last_position:
                 finish = "length"
-            first = length == request.prompt_tokens + 1
-            deltas.append(
-                Delta(
-                    request.id,
-                    [token],
-                    finish,
-                    None if sampling.logprobs is None else [logprobs(row, sampling.logprobs)],
-                    request.cached_tokens if first else None,
-                    request.queue_seconds if first else None,
-                )
-            )
+            found = None if sampling.logprobs is None else [logprobs(row, sampling.logprobs) for _ in drawn]
+            deltas.append(_delta(request, drawn, finish, found, parts.pop(request, None)))
             if length >= (request.registered + 1) * PAGE_TOKENS:
                 self._register(request)
             if finish:
                 self._end(request)
-        return deltas
+        return deltas + [
+            _delta(request, [], None, None if request.sampling.logprobs is None else [], part)
+            for request, part in parts.items()
+        ]
 
     def _decode(self) -> Scheduled | None:
         """One row for each running request whose prompt is done and whose last token is not drawn yet."""
@@ -174,16 +193,32 @@ class Scheduler:
         return Scheduled(DecodeStep(slots, positions, new_pages), rows) if rows else None
 
     def _prefill(self, now: float) -> Scheduled | None:
-        """Chunks, oldest request first, until the largest bucket is full or the next request doesn't fit."""
-        budget = self._largest.tokens
+        """Chunks, oldest request first, until the largest bucket is full or the next request doesn't fit.
+
+        The oldest decides whether the step scores; where it does not, a prompt that is to be scored waits.
+        """
+        unfinished = [request for request in self._running if request.computed < request.prefill_end]
+        oldest = next(iter(unfinished or self._waiting), None)
+        scores = oldest is not None and oldest.unscored
+        largest = self._largest_scored if scores and self._largest_scored else self._largest
+        budget = largest.tokens
         chosen: list[Request] = []
         chunks: list[Chunk] = []
-        unfinished = [request for request in self._running if request.computed < request.prefill_end]
-        while len(chunks) < self._largest.sequences:
-            request = unfinished[len(chunks)] if len(chunks) < len(unfinished) else self._admit(budget, now)
-            if request is None or (size := _chunk_size(request.prefill_end - request.computed, budget)) == 0:
+        scored: list[tuple[Request, range]] = []
+        while len(chunks) < largest.sequences:
+            request = unfinished[len(chunks)] if len(chunks) < len(unfinished) else self._admit(budget, scores, now)
+            if request is None or (request.unscored and not scores):
+                break
+            if (size := _chunk_size(request.prefill_end - request.computed, budget)) == 0:
                 break
             start, end = request.computed, request.computed + size
+            targets: list[int] = []
+            if request.scored < (scored_end := min(end, request.to_score)):
+                known = request.scored - start  # after preemption some positions are computed again
+                targets = [NO_TARGET] * known + request.tokens[request.scored + 1 : scored_end + 1]
+                first = largest.tokens - budget
+                scored.append((request, range(first + known, first + len(targets))))
+                request.scored = scored_end
             chunks.append(
                 Chunk(
                     slot=request.slot,
@@ -193,6 +228,7 @@ class Scheduler:
                     pages=request.pages[: pages_for(end)],
                     samples=end == request.prefill_end,
                     sampling=request.sampling,
+                    targets=targets,
                 )
             )
             chosen.append(request)
@@ -201,9 +237,9 @@ class Scheduler:
         for request in chosen:  # only now: chunks of one step don't read each other's pages
             self._register(request)
         rows = [request if chunk.samples else None for request, chunk in zip(chosen, chunks, strict=True)]
-        return Scheduled(PrefillStep(chunks), rows) if chunks else None
+        return Scheduled(PrefillStep(chunks), rows, scored) if chunks else None
 
-    def _admit(self, budget: int, now: float) -> Request | None:
+    def _admit(self, budget: int, scores: bool, now: float) -> Request | None:
         """Moves the oldest waiting request to the running ones; None where it has to wait, and all behind it too.
 
         It needs a slot, a first chunk that fits the budget, and pages for all its tokens. One page more for each
@@ -213,6 +249,8 @@ class Scheduler:
         if not self._waiting or not self._free_slots:
             return None
         request = self._waiting[0]
+        if request.unscored and not scores:
+            return None
         if len(request.tokens) < request.prefill_end:
             return None  # preempted, and a token that was drawn for it has not arrived yet
         cached = self._cached_pages(request)
@@ -231,7 +269,7 @@ class Scheduler:
         if request.cached_tokens is None:
             request.cached_tokens = cached_tokens
             request.queue_seconds = now - request.arrival
-            if self._reads_cache(request):
+            if self._reads_cache(request) and not request.unscored:
                 self.prefix_query_tokens += request.prompt_tokens
                 self.prefix_hit_tokens += cached_tokens
         return request
@@ -241,11 +279,15 @@ class Scheduler:
         return self._prefix_cache and not request.sampling.penalized
 
     def _cached_pages(self, request: Request) -> list[int]:
-        """The leading pages of a request that are in the prefix cache, at least one token short of all; now held."""
+        """The leading pages of a request that are in the prefix cache, at least one token short of all; now held.
+
+        What is read from there is not computed: only positions that are scored already, where the prompt is to be.
+        """
         if not self._reads_cache(request):
             return []
         extend_chain(request.digests, request.tokens, request.salt)
-        return self.pool.match(request.digests, (len(request.tokens) - 1) // PAGE_TOKENS)
+        most = request.scored if request.unscored else len(request.tokens) - 1
+        return self.pool.match(request.digests, most // PAGE_TOKENS)
 
     def _register(self, request: Request) -> None:
         """Makes the pages findable whose tokens are all known and whose keys and values a scheduled step computes."""
@@ -290,6 +332,26 @@ class Scheduler:
             self._waiting.remove(request)
         else:
             self._stop(request)
+
+
+def _delta(
+    request: Request,
+    tokens: list[int],
+    finish: FinishReason | None,
+    logprobs: list[TokenLogprobs] | None,
+    prompt_logprobs: list[PromptLogprobs] | None,
+) -> Delta:
+    """What a step adds to a request; the first one says how it began."""
+    first, request.answered = not request.answered, True
+    return Delta(
+        request.id,
+        tokens,
+        finish,
+        logprobs,
+        request.cached_tokens if first else None,
+        request.queue_seconds if first else None,
+        prompt_logprobs=prompt_logprobs,
+    )
 
 
 def _chunk_size(left: int, budget: int) -> int:

@@ -91,13 +91,15 @@ def _start(config: Config, ranks: Ranks, device: torch.device) -> Engine:
     dtype: torch.dtype = getattr(torch, config.kernels.dtype.name)
     ops = kernels.choose(config.kernels.name.value, device, dtype)
     shape, weights = _weights(config, ranks, device, dtype)
-    buckets = Buckets.of(config.buckets.decode_rows, config.buckets.prefill_tokens, config.buckets.prefill_sequences)
+    sequences = config.buckets.prefill_sequences
+    buckets = Buckets.of(
+        config.buckets.decode_rows, config.buckets.prefill_tokens, sequences, config.buckets.prompt_logprobs
+    )
     context, rows = config.buckets.max_context, buckets.max_rows
     if context > shape.max_positions:
         raise ConfigError(f"buckets.max_context: got {context}, allowed: at most the model's {shape.max_positions}")
     weights_bytes = weights.bytes  # now, because the model lets go of what it has packed
-    sequences = config.buckets.prefill_sequences
-    peers = ops.join(ranks, rows, buckets.prefill[-1].tokens, sequences, shape.hidden, device)
+    peers = ops.join(ranks, rows, buckets.prefill[-1].tokens, sequences, buckets.max_scored, shape.hidden, device)
     model = Model(shape, weights, ops, peers, context)
     phase("weights")
 
@@ -138,7 +140,11 @@ def _start(config: Config, ranks: Ranks, device: torch.device) -> Engine:
         tp=ranks.size,
         phases=phases,
         memory=memory,
-        buckets={"decode": [b.tokens for b in buckets.decode], "prefill": [b.tokens for b in buckets.prefill]},
+        buckets={
+            kind: [bucket.tokens for bucket in shapes]
+            for kind, shapes in (("decode", buckets.decode), ("prefill", buckets.prefill), ("score", buckets.score))
+            if shapes
+        },
     )
     return Engine(model, buffers, steps, ready)
 
@@ -160,7 +166,7 @@ def _warm_up(model: Model, buffers: Buffers) -> int:
     """Run the largest step of each kind; the bytes it took at most beside the buffers."""
     before, slots = torch.cuda.memory_allocated(), buffers.buckets.max_rows
     torch.cuda.reset_peak_memory_stats()
-    for bucket in (buffers.buckets.prefill[-1], buffers.buckets.decode[-1]):
+    for bucket in (*buffers.buckets.score[-1:], buffers.buckets.prefill[-1], buffers.buckets.decode[-1]):
         context = min(bucket.tokens // min(bucket.sequences, slots), buffers.context_pages * PAGE_TOKENS)
         staging = buffers.staging()
         buffers.fill(full_step(bucket, context, slots), bucket, staging)

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from conf.limits import BIAS_ENTRIES, MAX_TOP_LOGPROBS, PAGE_TOKENS, SCRATCH_PAGE
 from graphs.buckets import Bucket, Buckets
-from graphs.plan import NO_PAGE, Chunk, DecodeStep, PrefillStep, Step
-from kernels.ops import Array, SamplingState
+from graphs.plan import NO_PAGE, NO_TARGET, Chunk, DecodeStep, PrefillStep, Step
+from kernels.ops import Array, SamplingState, Scored
 
 HostArray = npt.NDArray[Any]  # int32 or float32
 Allocate = Callable[[tuple[int, ...], str], Array]  # (shape, dtype's name) -> an array
 OUTPUT_WORDS = 2 + 2 * MAX_TOP_LOGPROBS  # token, its log probability, the ids and the values of the likeliest
+SCORE_WORDS = 2 + 2 * MAX_TOP_LOGPROBS  # rank, log probability, the ids and the values of the likeliest
 
 
 class Sampled(NamedTuple):
@@ -32,6 +33,15 @@ class Sampled(NamedTuple):
     logprobs: npt.NDArray[np.float32]  # [rows]
     top_ids: npt.NDArray[np.int32]  # [rows, MAX_TOP_LOGPROBS]
     top_logprobs: npt.NDArray[np.float32]  # [rows, MAX_TOP_LOGPROBS]
+
+
+class Scores(NamedTuple):
+    """What one step found of its prompts' tokens, by token of the step, on the host."""
+
+    ranks: npt.NDArray[np.int32]  # [tokens]
+    logprobs: npt.NDArray[np.float32]  # [tokens]
+    top_ids: npt.NDArray[np.int32]  # [tokens, MAX_TOP_LOGPROBS]
+    top_logprobs: npt.NDArray[np.float32]  # [tokens, MAX_TOP_LOGPROBS]
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,7 @@ class PrefillInputs(Generic[Array]):
     last: Array  # [sequences], index of the chunk's last token
     page_table: Array  # [sequences, pages of a context]
     sampling: SamplingState[Array]  # a row a sequence
+    targets: Array  # [tokens] where the bucket scores, or else [0]; NO_TARGET where nothing is wanted
 
     @classmethod
     def allocate(cls, allocate: Allocate[Array], bucket: Bucket, context_pages: int) -> "PrefillInputs[Array]":
@@ -77,6 +88,7 @@ class PrefillInputs(Generic[Array]):
             last=ints(bucket.sequences),
             page_table=ints(bucket.sequences, context_pages),
             sampling=sampling_state(allocate, bucket.sequences),
+            targets=ints(bucket.tokens if bucket.kind == "score" else 0),
         )
 
 
@@ -114,6 +126,7 @@ class Staging(NamedTuple):
     words: Tensor  # int32, the packed inputs
     inputs: dict[Bucket, Inputs[HostArray]]  # the same, by field
     outputs: Tensor  # [rows, OUTPUT_WORDS] int32
+    scores: Tensor  # [tokens of the largest bucket that scores, SCORE_WORDS] int32
 
 
 class Buffers:
@@ -153,6 +166,7 @@ class Buffers:
             bucket: self._inputs(_views(self.words, torch), bucket) for bucket in buckets.all
         }
         self.outputs = self._zeros((buckets.max_sequences, OUTPUT_WORDS), "int32")
+        self.scores = self._zeros((buckets.max_scored, SCORE_WORDS), "int32")
 
     @staticmethod
     def page_bytes(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
@@ -180,7 +194,8 @@ class Buffers:
         words = torch.zeros(self.max_words, dtype=torch.int32, pin_memory=pinned)
         inputs = {bucket: self._inputs(_views(words.numpy(), np), bucket) for bucket in self.buckets.all}
         outputs = torch.zeros(self.outputs.shape, dtype=torch.int32, pin_memory=pinned)
-        return Staging(words, inputs, outputs)
+        scores = torch.zeros(self.scores.shape, dtype=torch.int32, pin_memory=pinned)
+        return Staging(words, inputs, outputs, scores)
 
     def words_of(self, bucket: Bucket) -> int:
         """int32 words of the packed inputs of a bucket."""
@@ -205,6 +220,7 @@ class Buffers:
 
     def _fill_prefill(self, step: PrefillStep, inputs: PrefillInputs[HostArray]) -> None:
         end = 0
+        inputs.targets[:] = NO_TARGET
         inputs.page_table[:] = SCRATCH_PAGE
         for row, chunk in enumerate(step.chunks):
             begin, end = end, end + len(chunk.tokens)
@@ -216,6 +232,8 @@ class Buffers:
             inputs.starts[row] = chunk.start
             inputs.last[row] = end - 1
             inputs.page_table[row, : len(chunk.pages)] = chunk.pages
+            if chunk.targets:
+                inputs.targets[begin : begin + len(chunk.targets)] = chunk.targets
             _fill_sampling(inputs.sampling, row, chunk)
         inputs.tokens[end:], inputs.positions[end:], inputs.slots[end:] = 0, 0, self.padding_slot
         padding = slice(len(step.chunks), None)
@@ -236,6 +254,15 @@ class Buffers:
             columns[:, split:].view(np.float32),
         )
 
+    @staticmethod
+    def scored(staging: Staging) -> Scores:
+        """What a finished step that scores left in the host's memory."""
+        columns = staging.scores.numpy()
+        split = 2 + MAX_TOP_LOGPROBS
+        return Scores(
+            columns[:, 0], columns[:, 1].view(np.float32), columns[:, 2:split], columns[:, split:].view(np.float32)
+        )
+
     # On the device, inside the captured step -------------------------------------------------------------------------
 
     def install(self, inputs: PrefillInputs[Tensor]) -> None:
@@ -251,6 +278,15 @@ class Buffers:
         at = inputs.slots.long() * self.in_prompt.shape[1] + inputs.tokens
         self.in_prompt.view(-1).scatter_reduce_(0, at, prompt.byte(), "amax")
         self.output_counts.view(-1).scatter_add_(0, at, (~prompt).int())
+
+    def put_scores(self, first: int, scored: Scored) -> None:
+        """Scores of the step's tokens from `first` on to where the host reads them."""
+        rows, top = scored.top_ids.shape
+        out, split = self.scores[first : first + rows], 2 + MAX_TOP_LOGPROBS
+        out[:, 0] = scored.ranks
+        out[:, 1] = scored.logprobs.view(torch.int32)
+        out[:, 2 : 2 + top] = scored.top_ids
+        out[:, split : split + top] = scored.top_logprobs.view(torch.int32)
 
 
 def _fill_sampling(state: SamplingState[HostArray], row: int, chunk: Chunk) -> None:

@@ -69,6 +69,8 @@ class EagerSteps:
         self._buffers.words[:words].copy_(staging.words[:words])
         self._bodies[bucket]()
         staging.outputs[: bucket.sequences].copy_(self._buffers.outputs[: bucket.sequences])
+        if bucket.kind == "score":
+            staging.scores[: bucket.tokens].copy_(self._buffers.scores[: bucket.tokens])
 
 
 class GraphSteps:
@@ -103,5 +105,7 @@ class GraphSteps:
             self._buffers.words[:words].copy_(staging.words[:words], non_blocking=True)
             self._graphs[bucket].replay()
             staging.outputs[: bucket.sequences].copy_(self._buffers.outputs[: bucket.sequences], non_blocking=True)
+            if bucket.kind == "score":
+                staging.scores[: bucket.tokens].copy_(self._buffers.scores[: bucket.tokens], non_blocking=True)
             done.record()
         return done.synchronize

@@ -16,6 +16,7 @@ from conf.limits import MAX_LOGIT_BIAS, MAX_STOP_TOKENS, MAX_TOP_LOGPROBS, PAGE_
 from graphs.buckets import Bucket, Kind
 
 NO_PAGE = -1
+NO_TARGET = -1
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,7 +27,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     kernels have room for every instance.
     """
 
-    max_tokens: int  # at least 1
+    max_tokens: int  # 0: nothing is drawn, the prompt alone is computed
     seed: int  # 0 <= seed < 2**63; the random numbers of a token depend on (seed, its position) and nothing else
     min_tokens: int = 0  # until then no token of stop_token_ids can be drawn
     temperature: float = 1.0  # 0: greedy
@@ -39,6 +40,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logit_bias: dict[int, float] = {}  # at most MAX_LOGIT_BIAS entries
     stop_token_ids: tuple[int, ...] = ()  # the model's own end tokens included; at most MAX_STOP_TOKENS
     logprobs: int | None = None  # the drawn token's log probability and this many of the likeliest tokens'
+    prompt_logprobs: int | None = None  # the same for each token of the prompt but the first
 
     def __post_init__(self) -> None:
         for name, holds, allowed in (
@@ -51,6 +53,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             ("logit_bias", len(self.logit_bias) <= MAX_LOGIT_BIAS, f"at most {MAX_LOGIT_BIAS} entries"),
             ("stop_token_ids", len(self.stop_token_ids) <= MAX_STOP_TOKENS, f"at most {MAX_STOP_TOKENS}"),
             ("logprobs", 0 <= (self.logprobs or 0) <= MAX_TOP_LOGPROBS, f"None or 0 to {MAX_TOP_LOGPROBS}"),
+            (
+                "prompt_logprobs",
+                0 <= (self.prompt_logprobs or 0) <= MAX_TOP_LOGPROBS,
+                f"None or 0 to {MAX_TOP_LOGPROBS}",
+            ),
         ):
             if not holds:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, allowed: {allowed}")
@@ -71,12 +78,17 @@ class Chunk:
     pages: Sequence[int]  # page ids, in order, covering at least positions 0 .. start + len(tokens) - 1
     samples: bool  # the chunk is the last: draw the next token after it
     sampling: SamplingParams
+    targets: Sequence[int] = ()  # by token, NO_TARGET or none: the token whose log probability behind it is wanted
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillStep:
-    kind: ClassVar[Kind] = "prefill"
     chunks: Sequence[Chunk]
+
+    @property
+    def kind(self) -> Kind:
+        """score where a chunk has targets."""
+        return "score" if any(chunk.targets for chunk in self.chunks) else "prefill"
 
     @property
     def tokens(self) -> int:
@@ -107,7 +119,7 @@ def full_step(bucket: Bucket, context: int, slots: int, vocab: int = 1, pages: S
 
     decode: a row a slot, each of which computes the last of `context` tokens; what is in the slots' pages and what
     their last tokens are is left to the caller. prefill: as many whole prompts of `context` tokens as fit, at most
-    `slots`, of random ids below `vocab`.
+    `slots`, of random ids below `vocab`; score: the same, and each token is scored.
 
     pages: ids for the prompts, dealt out in order; where there are none, all prompts share the scratch page.
     """
@@ -118,6 +130,8 @@ def full_step(bucket: Bucket, context: int, slots: int, vocab: int = 1, pages: S
 
     def prompt(slot: int) -> Chunk:
         own = pages[slot * each : (slot + 1) * each] if pages else [SCRATCH_PAGE] * each
-        return Chunk(slot, draw.choices(range(vocab), k=context), 0, context, own, True, greedy)
+        tokens = draw.choices(range(vocab), k=context)
+        targets = tokens if bucket.kind == "score" else ()
+        return Chunk(slot, tokens, 0, context, own, True, greedy, targets)
 
     return PrefillStep([prompt(slot) for slot in range(min(slots, bucket.sequences, bucket.tokens // context))])

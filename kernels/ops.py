@@ -72,6 +72,7 @@ class Peers:
     attention: ExchangeArea = ExchangeArea()  # for the sum after attention
     mlp: ExchangeArea = ExchangeArea()  # for the sum after the experts
     sampler: ExchangeArea = ExchangeArea()
+    scorer: ExchangeArea = ExchangeArea()
     mapped: object = None  # keeps the areas mapped
 
     @property
@@ -190,6 +191,18 @@ class Sampled(NamedTuple):
     top_logprobs: Tensor  # [R, top] float32
 
 
+class Scored(NamedTuple):
+    """What a model thinks of given tokens, by row: of all tokens that could stand in their place, a log probability.
+
+    The likelier token goes first, of equal ones the one of the lower id. Rows without a target hold anything.
+    """
+
+    ranks: Tensor  # [R] int32: the target's place in that order, from 1
+    logprobs: Tensor  # [R] float32, of the targets
+    top_ids: Tensor  # [R, top] int32, the likeliest first
+    top_logprobs: Tensor  # [R, top] float32
+
+
 class Operations(Protocol):
     """The forward's operations for one kind of step. All may be captured in a CUDA graph; none waits for the device."""
 
@@ -260,9 +273,17 @@ class KernelSet(Protocol):
         """
 
     def join(
-        self, ranks: Ranks, decode_rows: int, prefill_tokens: int, sequences: int, hidden: int, device: torch.device
+        self,
+        ranks: Ranks,
+        decode_rows: int,
+        prefill_tokens: int,
+        sequences: int,
+        scored: int,
+        hidden: int,
+        device: torch.device,
     ) -> Peers:
-        """Connect the ranks; all of them must call this. The numbers are the most that a step has.
+        """Connect the ranks; all of them must call this. The numbers are the most that a step has; scored: tokens whose
+        log probabilities it computes.
 
         Raises UnsupportedError where the ranks cannot exchange what they add up.
         """
@@ -290,6 +311,14 @@ class KernelSet(Protocol):
 
         Penalties and bias first, then temperature, then top-k, top-p and min-p; then the largest logit plus Gumbel
         noise that depends on (seed, position, token) alone. The same on every rank.
+        """
+
+    def score(self, logits: Tensor, targets: Tensor, first_row: int, vocab: int, top: int, peers: Peers) -> Scored:
+        """Log probabilities of given tokens. logits [R, N] C, as `sample` takes them; targets [R] int32, negative where
+        a row has none.
+
+        first_row: the number of the first row among all that the step scores, which are at most the `scored` that
+        `join` was given; every row of a step has a number of its own. The same on every rank.
         """
 
     def emit(self, sampled: Sampled, slots: Tensor, last_token: Tensor, counts: TokenCounts, outputs: Tensor) -> None:

@@ -28,6 +28,7 @@ from kernels.ops import (
     Routing,
     Sampled,
     SamplingState,
+    Scored,
     TokenCounts,
     TokenPlaces,
     UnsupportedError,
@@ -98,7 +99,7 @@ def pack_experts(blocks: Tensor, scales: Tensor, bias: Tensor, interleaved: bool
 
 
 def join(
-    ranks: Ranks, decode_rows: int, prefill_tokens: int, sequences: int, hidden: int, device: torch.device
+    ranks: Ranks, decode_rows: int, prefill_tokens: int, sequences: int, scored: int, hidden: int, device: torch.device
 ) -> Peers:
     """The ranks as they are: CPUs exchange through their collectives. Raises UnsupportedError for several GPUs."""
     if ranks.size > 1 and device.type == "cuda":
@@ -139,6 +140,24 @@ def sample(
         positions,
     )
     return Sampled(drawn, *top_logprobs(raw, drawn, top))
+
+
+def score(logits: Tensor, targets: Tensor, first_row: int, vocab: int, top: int, peers: Peers) -> Scored:
+    """See `kernels.ops.KernelSet.score`."""
+    whole = peers.ranks.all_gather(logits)[:, :vocab]
+    given = targets.clamp(min=0).long()
+    rows = [_score_row(row.float(), target, top) for row, target in zip(whole, torch.split(given, 1), strict=True)]
+    return Scored(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+
+def _score_row(logits: Tensor, target: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logits [V] float32, target [1] -> the fields of `Scored` for one row."""
+    count = len(logits)
+    keys = _order(logits + 0.0) * count - torch.arange(count, device=logits.device)  # no two are equal; -0 counts as 0
+    best = keys.topk(top).indices
+    values = logits - logits.logsumexp(0)
+    rank = (keys > keys[target]).sum() + 1
+    return rank.int(), values[target].squeeze(0), best.int(), values[best]
 
 
 def emit(sampled: Sampled, slots: Tensor, last_token: Tensor, counts: TokenCounts, outputs: Tensor) -> None:
@@ -385,8 +404,7 @@ def _draw_row(
 ) -> Tensor:
     scaled = logits / torch.where(temperature > 0, temperature, 1.0)
     weight = torch.exp(scaled - scaled.max())
-    bits = scaled.view(torch.int32)
-    order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() + 2**31  # 0 .. 2^32 - 1, in the order of the floats
+    order = _order(scaled)
     ones = torch.ones_like(order)
     keep = order >= _threshold(order, ones, torch.where(top_k > 0, top_k, logits.numel()).clamp(max=logits.numel()))
     mass = torch.where(keep, weight * 2.0**40, 0.0).long()  # integers: their sums do not depend on the order
@@ -395,6 +413,12 @@ def _draw_row(
     keep &= weight >= min_p
     noisy = torch.where(keep, scaled + gumbel(logits.numel(), seed, position), -math.inf)
     return torch.where(temperature > 0, noisy, logits).argmax()
+
+
+def _order(x: Tensor) -> Tensor:
+    """float32 -> int64, 0 .. 2^32 - 1, in the order of the floats."""
+    bits = x.view(torch.int32)
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() + 2**31
 
 
 def _threshold(order: Tensor, mass: Tensor, target: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from conf.limits import SCRATCH_PAGE
 from conf.schema import BucketsConfig, Config, Dtype, KernelsConfig, ModelConfig, RandomShape, Weights
 from engine.architecture import Architecture
-from engine.messages import Abort, Delta, StepReport, Submit
+from engine.messages import Abort, Delta, PromptLogprobs, StepReport, Submit
 from engine.parallel import Ranks
 from engine.start import start
 from graphs.plan import Chunk, PrefillStep, SamplingParams
@@ -37,6 +37,7 @@ class InProcess:
         decode_rows=(1, 2, 4, 8),
         prefill_tokens=(64, 256),
         sequences=4,
+        prompt_logprobs=(),
         max_context=1024,
         pages=200,
         prefix_cache=True,
@@ -57,6 +58,7 @@ class InProcess:
                 decode_rows=list(decode_rows),
                 prefill_tokens=list(prefill_tokens),
                 prefill_sequences=sequences,
+                prompt_logprobs=list(prompt_logprobs),
                 max_context=max_context,
                 pages=pages,
             ),
@@ -70,7 +72,7 @@ class InProcess:
         if poison:
             self.buffers.keys.fill_(float("nan"))
             self.buffers.values.fill_(float("nan"))
-            for bucket in self.buckets.prefill:
+            for bucket in self.buckets.prefill + self.buckets.score:
                 self.steps.capture(bucket, self._poisoned(bucket))
         self.core = engine.core(self._published, prefix_cache=prefix_cache)
         self.scheduler = self.core.scheduler
@@ -112,6 +114,9 @@ class InProcess:
 
     def tokens(self, id: int) -> list[int]:
         return [token for delta in self.deltas[id] for token in delta.tokens]
+
+    def prompt_logprobs(self, id: int) -> list[PromptLogprobs]:
+        return [entry for delta in self.deltas[id] for entry in delta.prompt_logprobs or []]
 
     def generate(self, *prompts: list[int], **sampling) -> list[list[int]]:
         """Submit all prompts at once -> the tokens of each."""

@@ -53,6 +53,7 @@ def test_a_models_buckets_give_way_to_those_asked_for():
         (["buckets.decode_rows=[]"], ["buckets.decode_rows", "[]"]),
         (["buckets.decode_rows=[1,512]"], ["buckets.decode_rows", "512", "256 rows"]),
         (["buckets.prefill_tokens=[32]"], ["buckets.prefill_tokens", "64"]),
+        (["buckets.prompt_logprobs=[64,4096]"], ["buckets.prompt_logprobs", "64 to 1024 tokens"]),
         (["buckets.max_context=1000"], ["buckets.max_context", "1000", "multiple of 64"]),
         (["server.api_key_file=/nowhere/keys"], ["server.api_key_file", "/nowhere/keys"]),
     ],

@@ -89,6 +89,25 @@ def test_greedy_tokens_equal_those_of_transformers_but_for_ties(folder):
         assert torch.all(best - chosen <= 1e-4 * logits.std()), (best - chosen, tokens)
 
 
+def test_log_probabilities_of_prompts_equal_those_of_transformers(folder):
+    ours, theirs = InProcess(folder, prompt_logprobs=(64, 256)), transformers_model(folder, torch.float32)
+    prompts = [prompt_of(length, ours.shape.vocab) for length in LENGTHS]
+    ids = [ours.submit(prompt, max_tokens=0, prompt_logprobs=5) for prompt in prompts]
+    ours.run()
+    for id, prompt in zip(ids, prompts, strict=True):
+        with torch.inference_mode():
+            expected = theirs(torch.tensor([prompt])).logits[0].log_softmax(-1)
+        found = ours.prompt_logprobs(id)
+        assert len(found) == len(prompt) - 1
+        for row, target, entry in zip(expected[:-1], prompt[1:], found, strict=True):
+            best = row.topk(5)
+            at_most = [entry.logprob, *entry.top_logprobs], [float(row[target]), *best.values.tolist()]
+            torch.testing.assert_close(*map(torch.tensor, at_most), atol=2e-3, rtol=0)
+            torch.testing.assert_close(row[entry.top_ids], best.values, atol=2e-3, rtol=0)
+            clear = int((row > row[target] + 2e-3).sum()), int((row > row[target] - 2e-3).sum())
+            assert clear[0] < entry.rank <= clear[1]
+
+
 class Spied(NamedTuple):
     """The reference, with the names of the operations that each kind of step calls."""
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from demo.checkpoint import DEMO
 from tests.harness import TINY, InProcess, prompt_of
@@ -14,13 +15,16 @@ SAMPLED = [{}, {"temperature": 0.9}, {"temperature": 1.1, "top_k": 40, "top_p": 
 
 
 def generate(ranks, device, shape):
-    engine = InProcess(shape, device=device, ranks=ranks, decode_rows=(1, 4), prefill_tokens=(64,), max_context=256)
+    sizes = {"decode_rows": (1, 4), "prefill_tokens": (64,), "prompt_logprobs": (64,), "max_context": 256}
+    engine = InProcess(shape, device=device, ranks=ranks, **sizes)
     ids = [
         engine.submit(prompt_of(1 + 29 * n, shape.vocab), max_tokens=5, logprobs=3, seed=n, **options)
         for n, options in enumerate(SAMPLED)
     ]
+    scored = [engine.submit(prompt_of(50 * n, shape.vocab), max_tokens=0, prompt_logprobs=3) for n in (1, 2)]
     engine.run()
-    return [(engine.tokens(id), [delta.logprobs for delta in engine.deltas[id]]) for id in ids]
+    answers = [(engine.tokens(id), [delta.logprobs for delta in engine.deltas[id]]) for id in ids]
+    return answers, [engine.prompt_logprobs(id) for id in scored]
 
 
 @pytest.mark.parametrize(("shape", "sizes"), [(replace(DEMO, vocab=4096), (2,)), (ODD, (4, 8))], ids=["demo", "odd"])
@@ -29,4 +33,9 @@ def test_ranks_answer_as_one_does(shape, sizes):
     for size in sizes:
         answers = together(generate, size, shape, gpus=0)
         assert all(answer == answers[0] for answer in answers[1:]), size
-        assert [tokens for tokens, _ in answers[0]] == [tokens for tokens, _ in whole], size
+        assert [tokens for tokens, _ in answers[0][0]] == [tokens for tokens, _ in whole[0]], size
+        for mine, expected in zip(answers[0][1], whole[1], strict=True):
+            assert len(mine) == len(expected) > 40
+            for entry, other in zip(mine, expected, strict=True):
+                torch.testing.assert_close(torch.tensor(entry.logprob), torch.tensor(other.logprob), atol=1e-4, rtol=0)
+                torch.testing.assert_close(entry.top_logprobs, other.top_logprobs, atol=1e-4, rtol=0)

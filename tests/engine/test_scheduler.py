@@ -10,11 +10,11 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from conf.limits import PAGE_TOKENS, SCRATCH_PAGE
-from engine.messages import Delta, Submit, TokenLogprobs
+from engine.messages import Delta, PromptLogprobs, Submit, TokenLogprobs
 from engine.pages import PagePool, pages_for
 from engine.scheduler import NO_SLOT, Scheduled, Scheduler
 from graphs.buckets import Buckets
-from graphs.plan import NO_PAGE, Chunk, DecodeStep, PrefillStep, SamplingParams, Step
+from graphs.plan import NO_PAGE, NO_TARGET, Chunk, DecodeStep, PrefillStep, SamplingParams, Step
 
 VOCAB = 97
 
@@ -44,6 +44,17 @@ def alone(submit: Submit) -> list[int]:
     return answer
 
 
+def scores_alone(submit: Submit) -> list[PromptLogprobs]:
+    """The log probabilities that a request's prompt gets without any scheduler."""
+    count = submit.sampling.prompt_logprobs
+    ends = range(1, len(submit.prompt)) if count is not None else ()
+    return [score(entries(submit.prompt[:end]), submit.prompt[end], count) for end in ends]
+
+
+def score(history: bytes, target: int, count: int) -> PromptLogprobs:
+    return PromptLogprobs(float(zlib.crc32(history)), [target] * count, [0.0] * count, target)
+
+
 @dataclass
 class Slot:
     sampling: SamplingParams | None = None
@@ -60,6 +71,7 @@ class Device:
     pages: int
     memory: list[bytearray] = field(init=False)
     slots: dict[int, Slot] = field(default_factory=dict)
+    scored: list[tuple[bytes, int]] = field(default_factory=list)  # by token of the last prefill: history and target
 
     def __post_init__(self) -> None:
         self.memory = [bytearray(b"\xee" * 8 * PAGE_TOKENS) for _ in range(self.pages)]
@@ -78,7 +90,7 @@ class Device:
 
     def prefill(self, chunks: list[Chunk]) -> list[int]:
         before = [self.read(chunk.pages, chunk.start) for chunk in chunks]  # chunks don't see each other
-        drawn = []
+        drawn, self.scored = [], []
         for chunk, history in zip(chunks, before, strict=True):
             if chunk.start == 0 or chunk.slot not in self.slots:
                 self.slots[chunk.slot] = Slot()
@@ -92,6 +104,9 @@ class Device:
                 history + entries(chunk.tokens, chunk.start), chunk.sampling, (slot.prompt_seen, slot.answer_seen)
             )
             drawn.append(slot.last if chunk.samples else VOCAB + 1)
+            for place in range(len(chunk.tokens)):
+                target = chunk.targets[place] if place < len(chunk.targets) else NO_TARGET
+                self.scored.append((history + entries(chunk.tokens[: place + 1], chunk.start), target))
         return drawn
 
     def decode(self, step: DecodeStep) -> list[int]:
@@ -127,8 +142,8 @@ class Loop:
     silent: set[int] = field(default_factory=set)  # finished or aborted: no Delta may follow
 
     @classmethod
-    def of(cls, pages=64, rows=4, prefill=(256,), sequences=4, max_context=1024, prefix_cache=True, ahead=1):
-        buckets = Buckets.of([rows], list(prefill), sequences)
+    def of(cls, pages=64, rows=4, prefill=(256,), sequences=4, max_context=1024, prefix_cache=True, ahead=1, score=()):
+        buckets = Buckets.of([rows], list(prefill), sequences, score)
         return cls(Scheduler(PagePool(pages), buckets, max_context, prefix_cache), buckets, Device(pages), ahead)
 
     def add(self, *submits: Submit) -> None:
@@ -168,8 +183,12 @@ class Loop:
         """The device executes the oldest step in flight; its tokens arrive."""
         scheduled = self.in_flight.popleft()
         drawn = self.device.run(scheduled.step)  # as late as can be: later planning must not have touched the step
+        scored = list(self.device.scored)
         deltas = self.scheduler.update(
-            scheduled, drawn, lambda row, count: TokenLogprobs(-drawn[row], [*range(count)], [0.0] * count)
+            scheduled,
+            drawn,
+            lambda row, count: TokenLogprobs(-drawn[row], [*range(count)], [0.0] * count),
+            lambda token, count: score(*scored[token], count),
         )
         for delta in deltas:
             assert delta.id not in self.silent
@@ -193,8 +212,11 @@ class Loop:
     def answer(self, id: int) -> list[int]:
         return [token for delta in self.deltas if delta.id == id for token in delta.tokens]
 
+    def scores(self, id: int) -> list[PromptLogprobs]:
+        return [entry for delta in self.deltas if delta.id == id for entry in delta.prompt_logprobs or []]
+
     def check_prefill(self, step: PrefillStep) -> None:
-        bucket = self.buckets.choose("prefill", step.tokens)  # raises where no bucket holds the step
+        bucket = self.buckets.choose(step.kind, step.tokens)  # raises where no bucket holds the step
         assert len(step.chunks) <= bucket.sequences
         assert len({chunk.slot for chunk in step.chunks}) == len(step.chunks)
         for chunk in step.chunks:
@@ -307,8 +329,8 @@ def test_log_probabilities_come_only_where_they_are_asked_for():
 @pytest.mark.parametrize(
     ("prompt", "max_tokens", "words"),
     [
-        (0, 1, "both must be at least 1"),
-        (1, 0, "both must be at least 1"),
+        (0, 1, "a prompt of 0 tokens and max_tokens 1: at least 1 and 0 are allowed"),
+        (1, -1, "max_tokens -1: at least 1 and 0 are allowed"),
         (100, 200, "exceed the context of 256 tokens"),
         (130, 64, "need 4 pages of 64 tokens; the server has 3"),
     ],
@@ -325,6 +347,64 @@ def test_the_last_token_needs_no_page_and_a_full_context_can_be_used():
     loop.add(submit(1, prompt=100, max_tokens=93))  # 193 tokens, of which 192 lie in 3 pages
     loop.drain()
     assert loop.answer(1) == alone(submit(1, prompt=100, max_tokens=93))
+
+
+def test_with_no_token_allowed_the_prompt_alone_is_computed():
+    loop = Loop.of(pages=3, max_context=128)
+    loop.add(submit(1, prompt=128, max_tokens=0, logprobs=2, stop_token_ids=tuple(range(20))))
+    loop.drain()
+    assert loop.deltas == [Delta(1, [], "length", logprobs=[], cached_tokens=0, queue_seconds=1)]
+    assert [lengths(step) for step in loop.steps] == [[(0, 128)]]
+
+
+# --- log probabilities of prompts -------------------------------------------------------------------------------------
+
+
+def test_a_prompts_log_probabilities_come_chunk_by_chunk_the_last_with_the_first_token():
+    loop = Loop.of(score=(64,))
+    loop.add(wanted := submit(1, prompt=150, max_tokens=2, prompt_logprobs=1))
+    loop.drain()
+    assert [len(delta.prompt_logprobs or []) for delta in loop.deltas] == [64, 64, 21, 0]
+    assert [len(delta.tokens) for delta in loop.deltas] == [0, 0, 1, 1]
+    assert [delta.cached_tokens for delta in loop.deltas] == [0, None, None, None]
+    assert loop.scores(1) == scores_alone(wanted)
+
+
+def test_a_step_scores_where_the_oldest_prompt_wants_it_and_others_may_share_it():
+    loop = Loop.of(score=(128,))
+    loop.add(submit(1, 10), submit(2, 10, prompt_logprobs=0), submit(3, 10), submit(4, 200, prompt_logprobs=0))
+    loop.drain()
+    steps = [(step.kind, lengths(step)) for step in loop.steps if isinstance(step, PrefillStep)]
+    assert steps == [("prefill", [(0, 10)]), ("score", [(0, 10), (0, 10), (0, 64)]), ("score", [(64, 128)]), *steps[3:]]
+    assert sum(kind == "score" for kind, _ in steps) == 3
+
+
+def test_a_prompt_that_is_to_be_scored_is_not_taken_from_the_cache_but_others_may_read_it():
+    loop = Loop.of(score=(256,))
+    prompt = list(range(70)) * 2
+    for id, options in enumerate(({}, {"prompt_logprobs": 0}, {})):
+        loop.add(submit(id, prompt, max_tokens=1, **options))
+        loop.drain()
+    assert [delta.cached_tokens for delta in loop.deltas] == [0, 0, 128]
+    assert loop.scheduler.prefix_query_tokens == 2 * len(prompt)
+    assert loop.scores(1) == scores_alone(submit(1, prompt, prompt_logprobs=0))
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_after_preemption_no_log_probability_comes_twice(prefix_cache):
+    """A page that a stream needs while the other prompt, of 70 pages, has had 66 of its chunks."""
+    loop = Loop.of(pages=74, rows=2, prefill=(64,), score=(64,), max_context=8192, prefix_cache=prefix_cache)
+    loop.add(submit(0, prompt=126, max_tokens=100), wanted := submit(1, prompt=4480, max_tokens=1, prompt_logprobs=0))
+    loop.drain()
+    assert loop.scheduler.preemptions == 1
+    assert loop.scores(1) == scores_alone(wanted)
+    chunks = [chunk.start for step in loop.steps if isinstance(step, PrefillStep) for chunk in step.chunks]
+    assert len(chunks) == 2 + 70 + (0 if prefix_cache else 66)  # what is scored already may come from the cache
+
+
+def test_a_server_without_a_bucket_for_them_refuses_them():
+    with pytest.raises(ValueError, match=r"prompt_logprobs: this server has no bucket"):
+        Loop.of().add(submit(1, 10, prompt_logprobs=0))
 
 
 # --- packing and alternation ------------------------------------------------------------------------------------------
@@ -579,11 +659,12 @@ def submissions(draw_from) -> list[Submit]:
             prefix = [(family + i) % VOCAB for i in range(draw_from(st.sampled_from([64, 0, 63, 65, 127, 128, 250])))]
         tail = draw_from(st.one_of(st.integers(1, 50), st.just(PAGE_TOKENS - len(prefix) % PAGE_TOKENS)))
         sampling = SamplingParams(
-            max_tokens=draw_from(st.one_of(st.integers(100, 200), st.integers(30, 150), st.integers(1, 6))),
+            max_tokens=draw_from(st.one_of(st.integers(100, 200), st.integers(30, 150), st.integers(0, 6))),
             seed=draw_from(st.integers(0, 2)),
             stop_token_ids=tuple(draw_from(st.lists(st.integers(0, VOCAB - 1), max_size=1))),
             presence_penalty=draw_from(st.sampled_from([0.0, 0.0, 0.0, 1.0])),
             logprobs=draw_from(st.sampled_from([None, None, 2])),
+            prompt_logprobs=draw_from(st.sampled_from([None, None, 0, 1])),
         )
         submits.append(Submit(id, prefix + [(tail * 7 + i) % VOCAB for i in range(tail)], sampling))
     return submits
@@ -592,7 +673,7 @@ def submissions(draw_from) -> list[Submit]:
 @st.composite
 def loops(draw_from, submits: list[Submit]) -> Loop:
     """Buckets of all kinds over a pool that may be too small for one of the requests, and often is for all at once."""
-    largest = max(pages_for(len(s.prompt) + s.sampling.max_tokens - 1) for s in submits)
+    largest = max(pages_for(len(s.prompt) + max(s.sampling.max_tokens, 1) - 1) for s in submits)
     return Loop.of(
         pages=max(2, largest + draw_from(st.integers(0, 4))),
         rows=draw_from(st.sampled_from([5, 8, 3, 2, 1])),
@@ -601,6 +682,7 @@ def loops(draw_from, submits: list[Submit]) -> Loop:
         max_context=draw_from(st.sampled_from([1024, 1024, 1024, 192])),
         prefix_cache=draw_from(st.sampled_from([True, True, False])),
         ahead=draw_from(st.sampled_from([1, 1, 1, 0, 2])),
+        score=draw_from(st.sampled_from([(64,), (100,), (16, 64), (32, 200), (512,)])),
     )
 
 
@@ -622,7 +704,8 @@ def test_every_request_ends_with_the_tokens_it_gets_alone_and_leaves_nothing_beh
         for s, arrival in zip(submits, arrivals, strict=True):
             if arrival == turn:
                 total = len(s.prompt) + s.sampling.max_tokens
-                if total > scheduler._max_context or pages_for(total - 1) > pool.total:
+                most = len(s.prompt) + max(s.sampling.max_tokens, 1) - 1
+                if total > scheduler._max_context or pages_for(most) > pool.total:
                     refused.add(s.id)
                     with pytest.raises(ValueError, match="prompt"):
                         loop.add(s)
@@ -653,16 +736,19 @@ def test_every_request_ends_with_the_tokens_it_gets_alone_and_leaves_nothing_beh
         deltas = [delta for delta in loop.deltas if delta.id == s.id]
         expected = [] if s.id in refused else alone(s)
         if s.id in aborted and loop.answer(s.id) != expected:
-            assert loop.answer(s.id) == expected[: len(deltas)]
+            assert loop.answer(s.id) == expected[: len(loop.answer(s.id))]
+            assert loop.scores(s.id) == scores_alone(s)[: len(loop.scores(s.id))]
             continue
         assert loop.answer(s.id) == expected
+        if s.id not in refused | aborted:
+            assert loop.scores(s.id) == scores_alone(s)
         for position, delta in enumerate(deltas):
             assert (delta.cached_tokens is not None) == (delta.queue_seconds is not None) == (position == 0)
             assert (delta.finish_reason is not None) == (position == len(deltas) - 1)
             if s.sampling.logprobs is not None:
                 assert [entry.logprob for entry in delta.logprobs] == [-token for token in delta.tokens]
         if deltas:
-            stopped = expected[-1] in s.sampling.stop_token_ids
+            stopped = expected[-1:] and expected[-1] in s.sampling.stop_token_ids
             assert deltas[-1].finish_reason == ("stop" if stopped else "length")
             assert deltas[0].cached_tokens % PAGE_TOKENS == 0
             assert deltas[0].cached_tokens < len(s.prompt)

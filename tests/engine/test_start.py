@@ -79,21 +79,22 @@ class Recorder:
         return lambda: self.ran.append((bucket, inputs.slots.tolist(), inputs.positions.tolist()))
 
 
-@pytest.mark.parametrize(("rows", "sequences"), [(4, 2), (2, 4)])
-def test_the_warm_up_fills_the_largest_steps_and_counts_what_they_take(monkeypatch, rows, sequences):
+@pytest.mark.parametrize(("rows", "sequences", "score"), [(4, 2, ()), (2, 4, (64, 128))])
+def test_the_warm_up_fills_the_largest_steps_and_counts_what_they_take(monkeypatch, rows, sequences, score):
     """The peak counts from the warm-up's own begin: 700 bytes were there before, at most 1900 during it."""
     events = []
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: events.append("before") or 700)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: events.append("reset"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("synchronize"))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: events.append("peak") or 1900)
-    buckets = Buckets.of([1, rows], [64, 128], sequences)
+    buckets = Buckets.of([1, rows], [64, 128], sequences, score)
     shape = {"layers": 1, "kv_heads": 1, "head_dim": 2, "vocab": 8, "max_context": 64, "pages": 2}
     model = Recorder()
     buffers = Buffers(buckets=buckets, **shape, device=CPU, dtype=torch.float32)
     assert start._warm_up(model, buffers) == 1200
     assert events == ["before", "reset", "synchronize", "peak"]
-    (prefill, prefill_slots, positions), (decode, decode_slots, _) = model.ran
+    *scoring, (prefill, prefill_slots, positions), (decode, decode_slots, _) = model.ran
+    assert [bucket for bucket, _, _ in scoring] == list(buckets.score[-1:])
     assert (prefill, decode) == (buckets.prefill[-1], buckets.decode[-1])
     assert prefill_slots == [0] * 64 + [1] * 64
     assert positions == [*range(64)] * 2
@@ -106,6 +107,7 @@ def test_a_started_engine_says_what_it_has():
     ready = engine.ready
     assert (ready.vocab_size, ready.max_context, ready.pages, ready.device, ready.tp) == (300, 128, 7, "cpu", 1)
     assert ready.buckets == {"decode": [1, 2], "prefill": [64, 128]}
+    assert not ready.scores_prompts
     assert ready.memory["pages"] == 7 * 2 * 2 * 2 * 64 * 32 * 2  # keys and values, layers, kv heads, tokens, D, bytes
     experts = 4 * (3 * 64 * 64 * 17 / 32 + 2 * (2 * 64 + 64))  # MXFP4 and its scales, biases
     attention = 2 * (64 * (4 + 2 * 2) * 32 + (4 + 2 * 2) * 32 + 4 * 32 * 64 + 64) + 4 * 4

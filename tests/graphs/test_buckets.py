@@ -5,11 +5,11 @@ import torch
 
 from graphs.buckets import Bucket, Buckets
 from graphs.buffers import Buffers
-from graphs.plan import NO_PAGE, Chunk, DecodeStep, PrefillStep, SamplingParams
+from graphs.plan import NO_PAGE, NO_TARGET, Chunk, DecodeStep, PrefillStep, SamplingParams
 from kernels import reference
 from kernels.ops import KvPages, TokenPlaces
 
-BUCKETS = Buckets.of([1, 4, 16], [64, 256], 3)
+BUCKETS = Buckets.of([1, 4, 16], [64, 256], 3, [64, 128])
 SAMPLING = SamplingParams(
     max_tokens=4, seed=2**63 - 1, temperature=0.5, min_tokens=2, stop_token_ids=(7, 8), logit_bias={3: 1.5}
 )
@@ -39,13 +39,14 @@ def buffers():
         ("decode", 16, 16),
         ("prefill", 1, 64),
         ("prefill", 65, 256),
+        ("score", 65, 128),
     ],
 )
 def test_the_smallest_bucket_that_holds_the_step_is_chosen(kind, tokens, size):
     assert BUCKETS.choose(kind, tokens).tokens == size
 
 
-@pytest.mark.parametrize(("kind", "tokens"), [("decode", 17), ("prefill", 257), ("decode", 0)])
+@pytest.mark.parametrize(("kind", "tokens"), [("decode", 17), ("prefill", 257), ("decode", 0), ("score", 129)])
 def test_a_step_that_fits_no_bucket_is_an_error(kind, tokens):
     with pytest.raises(ValueError, match=str(tokens)):
         BUCKETS.choose(kind, tokens)
@@ -89,6 +90,21 @@ def test_prefill_packs_chunks_and_installs_them_in_their_slots(buffers):
     assert buffers.in_prompt[3].nonzero().flatten().tolist() == [10, 11]
     assert buffers.output_counts[3].nonzero().flatten().tolist() == [12]
     assert buffers.in_prompt[1].nonzero().flatten().tolist() == [20, 21]
+
+
+def test_targets_are_packed_beside_their_tokens_where_the_bucket_scores(buffers):
+    chunks = [
+        Chunk(3, [10, 11, 12], 64, 200, [4, 5], False, SAMPLING, targets=[NO_TARGET, 12, 13]),
+        Chunk(1, [20, 21], 0, 2, [6], True, SAMPLING, targets=[21]),
+        Chunk(2, [30], 0, 1, [7], True, SAMPLING),
+    ]
+    staging = buffers.staging()
+    staging.words.fill_(12345)
+    buffers.fill(PrefillStep(chunks), BUCKETS.score[0], staging)
+    targets = staging.inputs[BUCKETS.score[0]].targets
+    assert targets[:7].tolist() == [NO_TARGET, 12, 13, 21, NO_TARGET, NO_TARGET, NO_TARGET]
+    assert buffers.words_of(BUCKETS.score[0]) == buffers.words_of(BUCKETS.prefill[0]) + 64
+    assert len(staging.inputs[BUCKETS.prefill[0]].targets) == 0
 
 
 def test_a_slots_counts_are_forgotten_by_the_first_chunk_only(buffers):

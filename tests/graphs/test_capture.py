@@ -8,9 +8,9 @@ import torch
 from graphs.buckets import Buckets
 from graphs.buffers import Buffers
 from graphs.capture import EagerSteps
-from graphs.plan import NO_PAGE, DecodeStep
+from graphs.plan import NO_PAGE, Chunk, DecodeStep, PrefillStep, SamplingParams
 
-BUCKETS = Buckets.of([1, 4], [64], 2)
+BUCKETS = Buckets.of([1, 4], [64], 2, [64])
 ONE, FOUR = BUCKETS.decode
 
 
@@ -40,6 +40,17 @@ def test_a_step_takes_its_inputs_to_the_device_and_its_outputs_back(buffers, ste
     staging = staging_of(buffers, FOUR, slot=2)
     steps.launch(FOUR, staging)()
     assert staging.outputs[:4, 0].tolist() == [12, 14, 14, 14]
+
+
+def test_scores_come_back_where_the_bucket_scores_and_nowhere_else(buffers, steps):
+    sampling = SamplingParams(max_tokens=1, seed=0)
+    for bucket, targets in ((BUCKETS.score[0], [7]), (BUCKETS.prefill[0], [])):
+        steps.capture(bucket, lambda: None)
+        buffers.scores.fill_(5)
+        staging = buffers.staging()
+        buffers.fill(PrefillStep([Chunk(0, [1, 2], 0, 2, [1], True, sampling, targets)]), bucket, staging)
+        steps.launch(bucket, staging)()
+        assert bool((staging.scores == 5).all()) == bool(targets)
 
 
 def test_launches_return_at_once_and_run_in_order(buffers, steps):

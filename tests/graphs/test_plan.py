@@ -42,6 +42,7 @@ def test_the_packed_inputs_have_room_for_every_bias_and_stop_token_that_a_reques
         ("top_p", 1.1),
         ("min_p", 1.5),
         ("repetition_penalty", 0.0),
+        ("prompt_logprobs", 21),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -54,7 +55,9 @@ def test_steps_say_their_kind_and_how_many_tokens_they_compute():
     sampling = SamplingParams(max_tokens=1, seed=0)
     prefill = PrefillStep([Chunk(0, [1] * n, 0, n, [1], True, sampling) for n in (3, 4)])
     decode = DecodeStep([0, 1], [5, 6], [NO_PAGE, 3])
+    scoring = PrefillStep([*prefill.chunks, Chunk(1, [1, 2], 0, 2, [2], True, sampling, targets=[2])])
     assert (prefill.kind, prefill.tokens) == ("prefill", 7)
+    assert (scoring.kind, scoring.tokens) == ("score", 9)
     assert (decode.kind, decode.tokens) == ("decode", 2)
 
 
@@ -81,6 +84,12 @@ def test_a_full_prefill_step_packs_as_many_prompts_as_fit(bucket, context, slots
     assert tokens <= set(range(50))
     assert len(tokens) > 25
     assert {page for chunk in step.chunks for page in chunk.pages} == {SCRATCH_PAGE}
+
+
+def test_a_full_step_of_a_bucket_that_scores_scores_every_token():
+    step = full_step(Bucket("score", 256, 4), context=64, slots=8, vocab=50)
+    assert step.kind == "score"
+    assert [len(chunk.targets) for chunk in step.chunks] == [64] * 4
 
 
 def test_a_full_prefill_steps_prompts_have_the_pages_that_are_dealt_out():

@@ -470,6 +470,21 @@ def two_threads():
 
 
 @pytest.mark.usefixtures("two_threads")
+def test_scores_are_the_targets_and_the_likeliest_in_one_order_the_lower_id_of_equals_first():
+    logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(3)).round(decimals=1)  # with many equals
+    logits[0, 7], logits[0, 9] = 0.0, -0.0
+    targets = torch.tensor([9, 0, -1, 299, 17]).int()
+    scored = reference.score(torch.nn.functional.pad(logits, (0, 4), value=100.0), targets, 0, 300, 8, ONE_RANK)
+    for row, (values, target) in enumerate(zip(logits, targets.tolist(), strict=True)):
+        order = values.sort(descending=True, stable=True).indices
+        logprobs = values.double().log_softmax(-1)
+        assert scored.top_ids[row].tolist() == order[:8].tolist()
+        torch.testing.assert_close(scored.top_logprobs[row].double(), logprobs[order[:8]], atol=1e-5, rtol=0)
+        if target >= 0:
+            assert scored.ranks[row] == order.tolist().index(target) + 1
+            torch.testing.assert_close(scored.logprobs[row].double(), logprobs[target], atol=1e-5, rtol=0)
+
+
 def test_log_probabilities_have_the_same_bytes_alone_and_in_company():
     torch.manual_seed(0)
     logits, tokens = 3 * torch.randn(64, 50000), torch.arange(64, dtype=torch.int32)
