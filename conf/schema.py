@@ -79,13 +79,18 @@ class ModelConfig:
 class BucketsConfig:
     decode_rows: list[int] = MISSING  # one graph each: running requests a decode step takes
     prefill_tokens: list[int] = MISSING  # one graph each: packed prompt tokens a prefill step takes
-    # One graph each: packed prompt tokens of a prefill step that also computes log probabilities of its prompts. None:
-    # requests that want them (echo with logprobs, prompt_logprobs) are refused.
-    prompt_logprobs: list[int] = field(default_factory=list)
+    # One graph each: packed prompt tokens of a prefill step that also computes log probabilities of its prompts, for
+    # requests that want them (echo with logprobs, prompt_logprobs). null: as prefill_tokens; []: they are refused.
+    prompt_logprobs: list[int] | None = None
     prefill_sequences: int = MISSING  # prompts a prefill step packs at most
     max_context: int = MISSING  # tokens of prompt and answer together
     page_memory: float = 0.9  # fraction of the memory left beside weights and graphs that becomes key/value pages
     pages: int | None = None  # number of pages, instead of a fraction of the memory
+
+    @property
+    def score_tokens(self) -> list[int]:
+        """`prompt_logprobs`, with null resolved."""
+        return self.prefill_tokens if self.prompt_logprobs is None else self.prompt_logprobs
 
 
 @dataclass
@@ -203,13 +208,13 @@ def check(config: Config) -> None:
     for key, sizes in (("decode_rows", buckets.decode_rows), ("prefill_tokens", buckets.prefill_tokens)):
         ascending = sizes == sorted(set(sizes)) and all(size > 0 for size in sizes)
         require(bool(sizes) and ascending, f"buckets.{key}", "positive sizes in ascending order, each once")
-    scored, page, most = buckets.prompt_logprobs, PAGE_TOKENS, buckets.prefill_tokens[-1]
-    fits = not scored or (scored == sorted(set(scored)) and scored[0] > 0 and page <= scored[-1] <= most)
-    allowed = f"none, or positive sizes in ascending order, each once, the largest {page} to {most} tokens"
-    require(fits, "buckets.prompt_logprobs", f"{allowed} as that of prefill_tokens")
     require(buckets.decode_rows[-1] <= MAX_DECODE_ROWS, "buckets.decode_rows", f"at most {MAX_DECODE_ROWS} rows")
     largest = f"a largest bucket of at least one page ({PAGE_TOKENS} tokens)"
     require(buckets.prefill_tokens[-1] >= PAGE_TOKENS, "buckets.prefill_tokens", largest)
+    scored, page, most = buckets.score_tokens, PAGE_TOKENS, buckets.prefill_tokens[-1]
+    fits = not scored or (scored == sorted(set(scored)) and scored[0] > 0 and page <= scored[-1] <= most)
+    allowed = f"null, none, or positive sizes in ascending order, each once, the largest {page} to {most} tokens"
+    require(fits, "buckets.prompt_logprobs", f"{allowed} as that of prefill_tokens")
     sequences = 1 <= buckets.prefill_sequences <= MAX_PREFILL_SEQUENCES
     require(sequences, "buckets.prefill_sequences", f"1 to {MAX_PREFILL_SEQUENCES}")
     whole_pages = buckets.max_context > 0 and buckets.max_context % PAGE_TOKENS == 0

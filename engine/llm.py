@@ -25,7 +25,7 @@ from conf.schema import Config, ConfigError, ServerConfig, compose
 from demo.bundle import with_demo_folder
 from engine.channel import StepChannel
 from engine.core import Core
-from engine.messages import Abort, Delta, FinishReason, FromEngine, StepReport, Submit, TokenLogprobs
+from engine.messages import Abort, Delta, FinishReason, FromEngine, PromptLogprobs, StepReport, Submit, TokenLogprobs
 from engine.parallel import Ranks
 from engine.rank import run_rank
 from engine.start import Engine, device_of, start
@@ -52,6 +52,7 @@ class Completion:
     finish_reason: FinishReason
     logprobs: list[TokenLogprobs] | None  # one a token, where the sampling parameters ask for them
     cached_tokens: int  # of the prompt, found in the prefix cache
+    prompt_logprobs: list[PromptLogprobs] | None  # one a token of the prompt but the first, where they are asked for
 
 
 class LLM:
@@ -160,6 +161,9 @@ class LLM:
             finish_reason=reason,
             logprobs=None if deltas[0].logprobs is None else [entry for d in deltas for entry in d.logprobs or []],
             cached_tokens=deltas[0].cached_tokens or 0,
+            prompt_logprobs=None
+            if submit.sampling.prompt_logprobs is None
+            else [entry for delta in deltas for entry in delta.prompt_logprobs or []],
         )
 
     def _watched(self, work: Callable[[], Result]) -> Result:

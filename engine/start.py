@@ -93,7 +93,7 @@ def _start(config: Config, ranks: Ranks, device: torch.device) -> Engine:
     shape, weights = _weights(config, ranks, device, dtype)
     sequences = config.buckets.prefill_sequences
     buckets = Buckets.of(
-        config.buckets.decode_rows, config.buckets.prefill_tokens, sequences, config.buckets.prompt_logprobs
+        config.buckets.decode_rows, config.buckets.prefill_tokens, sequences, config.buckets.score_tokens
     )
     context, rows = config.buckets.max_context, buckets.max_rows
     if context > shape.max_positions:

@@ -117,6 +117,7 @@ def merged(deltas: list[Delta]) -> Delta:
         cached_tokens=first.cached_tokens,
         queue_seconds=first.queue_seconds,
         error=last.error,
+        prompt_logprobs=[entry for delta in deltas for entry in delta.prompt_logprobs or []] or None,
     )
 
 

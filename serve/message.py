@@ -19,6 +19,7 @@ import msgspec
 from engine.messages import Delta, FinishReason, TokenLogprobs
 from engine.tokenizer import Tokenizer
 from serve.harmony import Event, Parser, Segment
+from serve.prompt import PromptReader
 from serve.protocol import ChatRequest, JsonObject
 from serve.text import StopMatcher, StopStrings, token_names
 
@@ -79,9 +80,17 @@ class ChatChoice:
     """
 
     def __init__(
-        self, index: int, request: ChatRequest, stops: StopStrings, tokenizer: Tokenizer, prefilled: Sequence[int]
+        self,
+        index: int,
+        request: ChatRequest,
+        stops: StopStrings,
+        tokenizer: Tokenizer,
+        prefilled: Sequence[int],
+        prompt: PromptReader | None = None,
     ) -> None:
-        """`prefilled`: tokens of the answer that stand in the prompt: the header of a demanded call, or a text."""
+        """`prefilled`: tokens of the answer that stand in the prompt: the header of a demanded call, or a text. `prompt`
+        reads the prompt's log probabilities.
+        """
         self.completion_tokens = self.cached_tokens = self.reasoning_tokens = 0
         self._index = index
         self._include_reasoning = request.include_reasoning is not False
@@ -94,10 +103,13 @@ class ChatChoice:
         self._has_content = False
         self._stop_matcher = StopMatcher(stops)
         self._logprobs = LogprobReader(tokenizer, request.return_tokens_as_token_ids)
+        self._prompt = prompt
 
     def feed(self, delta: Delta) -> ChatDelta:
         """What `delta` adds that the client may see."""
         self.cached_tokens += delta.cached_tokens or 0
+        if self._prompt:
+            self._prompt.feed(delta.prompt_logprobs or [])
         self._logprobs.feed(delta)
         previous_tokens = self.completion_tokens
         content, reasoning, logprobs = "", "", []

@@ -102,7 +102,13 @@ class SamplingRequest(msgspec.Struct, kw_only=True):
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None  # logprobs name a token `token_id:5` instead of by its text
+    prompt_logprobs: TopLogprobs | None = None  # of each token of the prompt, and of so many of the likeliest
     cache_salt: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None  # shares cached prompts with equals
+
+    @property
+    def prompt_logprobs_count(self) -> int | None:
+        """How many of the likeliest tokens the reply names beside each token of the prompt; None: no prompt there."""
+        return self.prompt_logprobs
 
     @property
     def stop_strings(self) -> list[str]:
@@ -123,6 +129,7 @@ class CompletionRequest(SamplingRequest, kw_only=True):
 
     prompt_field: ClassVar[str] = "prompt"
     default_max_tokens: ClassVar[int | None] = 16
+    max_tokens: Annotated[int, Meta(ge=0)] | None = None  # 0: the prompt alone
     prompt: str | list[str | int | list[int]]
     logprobs: TopLogprobs | None = None
     echo: bool | None = None
@@ -131,6 +138,11 @@ class CompletionRequest(SamplingRequest, kw_only=True):
     @property
     def top_logprobs_count(self) -> int | None:
         return self.logprobs
+
+    @property
+    def prompt_logprobs_count(self) -> int | None:
+        counts = (self.prompt_logprobs, self.logprobs if self.echo else None)
+        return max((count for count in counts if count is not None), default=None)
 
 
 class ContentPart(msgspec.Struct):

@@ -5,14 +5,23 @@ import secrets
 from conf.limits import END_OF_TURN
 from engine.messages import Ready
 from graphs.plan import SamplingParams
-from serve.protocol import SEEDS, ApiError, ChatRequest, CompletionRequest
+from serve.protocol import SEEDS, ApiError, ChatRequest, CompletionRequest, unsupported
 
 
 def sampling_params(request: CompletionRequest | ChatRequest, prompt_tokens: int, ready: Ready) -> SamplingParams:
     """The engine's parameters for a prompt of `prompt_tokens`.
 
-    Raises ApiError 400 where prompt and answer do not fit, or a token id is not in the vocabulary.
+    Raises ApiError 400 where prompt and answer do not fit, a token id is not in the vocabulary, or log probabilities of
+    the prompt are wanted that this server does not compute.
     """
+    if request.prompt_logprobs_count is not None and not ready.scores_prompts:
+        raise unsupported(
+            "log probabilities of the prompt (prompt_logprobs, or echo with logprobs) are not computed by this server; "
+            "its configuration key buckets.prompt_logprobs turns them on",
+            "logprobs" if request.prompt_logprobs is None else "prompt_logprobs",
+        )
+    if request.prompt_logprobs is not None and request.stream:
+        raise ApiError(400, "prompt_logprobs cannot be streamed; echo with logprobs can", "prompt_logprobs")
     stop_token_ids, logit_bias = request.stop_token_ids or [], request.logit_bias or {}
     max_tokens = _max_tokens(request, prompt_tokens, ready.max_context)
     if (request.min_tokens or 0) > max_tokens:
@@ -36,6 +45,7 @@ def sampling_params(request: CompletionRequest | ChatRequest, prompt_tokens: int
         logit_bias=logit_bias,
         stop_token_ids=tuple(dict.fromkeys([*model_ends, *stop_token_ids])),
         logprobs=request.top_logprobs_count,
+        prompt_logprobs=request.prompt_logprobs_count,
     )
 
 
@@ -48,11 +58,12 @@ def check_tokens(tokens: list[int], ready: Ready, param: str) -> None:
 
 def _max_tokens(request: CompletionRequest | ChatRequest, prompt_tokens: int, max_context: int) -> int:
     """The most tokens of the answer. Raises ApiError 400."""
-    if request.max_tokens and request.max_completion_tokens and request.max_tokens != request.max_completion_tokens:
+    given = {request.max_tokens, request.max_completion_tokens} - {None}
+    if len(given) > 1:
         raise ApiError(400, "max_tokens and max_completion_tokens differ; give one of them", "max_completion_tokens")
     room = max_context - prompt_tokens
-    requested = request.max_completion_tokens or request.max_tokens
-    if room < (requested or 1):
+    requested = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+    if room < (1 if requested is None else requested):
         need = f"and max_tokens asks for {requested}" if requested else "and at least 1 is to be generated"
         raise ApiError(
             400,
@@ -60,4 +71,4 @@ def _max_tokens(request: CompletionRequest | ChatRequest, prompt_tokens: int, ma
             "max_tokens" if requested and room > 0 else request.prompt_field,
             "context_length_exceeded",
         )
-    return requested or min(room, request.default_max_tokens or room)
+    return min(room, request.default_max_tokens or room) if requested is None else requested

@@ -3,16 +3,17 @@
 import asyncio
 from collections.abc import Callable
 
-from engine.messages import Delta, Ready, Stats, TokenLogprobs
+from engine.messages import Delta, PromptLogprobs, Ready, Stats, TokenLogprobs
 from graphs.plan import SamplingParams
 from serve.client import EngineFailed
 
 Script = Callable[[list[int], SamplingParams], list[int]]
 
 
-def ready(vocab_size: int = 201088, max_context: int = 1024) -> Ready:
+def ready(vocab_size: int = 201088, max_context: int = 1024, scored: int = 64) -> Ready:
+    buckets = {"score": [scored]} if scored else {}
     return Ready(
-        vocab_size, max_context, pages=16, device="fake", kernels="none", tp=1, phases={}, memory={}, buckets={}
+        vocab_size, max_context, pages=16, device="fake", kernels="none", tp=1, phases={}, memory={}, buckets=buckets
     )
 
 
@@ -31,6 +32,7 @@ class FakeEngine:
         self.failure: str | None = None
         self.stats = Stats()
         self.step, self.delay = 1, 0.0
+        self.score_step = 1024  # tokens of a prompt whose log probabilities a Delta brings
         self.hold: asyncio.Event | None = None
         self.break_after: int | None = None
         self.broken: str | Exception = "out of pages"
@@ -62,6 +64,8 @@ class FakeStream:
     def __init__(self, engine: FakeEngine, id: int, tokens: list[int], sampling: SamplingParams) -> None:
         self._engine, self._id, self._tokens, self._sampling = engine, id, tokens, sampling
         self._at = 0
+        self._begun = False  # the first Delta is out
+        self._unscored = engine.submitted[id][0][1:] if sampling.prompt_logprobs is not None else []
 
     def __aiter__(self) -> "FakeStream":
         return self
@@ -80,7 +84,11 @@ class FakeStream:
             if isinstance(engine.broken, Exception):
                 raise engine.broken
             return Delta(self._id, [], "error", error=engine.broken)
-        first, self._at = self._at == 0, self._at + engine.step
+        part, self._unscored = self._scores(), self._unscored[engine.score_step :]
+        first, self._begun = not self._begun, True
+        if self._unscored:
+            return Delta(self._id, [], None, self._logprobs([]), 3 if first else None, prompt_logprobs=part)
+        self._at += engine.step
         tokens = self._tokens[self._at - engine.step : self._at]
         reason = None
         if self._at >= len(self._tokens):
@@ -93,7 +101,15 @@ class FakeStream:
             self._logprobs(tokens),
             cached_tokens=3 if first else None,
             queue_seconds=0.25 if first else None,
+            prompt_logprobs=part,
         )
+
+    def _scores(self) -> list[PromptLogprobs] | None:
+        top = self._sampling.prompt_logprobs
+        if top is None:
+            return None
+        tokens = self._unscored[: self._engine.score_step]
+        return [PromptLogprobs(-0.25, list(range(t, t + top)), [-0.25 - i for i in range(top)], 1) for t in tokens]
 
     def _logprobs(self, tokens: list[int]) -> list[TokenLogprobs] | None:
         top = self._sampling.logprobs

@@ -12,6 +12,7 @@ from serve.guard import cache_salt
 from serve.message import ChatChoice, ChatDelta, MessageDelta, whole_choice
 from serve.openapi import EVENTS, JSON, documented
 from serve.parsing import parse
+from serve.prompt import PromptReader
 from serve.protocol import ApiError, ChatRequest, JsonObject, NamedTool
 from serve.sampling import check_tokens, sampling_params
 from serve.stream import EventFormat, EventStream, collected, json_response
@@ -45,10 +46,15 @@ async def create(service: Service, http_request: Request) -> Response:
     check_tokens(prompt, ready, "messages")
     stops = StopStrings(request.stop_strings)
     n = request.n or 1
+    reader = None
+    if request.prompt_logprobs is not None:
+        reader = PromptReader(prompt, request.prompt_logprobs, service.tokenizer)
     generation = service.submit(
         [(prompt, sampling)],
         n,
-        lambda _, index: ChatChoice(index, request, stops, service.tokenizer, prefilled),
+        lambda _, index: ChatChoice(
+            index, request, stops, service.tokenizer, prefilled, reader if index == 0 else None
+        ),
         cache_salt(http_request.scope, request.cache_salt),
     )
     constant: JsonObject = {
@@ -71,6 +77,8 @@ async def create(service: Service, http_request: Request) -> Response:
         "usage": generation.usage(),
         **prompt_ids,
     }
+    if reader:
+        reply["prompt_logprobs"] = reader.entries
     return json_response(reply, headers)
 
 

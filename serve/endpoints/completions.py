@@ -5,6 +5,7 @@ Knows nothing of chat. Control tokens spelled out in a prompt's text are text; a
 
 import secrets
 import time
+from collections.abc import Iterator
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -17,6 +18,7 @@ from serve.generation import Service, in_thread_if_large
 from serve.guard import cache_salt
 from serve.openapi import EVENTS, JSON, documented
 from serve.parsing import parse
+from serve.prompt import PromptEntry, PromptReader
 from serve.protocol import MAX_CHOICES, ApiError, CompletionRequest, JsonObject
 from serve.sampling import check_tokens, sampling_params
 from serve.stream import EventFormat, EventStream, collected, json_response
@@ -34,6 +36,7 @@ class TextDelta(msgspec.Struct):
     finish_reason: FinishReason | None
     token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
     prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    prompt_logprobs: list[PromptEntry] | msgspec.UnsetType = msgspec.UNSET  # of the whole prompt, with the last delta
 
     @property
     def has_output(self) -> bool:
@@ -58,6 +61,14 @@ class TextChoice:
         self._prompt: list[int] | None = prompt  # None once the first delta is out
         self._echo = bool(request.echo)
         self._name = token_names(tokenizer, request.return_tokens_as_token_ids)
+        self._top = request.logprobs or 0
+        # Of the prompt's tokens: those that get log probabilities as the answer's do, and have not yet, with offsets.
+        self._unread: Iterator[tuple[int, int]] = iter(())
+        if request.echo and request.logprobs is not None:
+            self._unread = zip(prompt, text_offsets(prompt, tokenizer, self._skip_special), strict=True)
+        self._reader = None
+        if request.prompt_logprobs is not None:
+            self._reader = PromptReader(prompt, request.prompt_logprobs, tokenizer)
         self._decoder = utf8_decoder()
         self._stop_matcher = StopMatcher(stops)
         self._characters = 0  # decoded so far
@@ -67,6 +78,7 @@ class TextChoice:
         self.cached_tokens += delta.cached_tokens or 0
         prompt, self._prompt = self._prompt, None
         text = self._tokenizer.decode(prompt, self._skip_special) if prompt is not None and self._echo else ""
+        self._characters += len(text)
         offsets = []
         stop_position = len(delta.tokens) - 1 if delta.finish_reason == "stop" else None
         for position, token in enumerate(delta.tokens):
@@ -84,24 +96,45 @@ class TextChoice:
             text += self._stop_matcher.finish()
         text_delta = TextDelta(self._index, text, None, "stop" if self._stop_matcher.stopped else delta.finish_reason)
         if delta.logprobs is not None:
-            text_delta.logprobs = self._logprobs(delta.tokens[: len(offsets)], delta.logprobs, offsets)
+            of_prompt: list[TokenLogprobs | None] = [*(delta.prompt_logprobs or [])]
+            if prompt is not None:
+                of_prompt.insert(0, None)  # of the first token: nothing stands before it
+            read = list(zip(of_prompt, self._unread, strict=False))
+            read += zip(delta.logprobs, zip(delta.tokens, offsets, strict=False), strict=False)
+            text_delta.logprobs = self._logprobs(read)
+        if self._reader:
+            self._reader.feed(delta.prompt_logprobs or [])
+            if text_delta.finish_reason:
+                text_delta.prompt_logprobs = self._reader.entries
         if self._return_token_ids:
             text_delta.token_ids = delta.tokens[: len(offsets)]
             text_delta.prompt_token_ids = msgspec.UNSET if prompt is None else prompt
         return text_delta
 
-    def _logprobs(self, tokens: list[int], logprobs: list[TokenLogprobs], offsets: list[int]) -> TextLogprobs:
-        name = self._name
+    def _logprobs(self, read: list[tuple[TokenLogprobs | None, tuple[int, int]]]) -> TextLogprobs:
+        """read: (log probabilities, (the token, its offset in the text))."""
+        name, top = self._name, self._top
         return {
-            "tokens": [name(token) for token in tokens],
-            "token_logprobs": [entry.logprob for entry in logprobs[: len(tokens)]],
-            # As in OpenAI's API: the sampled token is there even where it is not among the likeliest.
+            "tokens": [name(token) for _, (token, _) in read],
+            "token_logprobs": [entry and entry.logprob for entry, _ in read],
+            # As in OpenAI's API: the token itself is there even where it is not among the likeliest.
             "top_logprobs": [
-                {name(token): entry.logprob} | dict(zip(map(name, entry.top_ids), entry.top_logprobs, strict=True))
-                for token, entry in zip(tokens, logprobs, strict=False)
+                entry
+                and {name(token): entry.logprob}
+                | dict(zip(map(name, entry.top_ids[:top]), entry.top_logprobs[:top], strict=True))
+                for entry, (token, _) in read
             ],
-            "text_offset": [*offsets],
+            "text_offset": [offset for _, (_, offset) in read],
         }
+
+
+def text_offsets(tokens: list[int], tokenizer: Tokenizer, skip_special: bool) -> Iterator[int]:
+    """By token: how many characters of the text of all stand before it. A token within a character begins with it."""
+    decoder, characters = utf8_decoder(), 0
+    for token in tokens:
+        yield characters
+        if not (skip_special and token >= FIRST_SPECIAL):
+            characters += len(decoder.decode(tokenizer.token_bytes(token)))
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
@@ -118,8 +151,6 @@ async def create(service: Service, http_request: Request) -> Response:
     service.require_ready()
     request, headers = parse(body, CompletionRequest)
     ready = service.require_ready(request.model)
-    if request.echo and request.logprobs is not None:
-        raise ApiError(400, "echo with logprobs is not supported: prompt tokens have no logprobs here", "logprobs")
     prompts = separate_prompts(request)
     n = request.n or 1
     if n * len(prompts) > MAX_CHOICES:
@@ -181,4 +212,5 @@ def whole_choice(deltas: list[TextDelta]) -> TextDelta:
     if deltas[0].token_ids is not msgspec.UNSET:
         choice.token_ids = [token for delta in deltas for token in delta.token_ids or []]
         choice.prompt_token_ids = deltas[0].prompt_token_ids
+    choice.prompt_logprobs = deltas[-1].prompt_logprobs
     return choice

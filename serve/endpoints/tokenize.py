@@ -1,4 +1,6 @@
-"""POST /tokenize and /detokenize: the token ids of a text or a conversation, and the text of token ids."""
+"""POST /tokenize and /detokenize: the token ids of a text or a conversation, and the text of token ids. GET
+/tokenizer_info: what clients that encode through these routes want to know of the tokenizer.
+"""
 
 from fastapi import FastAPI, Request
 from starlette.responses import Response
@@ -42,3 +44,12 @@ def add_routes(app: FastAPI, service: Service) -> None:
         check_tokens(request.tokens, service.require_ready(request.model), "tokens")
         text = await in_thread_if_large(len(body), tokenizer.decode, request.tokens, skip_special=False)
         return json_response({"prompt": text}, headers)
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> Response:
+        """In the names of a tokenizer_config.json. Null: no text encodes as a control token, so none has a spelling
+        that a client could encode; and conversations are rendered by the server, not by a template.
+        """
+        spelled = dict.fromkeys(("bos_token", "eos_token", "pad_token", "chat_template"))
+        limit = service.require_ready().max_context
+        return json_response({"tokenizer_class": "o200k_harmony", "model_max_length": limit, **spelled})

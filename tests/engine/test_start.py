@@ -102,12 +102,18 @@ def test_the_warm_up_fills_the_largest_steps_and_counts_what_they_take(monkeypat
     assert (buffers.page_table == SCRATCH_PAGE).all()
 
 
+def test_without_buckets_for_them_prompts_have_no_log_probabilities():
+    ready = start.start(compose([*TINY, "buckets.pages=7", "buckets.prompt_logprobs=[]"]), ALONE, CPU).ready
+    assert ready.buckets == {"decode": [1, 2], "prefill": [64, 128]}
+    assert not ready.scores_prompts
+
+
 def test_a_started_engine_says_what_it_has():
     engine = start.start(compose([*TINY, "buckets.pages=7"]), ALONE, CPU)
     ready = engine.ready
     assert (ready.vocab_size, ready.max_context, ready.pages, ready.device, ready.tp) == (300, 128, 7, "cpu", 1)
-    assert ready.buckets == {"decode": [1, 2], "prefill": [64, 128]}
-    assert not ready.scores_prompts
+    assert ready.buckets == {"decode": [1, 2], "prefill": [64, 128], "score": [64, 128]}
+    assert ready.scores_prompts
     assert ready.memory["pages"] == 7 * 2 * 2 * 2 * 64 * 32 * 2  # keys and values, layers, kv heads, tokens, D, bytes
     experts = 4 * (3 * 64 * 64 * 17 / 32 + 2 * (2 * 64 + 64))  # MXFP4 and its scales, biases
     attention = 2 * (64 * (4 + 2 * 2) * 32 + (4 + 2 * 2) * 32 + 4 * 32 * 64 + 64) + 4 * 4

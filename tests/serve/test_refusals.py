@@ -33,7 +33,6 @@ def error(response, status: int) -> dict:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("max_tokens", 0),
         ("max_tokens", "5"),
         ("max_tokens", 1.5),
         ("max_tokens", True),
@@ -67,6 +66,9 @@ def error(response, status: int) -> dict:
         ("stream", "yes"),
         ("stream_options", 5),
         ("logprobs", 21),
+        ("prompt_logprobs", 21),
+        ("prompt_logprobs", -1),
+        ("max_tokens", -2),
         ("logprobs", -1),
         ("model", 5),
     ],
@@ -183,7 +185,6 @@ def test_a_body_that_is_no_json_object_is_refused(live, path, body):
         ("modalities", ["audio"]),
         ("audio", {}),
         ("functions", [{}]),
-        ("prompt_logprobs", 1),
         ("guided_json", {}),
         ("chat_template", "x"),
         ("use_beam_search", True),
@@ -199,8 +200,23 @@ def test_what_this_server_cannot_do_is_refused_not_ignored(live, field, value):
     assert live.engine.submitted == []
 
 
-def test_echo_with_logprobs_is_refused(live):
-    assert error(live.complete(echo=True, logprobs=1), 400)["param"] == "logprobs"
+def test_log_probabilities_of_prompts_are_refused_where_the_server_computes_none(serve):
+    live = serve(FakeEngine([], scored=0))
+    for response, param in (
+        (live.complete(echo=True, logprobs=1), "logprobs"),
+        (live.complete(prompt_logprobs=0), "prompt_logprobs"),
+        (live.chat(prompt_logprobs=1), "prompt_logprobs"),
+    ):
+        fields = error(response, 400)
+        assert (fields["param"], fields["code"]) == (param, "unsupported_parameter")
+        assert "buckets.prompt_logprobs" in fields["message"]
+    assert live.engine.submitted == []
+    assert live.complete(echo=True).status_code == live.complete(logprobs=1).status_code == 200
+
+
+def test_prompt_logprobs_are_not_streamed(live):
+    for response in (live.complete(prompt_logprobs=1, stream=True), live.chat(prompt_logprobs=1, stream=True)):
+        assert error(response, 400)["param"] == "prompt_logprobs"
 
 
 def test_images_are_refused(live):
