@@ -20,7 +20,7 @@ from engine.architecture import BLOCK, Architecture
 from engine.weights import expert_blocks
 from kernels import hopper
 from kernels.build import AHEAD, BuildError, compile_ahead
-from kernels.hopper import attention, experts, linear, norm, sampler, step
+from kernels.hopper import attention, experts, linear, norm, sampler, scorer, step
 from kernels.hopper.linear.prefill import prefill_defines as prefill_linear_defines
 
 FOLDER = Path(hopper.__file__).parent
@@ -66,6 +66,7 @@ def units(shape: Architecture, rank: int, tp: int) -> set[Unit]:
     unit("experts/group.cu", experts.group_defines())
     top = min(MAX_TOP_LOGPROBS, shape.vocab)
     unit("sampler/sampler.cu", sampler.defines(torch.bfloat16, top, BIAS_ENTRIES, tp))
+    unit("scorer/scorer.cu", scorer.defines(top, tp))
     unit("step/advance.cu", step.advance_defines(PAGE_TOKENS))
     unit("step/emit.cu", step.emit_defines())
     return needed

@@ -9,8 +9,9 @@ from kernels.hopper.experts import pack as pack_experts
 from kernels.hopper.linear import pack as pack_linear
 from kernels.hopper.peers import join
 from kernels.hopper.sampler import sample
+from kernels.hopper.scorer import score
 from kernels.hopper.step import advance, emit
 
 name = "hopper"
 
-__all__ = ["advance", "decode", "emit", "join", "name", "pack_experts", "pack_linear", "prefill", "sample"]
+__all__ = ["advance", "decode", "emit", "join", "name", "pack_experts", "pack_linear", "prefill", "sample", "score"]

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 
+from kernels.hopper import scorer
 from kernels.hopper.exchange import one_shot_rows, two_shot_rows
 from kernels.hopper.sampler import MOST_TOP, exchange_words
 from kernels.ops import ExchangeArea, Peers, Ranks, UnsupportedError
@@ -18,19 +19,20 @@ EMPTY = 0xFF  # every byte of a word that no rank has written
 
 
 def join(
-    ranks: Ranks, decode_rows: int, prefill_tokens: int, sequences: int, hidden: int, device: torch.device
+    ranks: Ranks, decode_rows: int, prefill_tokens: int, sequences: int, scored: int, hidden: int, device: torch.device
 ) -> Peers:
     """Share memory with the other ranks: all of them must call this.
 
-    decode_rows, prefill_tokens, sequences: the most that a step has; a kernel refuses more. Raises UnsupportedError
-    where the GPUs cannot reach each other's memory, or where the areas would be too large.
+    decode_rows, prefill_tokens, sequences, scored: the most that a step has; a kernel refuses more. Raises
+    UnsupportedError where the GPUs cannot reach each other's memory, or where the areas would be too large.
     """
     size = ranks.size
     if size == 1:
         return Peers(ranks)
     rows = max(one_shot_rows(decode_rows, size), two_shot_rows(prefill_tokens, size))
     sampled = 8 * exchange_words(MOST_TOP) * one_shot_rows(max(decode_rows, sequences), size)
-    sizes = [2 * hidden * rows, 2 * hidden * rows, sampled]  # bytes, in the order of the fields of Peers
+    of_scored = 8 * scorer.exchange_words(scorer.MOST_TOP) * one_shot_rows(scored, size)
+    sizes = [2 * hidden * rows, 2 * hidden * rows, sampled, of_scored]  # bytes, in the order of the fields of Peers
     if sum(sizes) >= 2**31:  # kernels take offsets as int32
         raise UnsupportedError(
             "prefill_tokens", prefill_tokens, f"fewer with {size} ranks: they exchange through 2 GiB at most"
@@ -49,5 +51,5 @@ def join(
     addresses = [shared.get_buffer(peer, own.shape, own.dtype).data_ptr() for peer in range(size)]
     memories = torch.tensor(addresses, device=device)
     offsets = accumulate(sizes[:-1], initial=0)
-    attention, mlp, sampler = (ExchangeArea(memories, *area) for area in zip(offsets, sizes, strict=True))
-    return Peers(ranks, attention, mlp, sampler, mapped=(own, shared))
+    attention, mlp, of_sampler, of_scorer = (ExchangeArea(memories, *area) for area in zip(offsets, sizes, strict=True))
+    return Peers(ranks, attention, mlp, of_sampler, of_scorer, mapped=(own, shared))

@@ -61,7 +61,7 @@ def test_the_list_is_what_a_ranks_steps_ask_for(compiled, rank, tp):
     )
     ranks = SimpleNamespace(rank=rank, size=tp)
     model = Model(SHAPE, weights, hopper, Peers(ranks), max_context=1024)
-    buckets = Buckets.of([1, 2, 8, 16, 64, 96, 128, 192, 256], [64, 256], 4)
+    buckets = Buckets.of([1, 2, 8, 16, 64, 96, 128, 192, 256], [64, 256], 4, [256])
     buffers = Buffers(
         buckets=buckets,
         layers=SHAPE.layers,

@@ -132,7 +132,7 @@ def test_the_largest_steps_are_captured_first_so_that_the_others_fit_in_their_me
 
     monkeypatch.setattr(start, "steps_for", lambda buffers, threads: Steps())
     start.start(compose([*TINY, "buckets.pages=7"]), ALONE, CPU)
-    assert captured == [128, 64, 2, 1]
+    assert captured == [128, 128, 64, 64, 2, 1]
 
 
 @pytest.mark.parametrize(

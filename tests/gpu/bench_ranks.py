@@ -26,7 +26,7 @@ CALLS = 100
 
 
 def times(ranks, device) -> list[tuple]:
-    peers = join(ranks, MOST_ROWS, max(ROWS), 16, HIDDEN, device)
+    peers = join(ranks, MOST_ROWS, max(ROWS), 16, 0, HIDDEN, device)
     turns = [peers, replace(peers, attention=peers.mlp, mlp=peers.attention)]  # the areas take turns
     nccl = dist.new_group(backend="nccl")
     alone = [Peers(ALONE)] * 2

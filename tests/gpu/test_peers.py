@@ -54,7 +54,7 @@ def summed(partials):
 def check_sums(ranks, device):
     alone = Peers(ALONE)
     for hidden, experts in ((HIDDEN, 32), (HIDDEN, 128), (256, 8)):
-        peers = join(ranks, MOST_ROWS, MOST_TOKENS, 16, hidden, device)
+        peers = join(ranks, MOST_ROWS, MOST_TOKENS, 16, 0, hidden, device)
         norm = Norm(draws(hidden, seed=1).float(), EPS)
         router = Router(draws(experts, hidden, seed=2, scale=0.03), draws(experts, seed=3), 4)
         identity = pack(torch.eye(hidden, device=device).bfloat16())
@@ -95,7 +95,7 @@ def test_every_rank_holds_the_sum_in_the_order_of_ranks(gpus):
 
 def check_replays(ranks, device, replays):
     """A chain whose result depends on every exchange before, in graphs of many sizes; one rank dawdles now and then."""
-    peers = join(ranks, MOST_ROWS, 256, 16, HIDDEN, device)
+    peers = join(ranks, MOST_ROWS, 256, 16, 0, HIDDEN, device)
     norm = Norm(draws(HIDDEN, seed=1).float(), EPS)
     router = Router(draws(32, HIDDEN, seed=2, scale=0.03), draws(32, seed=3), 4)
     identity = pack(torch.eye(HIDDEN, device=device).bfloat16())
@@ -147,7 +147,7 @@ def test_ten_thousand_replays_of_changing_buckets_and_a_late_rank(gpus):
 
 
 def check_samples(ranks, device):
-    peers, seen = join(ranks, MOST_ROWS, 64, 16, 256, device), []
+    peers, seen = join(ranks, MOST_ROWS, 64, 16, 0, 256, device), []
     for vocab, rows in ((201088, 64), (201088, 3), (1001, 13), (1000, 64), (39, 3), (201088, 13)):
         names = [list(OPTIONS)[(row + rows) % len(OPTIONS)] for row in range(rows)]
         for dtype in (torch.bfloat16, torch.float32):

@@ -27,11 +27,16 @@ def run(ranks, device, shape, requests, options):
     engine.buffers.values.zero_()
     for length in options["prefill_tokens"]:  # through every prefill bucket
         engine.generate(prompt_of(length, shape.vocab, seed=99), max_tokens=3)
+    for length in options["prompt_logprobs"]:
+        engine.generate(prompt_of(length, shape.vocab, seed=99), max_tokens=3, prompt_logprobs=5)
     for n in range(requests):
         sampling = SAMPLED | {"seed": n} if n % 2 else {}
         engine.submit(prompt_of(1 + 37 * n % 300, shape.vocab, n), max_tokens=8 + n % 30, logprobs=5, **sampling)
     engine.run()
-    answers = {id: [(delta.tokens, delta.logprobs) for delta in deltas] for id, deltas in engine.deltas.items()}
+    answers = {
+        id: [(delta.tokens, delta.logprobs, delta.prompt_logprobs) for delta in deltas]
+        for id, deltas in engine.deltas.items()
+    }
     return engine, answers
 
 
@@ -69,6 +74,7 @@ def test_a_step_has_the_same_bytes_when_every_kernel_waits_first(shape, ranks, r
     options = {
         "decode_rows": rows,
         "prefill_tokens": (64, 256, 1024),
+        "prompt_logprobs": (64, 512),
         "sequences": 16,
         "pages": 700,
         "max_context": 2048,

@@ -51,7 +51,7 @@ def test_the_reference_does_not_join_several_gpus():
         rank, size = 0, 2
 
     with pytest.raises(UnsupportedError, match="got 2, allowed: 1 with reference kernels on a GPU") as caught:
-        reference.join(TwoRanks(), 1, 1, 1, 32, CUDA)
+        reference.join(TwoRanks(), 1, 1, 1, 1, 32, CUDA)
     assert caught.value.argument == "ranks"
 
 

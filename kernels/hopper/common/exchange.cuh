@@ -2,11 +2,11 @@
 //
 // There are no flags. Every word of an area is EMPTY until another rank has written it, none that is sent has that
 // value, and the reader makes it EMPTY again. Two areas take turns, one for the sum after attention, one for that after
-// the experts, and the sampler has a third. A rank writes to an area again only after an exchange through another one,
+// the experts; the sampler has a third and the scorer a fourth. A rank writes to an area again only after an exchange through another one,
 // to which its peers contributed after their kernels that read and emptied the first had ended: so nothing counts
 // steps, and buckets may follow each other in any order.
 //
-// Words: unsigned (two bf16), uint4 (eight), unsigned long long (the sampler's). The macro RANKS is the group's size.
+// Words: unsigned (two bf16), uint4 (eight), unsigned long long (the sampler's and the scorer's). The macro RANKS is the group's size.
 #pragma once
 
 #include "common/ptx.cuh"
