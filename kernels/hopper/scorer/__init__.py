@@ -85,6 +85,6 @@ def exchange_words(top: int) -> int:
 
 
 def shared_bytes(columns: int, top: int) -> int:
-    """Bytes of dynamic shared memory: room for all tokens of `top` threads, and for the best of `top` warps' threads."""
+    """Bytes of dynamic shared memory: room for all tokens of `top` threads, or the best of `top` warps' threads."""
     of_thread = CHUNK * -(-columns // (CHUNK * THREADS))
     return 8 * top * max(of_thread, 32)
