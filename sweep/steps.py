@@ -1,4 +1,5 @@
-"""Every bucket's step on its own, without HTTP: `python -m sweep.steps CONTEXT OVERRIDES…` prints one line of JSON.
+"""Decode and prefill steps of every bucket on their own, without HTTP: `python -m sweep.steps CONTEXT OVERRIDES…` prints
+one line of JSON.
 
 On a GPU a decode step is compared with its floor: the bytes a rank must read once, over the read bandwidth measured in
 the same run. Of the experts' weights only those count that the rows of the timed step chose. Every rank times the same
@@ -107,7 +108,8 @@ def measure(config: Config, ranks: Ranks, device: torch.device, context: int) ->
     built.buffers.values.normal_()
     step_ms(built, built.buffers.buckets.decode[0], 1, 2, 1)  # warm
     rows = []
-    for bucket in built.buffers.buckets.all:
+    buckets = built.buffers.buckets
+    for bucket in buckets.decode + buckets.prefill:  # no load of a sweep asks for log probabilities of its prompts
         row: dict[str, Any] = {"kind": bucket.kind, "size": bucket.tokens}
         rows.append(row)
         if bucket.kind == "decode":

@@ -59,6 +59,16 @@ def test_log_probabilities_come_where_they_are_asked_for(together):
         assert entry.logprob == entry.top_logprobs[0] > entry.top_logprobs[1]
 
 
+def test_log_probabilities_of_a_prompt_come_where_they_are_asked_for(llm, together):
+    assert together[0].prompt_logprobs is None
+    right, wrong = (CAPITAL + text for text in (" Paris", " Rome"))
+    likely, unlikely = llm.generate([right, wrong], SamplingParams(max_tokens=0, seed=0, prompt_logprobs=1))
+    assert (likely.tokens, likely.text, likely.finish_reason) == ([], "", "length")
+    assert len(likely.prompt_logprobs) == len(likely.prompt_tokens) - 1
+    assert likely.prompt_logprobs[-1].rank == 1 < unlikely.prompt_logprobs[-1].rank
+    assert likely.prompt_logprobs[:-1] == unlikely.prompt_logprobs[:-1]
+
+
 def test_a_prompt_seen_before_is_found_in_the_prefix_cache(llm):
     prompt = list(range(1000, 1100))
     first, second = (llm.generate([prompt], GREEDY)[0] for _ in range(2))
