@@ -1,5 +1,5 @@
-"""Decode and prefill steps of every bucket on their own, without HTTP: `python -m sweep.steps CONTEXT OVERRIDES…` prints
-one line of JSON.
+"""Every bucket's decode or prefill step on its own, without HTTP: `python -m sweep.steps CONTEXT OVERRIDES…` prints one
+line of JSON.
 
 On a GPU a decode step is compared with its floor: the bytes a rank must read once, over the read bandwidth measured in
 the same run. Of the experts' weights only those count that the rows of the timed step chose. Every rank times the same
