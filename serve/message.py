@@ -88,8 +88,9 @@ class ChatChoice:
         prefilled: Sequence[int],
         prompt: PromptReader | None = None,
     ) -> None:
-        """`prefilled`: tokens of the answer that stand in the prompt: the header of a demanded call, or a text. `prompt`
-        reads the prompt's log probabilities.
+        """`prefilled`: tokens of the answer that stand in the prompt: the header of a demanded call, or a text.
+
+        `prompt` reads the prompt's log probabilities.
         """
         self.completion_tokens = self.cached_tokens = self.reasoning_tokens = 0
         self._index = index
