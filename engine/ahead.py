@@ -65,7 +65,7 @@ def units(shape: Architecture, rank: int, tp: int) -> set[Unit]:
         unit("experts/prefill.cu", experts.prefill_defines(inner, False, geometry))
     unit("experts/group.cu", experts.group_defines())
     top = min(MAX_TOP_LOGPROBS, shape.vocab)
-    unit("sampler/sampler.cu", sampler.defines(torch.bfloat16, top, BIAS_ENTRIES, tp))
+    unit("sampler/sampler.cu", sampler.defines(torch.bfloat16, top, BIAS_ENTRIES, tp, -(-shape.vocab // tp) % 2 == 0))
     unit("scorer/scorer.cu", scorer.defines(top, tp))
     unit("step/advance.cu", step.advance_defines(PAGE_TOKENS))
     unit("step/emit.cu", step.emit_defines())

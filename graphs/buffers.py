@@ -24,15 +24,16 @@ HostArray = npt.NDArray[Any]  # int32 or float32
 Allocate = Callable[[tuple[int, ...], str], Array]  # (shape, dtype's name) -> an array
 OUTPUT_WORDS = 2 + 2 * MAX_TOP_LOGPROBS  # token, its log probability, the ids and the values of the likeliest
 SCORE_WORDS = 2 + 2 * MAX_TOP_LOGPROBS  # rank, log probability, the ids and the values of the likeliest
+LEAST_TEMPERATURE = 1e-30  # a logit divided by less could overflow float32; the draw would be greedy but for ties
 
 
 class Sampled(NamedTuple):
     """What one step drew, by row, on the host."""
 
     tokens: list[int]
-    logprobs: npt.NDArray[np.float32]  # [rows]
+    logprobs: npt.NDArray[np.float32]  # [rows], 0 where the row wants none
     top_ids: npt.NDArray[np.int32]  # [rows, MAX_TOP_LOGPROBS]
-    top_logprobs: npt.NDArray[np.float32]  # [rows, MAX_TOP_LOGPROBS]
+    top_logprobs: npt.NDArray[np.float32]  # [rows, MAX_TOP_LOGPROBS], 0 where the row wants none of them
 
 
 class Scores(NamedTuple):
@@ -114,6 +115,7 @@ def sampling_state(allocate: Allocate[Array], rows: int) -> SamplingState[Array]
         bias_ids=each("int32", BIAS_ENTRIES),
         bias_values=each("float32", BIAS_ENTRIES),
         bias_until=each("int32", BIAS_ENTRIES),
+        logprobs=each("int32"),
     )
 
 
@@ -291,7 +293,7 @@ class Buffers:
 
 def _fill_sampling(state: SamplingState[HostArray], row: int, chunk: Chunk) -> None:
     sampling = chunk.sampling
-    state.temperature[row] = sampling.temperature
+    state.temperature[row] = sampling.temperature if sampling.temperature >= LEAST_TEMPERATURE else 0.0
     state.top_k[row] = sampling.top_k
     state.top_p[row] = sampling.top_p
     state.min_p[row] = sampling.min_p
@@ -300,6 +302,7 @@ def _fill_sampling(state: SamplingState[HostArray], row: int, chunk: Chunk) -> N
     state.presence_penalty[row] = sampling.presence_penalty
     state.seed[row] = np.array([sampling.seed], np.uint64).view(np.int32)
     state.prompt_tokens[row] = chunk.prompt_tokens
+    state.logprobs[row] = 0 if sampling.logprobs is None else 1 + sampling.logprobs
     # SamplingParams holds at most MAX_LOGIT_BIAS and MAX_STOP_TOKENS of these, whose sum is BIAS_ENTRIES.
     entries = [(token, value, np.iinfo(np.int32).max) for token, value in sampling.logit_bias.items()]
     if sampling.min_tokens > 0:

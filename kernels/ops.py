@@ -161,7 +161,7 @@ class AttentionParameters(NamedTuple):
 class SamplingState(Generic[Array]):
     """Sampling parameters, a row a slot (or a sequence, on their way there). See graphs.plan.SamplingParams."""
 
-    temperature: Array  # [rows] float32; 0: greedy
+    temperature: Array  # [rows] float32; 0: greedy, others such that no logit divided by them overflows
     top_k: Array  # [rows] int32; 0: all
     top_p: Array  # [rows] float32
     min_p: Array  # [rows] float32
@@ -173,6 +173,7 @@ class SamplingState(Generic[Array]):
     bias_ids: Array  # [rows, entries] int32
     bias_values: Array  # [rows, entries] float32
     bias_until: Array  # [rows, entries] int32: the entry counts for tokens drawn before this position
+    logprobs: Array  # [rows] int32; 0: none wanted; 1: the drawn token's; more: also those of the likeliest
 
 
 class TokenCounts(NamedTuple):
@@ -183,7 +184,10 @@ class TokenCounts(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """What was drawn, by row. Log probabilities are those of the raw logits: before penalties, bias and filters."""
+    """What was drawn, by row. Log probabilities are those of the raw logits: before penalties, bias and filters.
+
+    Where a row does not want them (SamplingState.logprobs), log probabilities and the likeliest tokens are 0.
+    """
 
     tokens: Tensor  # [R] int32
     logprobs: Tensor  # [R] float32, of the drawn tokens

@@ -139,7 +139,15 @@ def sample(
         state.seed[slots],
         positions,
     )
-    return Sampled(drawn, *top_logprobs(raw, drawn, top))
+    logprobs, top_ids, top_values = top_logprobs(raw, drawn, top)
+    wanted = state.logprobs[slots]
+    without_top = (wanted <= 1).unsqueeze(1)
+    return Sampled(
+        drawn,
+        logprobs.masked_fill(wanted <= 0, 0.0),
+        top_ids.masked_fill(without_top, 0),
+        top_values.masked_fill(without_top, 0.0),
+    )
 
 
 def score(logits: Tensor, targets: Tensor, first_row: int, vocab: int, top: int, peers: Peers) -> Scored:

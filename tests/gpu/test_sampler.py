@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cuda")
 VOCABS = [20, 512, 1000, 201088]
-NEUTRAL = {"top_p": 1.0, "repetition_penalty": 1.0}
+NEUTRAL = {"top_p": 1.0, "repetition_penalty": 1.0, "logprobs": 21}
 OPTIONS = {
     "greedy": {},
     "plain": {"temperature": 0.8},

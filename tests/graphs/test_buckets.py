@@ -11,7 +11,7 @@ from kernels.ops import KvPages, TokenPlaces
 
 BUCKETS = Buckets.of([1, 4, 16], [64, 256], 3, [64, 128])
 SAMPLING = SamplingParams(
-    max_tokens=4, seed=2**63 - 1, temperature=0.5, min_tokens=2, stop_token_ids=(7, 8), logit_bias={3: 1.5}
+    max_tokens=4, seed=2**63 - 1, temperature=0.5, min_tokens=2, stop_token_ids=(7, 8), logit_bias={3: 1.5}, logprobs=2
 )
 
 
@@ -85,6 +85,7 @@ def test_prefill_packs_chunks_and_installs_them_in_their_slots(buffers):
     assert buffers.page_table[3, :3].tolist() == [4, 5, 0]
     assert buffers.sampling.temperature[3] == 0.5
     assert buffers.sampling.seed[3].tolist() == [-1, 2**31 - 1]
+    assert buffers.sampling.logprobs[[3, 1]].tolist() == [3, 0]
     assert buffers.sampling.bias_ids[3, :4].tolist() == [3, 7, 8, 0]
     assert buffers.sampling.bias_until[3, :4].tolist() == [2**31 - 1, 68, 68, 0]
     assert buffers.in_prompt[3].nonzero().flatten().tolist() == [10, 11]

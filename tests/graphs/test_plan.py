@@ -12,18 +12,29 @@ BIAS = dict.fromkeys(range(MAX_LOGIT_BIAS), 0.5)
 STOPS = tuple(range(MAX_STOP_TOKENS))
 
 
-def test_the_packed_inputs_have_room_for_every_bias_and_stop_token_that_a_request_may_have():
-    sampling = SamplingParams(max_tokens=9, seed=0, min_tokens=4, logit_bias=BIAS, stop_token_ids=STOPS)
+def filled(sampling):
+    """The packed sampling parameters of one request."""
     buckets = Buckets.of([1], [64], 1)
     shape = {"layers": 1, "kv_heads": 1, "head_dim": 2, "vocab": 512, "max_context": 64, "pages": 2}
     buffers = Buffers(buckets=buckets, **shape, device=torch.device("cpu"), dtype=torch.float32)
     bucket, staging = buckets.prefill[0], buffers.staging()
     buffers.fill(PrefillStep([Chunk(0, [1, 2], 0, 2, [1], True, sampling)]), bucket, staging)
-    state = staging.inputs[bucket].sampling
+    return staging.inputs[bucket].sampling
+
+
+def test_the_packed_inputs_have_room_for_every_bias_and_stop_token_that_a_request_may_have():
+    sampling = SamplingParams(max_tokens=9, seed=0, min_tokens=4, logit_bias=BIAS, stop_token_ids=STOPS)
+    state = filled(sampling)
     assert state.bias_ids[0].tolist() == [*BIAS, *STOPS]
     assert state.bias_values[0].tolist() == [0.5] * MAX_LOGIT_BIAS + [float("-inf")] * MAX_STOP_TOKENS
     assert state.bias_until[0].tolist() == [2**31 - 1] * MAX_LOGIT_BIAS + [6] * MAX_STOP_TOKENS
     assert len(state.bias_ids[0]) == BIAS_ENTRIES
+
+
+@pytest.mark.parametrize(("temperature", "installed"), [(0.0, 0.0), (1e-45, 0.0), (1e-38, 0.0), (0.25, 0.25)])
+def test_a_temperature_that_no_logit_can_be_divided_by_is_greedy(temperature, installed):
+    sampling = SamplingParams(max_tokens=1, seed=0, temperature=temperature)
+    assert filled(sampling).temperature[0] == installed
 
 
 @pytest.mark.parametrize(

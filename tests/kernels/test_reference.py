@@ -515,6 +515,7 @@ def sampling_state(slots, **values):
         bias_ids=entries.int(),
         bias_values=entries,
         bias_until=entries.int(),
+        logprobs=ints + 6,
     )
     return replace(neutral, **values)
 
@@ -538,6 +539,12 @@ def test_each_row_is_sampled_by_the_parameters_and_counts_of_its_slot():
         sampled.logprobs.double(), raw[torch.arange(3), sampled.tokens.long()], atol=1e-5, rtol=0
     )
     assert torch.equal(sampled.top_ids, raw.topk(5).indices)
+    state.logprobs.copy_(torch.tensor([1, 6, 0, 6]))  # by slot: the drawn token's alone; none
+    less = reference.sample(logits, places, state, counts, 5, ONE_RANK)
+    assert torch.equal(less.tokens, sampled.tokens)
+    assert less.logprobs.tolist() == [0, *sampled.logprobs.tolist()[1:]]
+    assert less.top_ids.tolist() == [[0] * 5, [0] * 5, sampled.top_ids.tolist()[2]]
+    assert less.top_logprobs.tolist() == [[0] * 5, [0] * 5, sampled.top_logprobs.tolist()[2]]
     late = TokenPlaces(torch.tensor([5, 5, 10]).int(), places.slots)
     assert reference.sample(logits, late, state, counts, 5, ONE_RANK).tokens.tolist()[2] == int(best[2])
 

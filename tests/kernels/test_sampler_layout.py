@@ -2,7 +2,7 @@
 
 import pytest
 
-from kernels.hopper.sampler import BINS, LEVELS, ROW_BLOCKS, SHARED_LIMIT, THREADS, exchange_words, layout, word_places
+from kernels.hopper.sampler import BINS, COLUMNS, LEVELS, ROW_BLOCKS, SHARED_LIMIT, exchange_words, layout, word_places
 
 
 @pytest.mark.parametrize("vocab", [20, 31, 512, 1000, 201088])
@@ -10,7 +10,7 @@ def test_the_ranges_cover_the_vocabulary_in_whole_warps(vocab):
     size, shared_bytes = layout(vocab, 20)
     assert size % 32 == 0
     assert size * ROW_BLOCKS >= vocab > (size - 32) * ROW_BLOCKS
-    assert 4 * size + 8 * 20 * (size / THREADS) <= shared_bytes <= SHARED_LIMIT
+    assert 4 * size + 2 * 8 * 20 * (size / COLUMNS) <= shared_bytes <= SHARED_LIMIT
 
 
 def test_a_vocabulary_that_does_not_fit_is_refused():

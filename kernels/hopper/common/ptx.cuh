@@ -419,6 +419,13 @@ __device__ __forceinline__ float ex2(float x) {
     return y;
 }
 
+// The logarithm to base 2, approximately; of subnormals as of 0.
+__device__ __forceinline__ float lg2(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 __device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xff800000u); }
 
 // What the compiler may know --------------------------------------------------------------------------------------------

@@ -14,9 +14,11 @@ from kernels.ops import Peers, Sampled, SamplingState, TokenCounts, TokenPlaces
 
 FOLDER = Path(__file__).parent
 ROW_BLOCKS = 8  # of a row: a cluster
-THREADS = 1024  # of a block
+THREADS = 512  # of a block, two of which share a multiprocessor
+COLUMNS = 2 * THREADS  # of a block's range
 LEVELS, BINS = 5, 256  # digits of a filter's search, and the histogram of each
-MOST_TOP = 32  # of the likeliest tokens: a warp of a block finds one
+LISTED = 1024  # logits that a search lists
+MOST_TOP = 32  # of the likeliest tokens: as many half warps as a block has
 SHARED_LIMIT = 212 * 1024  # bytes of dynamic shared memory; the kernel's fixed part is below 15 KB of a block's 227
 
 
@@ -46,7 +48,8 @@ def sample(
     )
     range_size, shared_bytes = layout(columns, top)
     if rows:
-        macros = defines(logits.dtype, top, state.bias_ids.shape[1], peers.size)
+        aligned = columns % 2 == 0 and logits.data_ptr() % (2 * logits.element_size()) == 0
+        macros = defines(logits.dtype, top, state.bias_ids.shape[1], peers.size, aligned)
         kernel = load_kernel(FOLDER / "sampler.cu", "sample", macros, shared_bytes)
         needed = 8 * exchange_words(top) * one_shot_rows(rows, peers.size)
         kernel.launch(
@@ -67,6 +70,7 @@ def sample(
                 state.bias_ids,
                 state.bias_values,
                 state.bias_until,
+                state.logprobs,
                 counts.output,
                 counts.in_prompt,
                 *sampled,
@@ -81,10 +85,11 @@ def sample(
     return sampled
 
 
-def defines(dtype: torch.dtype, top: int, bias_entries: int, ranks: int) -> dict[str, int]:
-    """The macros of sampler.cu."""
+def defines(dtype: torch.dtype, top: int, bias_entries: int, ranks: int, aligned: bool) -> dict[str, int]:
+    """The macros of sampler.cu. aligned: every row of logits begins at a multiple of two logits' bytes."""
     return {
         "BF16": int(dtype == torch.bfloat16),
+        "PAIRED": int(aligned),
         "TOP": top,
         "BIAS_ENTRIES": bias_entries,
         "RANKS": ranks,
@@ -92,6 +97,7 @@ def defines(dtype: torch.dtype, top: int, bias_entries: int, ranks: int) -> dict
         "THREADS": THREADS,
         "LEVELS": LEVELS,
         "BINS": BINS,
+        "LISTED": LISTED,
         "WORDS": exchange_words(top),
     } | {f"WORD_{name}": place for name, place in word_places(top).items()}
 
@@ -109,12 +115,14 @@ def exchange_words(top: int) -> int:
 
 
 def layout(vocab: int, top: int) -> tuple[int, int]:
-    """Tokens of a block's range, in whole warps, and bytes of dynamic shared memory: its logits and the candidates.
+    """Tokens of a block's range, in whole warps, and bytes of dynamic shared memory: its logits and scratch space.
 
-    The candidates are all tokens of `top` threads. Raises ValueError where a range does not fit a block.
+    That is for the tokens of `top` threads, or a search's histograms and list. Raises ValueError where a range does not
+    fit a block.
     """
     range_size = -(-vocab // (ROW_BLOCKS * 32)) * 32
-    shared_bytes = 4 * range_size + 8 * top * -(-range_size // THREADS)
+    keys = 8 * top * max(16, 2 * -(-range_size // COLUMNS))
+    shared_bytes = 4 * range_size + max(keys, 2 * 8 * BINS + 4 * LISTED)
     if shared_bytes > SHARED_LIMIT:
         raise ValueError(
             f"a vocabulary of {vocab} takes {shared_bytes} bytes of shared memory a block, more than {SHARED_LIMIT}"
