@@ -1,7 +1,7 @@
 """Microseconds of one call of the Hopper sampler: `python -m tests.gpu.bench_sampler`.
 
 Medians of graph replays over rotating logits larger than L2; the floor is the logits' bytes, and the counts' where
-there are penalties. Log probabilities are part of every call.
+there are penalties.
 """
 
 from functools import partial
@@ -15,11 +15,14 @@ from tests.gpu.timing import BANDWIDTH, microseconds
 from tests.harness import ALONE
 
 VOCAB = 201088
-ROWS = (1, 4, 16, 64)
+ROWS = (1, 8, 64, 256)
 MODES = {
     "greedy": {},
+    "greedy, log probability": {"logprobs": 1},
+    "greedy, 20 likeliest": {"logprobs": 21},
     "greedy, penalties": {"repetition_penalty": 1.2, "frequency_penalty": 0.1},
     "temperature": {"temperature": 0.8},
+    "temperature, 20 likeliest": {"temperature": 0.8, "logprobs": 21},
     "top_p": {"temperature": 0.8, "top_p": 0.95},
     "top_p + top_k": {"temperature": 0.8, "top_p": 0.95, "top_k": 50},
 }
@@ -43,7 +46,7 @@ def sample_time(rows: int, options: dict, dtype: torch.dtype) -> float:
 
 
 def bench() -> None:
-    print(f"{'dtype':>15} {'rows':>4} {'mode':>18} {'us':>8} {'GB/s':>6} {'of 3.08 TB/s':>12}")
+    print(f"{'dtype':>15} {'rows':>4} {'mode':>25} {'us':>8} {'GB/s':>6} {'of 3.08 TB/s':>12}")
     for dtype in (torch.bfloat16, torch.float32):
         for mode, options in MODES.items():
             for rows in ROWS:
@@ -51,7 +54,7 @@ def bench() -> None:
                 size = rows * VOCAB * (dtype.itemsize + (5 if "frequency_penalty" in options else 0))
                 rate = size / us * 1e6
                 speed = f"{rate / 1e9:>6.0f} {rate / BANDWIDTH:>12.1%}"
-                print(f"{dtype!s:>15} {rows:>4} {mode:>18} {us:>8.1f} {speed}", flush=True)
+                print(f"{dtype!s:>15} {rows:>4} {mode:>25} {us:>8.1f} {speed}", flush=True)
 
 
 if __name__ == "__main__":

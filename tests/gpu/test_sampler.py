@@ -163,6 +163,25 @@ def test_fewer_likeliest_tokens(top):
     check_logprobs(arguments, sampled)
 
 
+def test_rows_get_what_they_ask_for_and_draw_the_same_tokens():
+    arguments = case(20000, ["greedy", "plain", "top_p", "filters", "penalties"] * 3)
+    everything = draw(*arguments)
+    state, slots = arguments[2], arguments[1].slots
+    state.logprobs[slots] = torch.tensor([0, 1, 2] * 5, dtype=torch.int32, device=DEVICE)
+    sampled = draw(*arguments)
+    assert torch.equal(sampled.tokens, everything.tokens)
+    with_logprob, with_top = (state.logprobs[slots] > least for least in (0, 1))
+    assert torch.equal(sampled.logprobs, torch.where(with_logprob, everything.logprobs, 0))
+    assert torch.equal(sampled.top_ids, torch.where(with_top.unsqueeze(1), everything.top_ids, 0))
+    assert torch.equal(sampled.top_logprobs, torch.where(with_top.unsqueeze(1), everything.top_logprobs, 0))
+
+
+def test_an_infinite_logit_goes_to_its_lowest_token_with_a_temperature_too():
+    arguments = case(20000, ["greedy", "plain", "hot"], bias=False)
+    arguments[0][:, [70, 9000, 15001]] = math.inf
+    assert draw(*arguments)[0].tolist() == [70, 70, 70]
+
+
 @pytest.mark.parametrize("value", [1.0, math.nan, math.inf, -math.inf])
 def test_the_padding_slot_draws_some_token_whatever_its_logits(value):
     logits, places, *rest = case(1000, ["plain", "filters", "plain"])
