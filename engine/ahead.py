@@ -60,9 +60,11 @@ def units(shape: Architecture, rank: int, tp: int) -> set[Unit]:
     unit("attention/decode.cu", attention.decode_defines(heads // kv_heads, PAGE_TOKENS))
     unit("attention/prefill.cu", attention.prefill_defines(heads // kv_heads, PAGE_TOKENS))
     unit("experts/decode.cu", experts.decode_defines(shape.hidden, inner))
-    for geometry in (experts.SMALL_TILES, experts.LARGE_TILES):
-        unit("experts/prefill.cu", experts.prefill_defines(shape.hidden, True, geometry))
-        unit("experts/prefill.cu", experts.prefill_defines(inner, False, geometry))
+    for columns, up in ((shape.hidden, True), (inner, False)):
+        unit("experts/prefill.cu", experts.prefill_defines(columns, up))
+        for geometry in (experts.STREAM_SMALL, experts.STREAM_LARGE):
+            for splits in {1, experts.cut_of(columns).splits}:
+                unit("experts/stream.cu", experts.stream_defines(columns, up, splits, geometry))
     unit("experts/group.cu", experts.group_defines())
     top = min(MAX_TOP_LOGPROBS, shape.vocab)
     unit("sampler/sampler.cu", sampler.defines(torch.bfloat16, top, BIAS_ENTRIES, tp, -(-shape.vocab // tp) % 2 == 0))

@@ -32,10 +32,10 @@ DEFAULT_SHARED, MOST_SHARED = 48 * 1024, 227 * 1024
 
 
 class TensorMap(NamedTuple):
-    """A matrix of which a kernel copies boxes to shared memory (`cp.async.bulk.tensor`).
+    """A matrix from which a kernel copies boxes to shared memory (`cp.async.bulk.tensor`); its TensorMap.
 
-    matrix: contiguous [rows, columns] bf16, aligned to 16 bytes. box: rows, and columns, of which 64 are 128 bytes:
-    then they lie as `stage_operand` in common/wgmma.cuh reads them. What a box has outside of the matrix is zero.
+    matrix: contiguous [rows, columns]. box: rows and columns of a box; what lies outside of the matrix is zero. Of bf16
+    a box has 64 columns, swizzled as `stage_operand` in common/wgmma.cuh reads them; of int64 rows follow each other.
     """
 
     matrix: torch.Tensor
@@ -284,18 +284,23 @@ def _argument(value: Argument) -> tuple[Any, Any]:
 def _encode(value: TensorMap) -> Any:
     from cuda.bindings import driver
 
+    types, swizzles = driver.CUtensorMapDataType, driver.CUtensorMapSwizzle
+    kind, swizzle = {
+        torch.bfloat16: (types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, swizzles.CU_TENSOR_MAP_SWIZZLE_128B),
+        torch.int64: (types.CU_TENSOR_MAP_DATA_TYPE_INT64, swizzles.CU_TENSOR_MAP_SWIZZLE_NONE),
+    }[value.matrix.dtype]
     (rows, columns), (box_rows, box_columns) = value.matrix.shape, value.box
     return _check(
         driver.cuTensorMapEncodeTiled(
-            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            kind,
             2,
             value.matrix.data_ptr(),
             [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
-            [driver.cuuint64_t(columns * 2)],  # bytes from row to row
+            [driver.cuuint64_t(columns * value.matrix.itemsize)],  # bytes from row to row
             [driver.cuuint32_t(box_columns), driver.cuuint32_t(box_rows)],
             [driver.cuuint32_t(1), driver.cuuint32_t(1)],
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            swizzle,
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )

@@ -21,7 +21,7 @@ from kernels.ops import Peers
 
 CPU = torch.device("cpu")
 # Few layers, experts and tokens: a test of its own says that no kernel is compiled for their number.
-SHAPE = replace(Architecture.from_random_shape(RandomShape()), layers=2, windows=(128, None), experts=8, vocab=65_600)
+SHAPE = replace(Architecture.from_random_shape(RandomShape()), layers=2, windows=(128, None), experts=12, vocab=65_600)
 needs_nvcc = pytest.mark.skipif(
     not (shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")), reason="no nvcc on this machine"
 )
@@ -61,7 +61,7 @@ def test_the_list_is_what_a_ranks_steps_ask_for(compiled, rank, tp):
     )
     ranks = SimpleNamespace(rank=rank, size=tp)
     model = Model(SHAPE, weights, hopper, Peers(ranks), max_context=1024)
-    buckets = Buckets.of([1, 2, 8, 16, 64, 96, 128, 192, 256], [64, 256], 4, [256])
+    buckets = Buckets.of([1, 2, 8, 16, 64, 66, 96, 128, 192, 256], [64, 80, 256], 4, [256])
     buffers = Buffers(
         buckets=buckets,
         layers=SHAPE.layers,

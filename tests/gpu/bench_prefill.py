@@ -1,7 +1,7 @@
 """Microseconds of the products of a prefill step on the H100: `python -m tests.gpu.bench_prefill`.
 
-Medians of graph replays. Operations are those of the live tokens: what a tile pads counts as time lost. Experts with
-small and with large tiles; a star marks those that a step takes.
+Medians of graph replays. Operations are those of the live tokens: what a tile pads counts as time lost. Experts by
+both kernels; a star marks the one that a step takes.
 """
 
 from functools import partial
@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from kernels.hopper import experts
-from kernels.hopper.experts import LARGE_TILES, SMALL_TILES, prefill_experts, prefill_geometry
+from kernels.hopper.experts import STREAM_PAIRS, prefill_experts
 from kernels.hopper.linear import pack
 from kernels.hopper.linear.prefill import prefill_linear
 from kernels.ops import Routing
@@ -41,11 +41,11 @@ def bench() -> None:
         x = torch.randn(tokens, HIDDEN, device="cuda").bfloat16()
         ids = torch.rand(tokens, EXPERTS, device="cuda").argsort(-1)[:, :TOP_K].contiguous()
         weights = torch.rand(tokens, TOP_K, device="cuda").softmax(-1)
-        for name, geometry in (("small", SMALL_TILES), ("large", LARGE_TILES)):
-            with patch.object(experts, "prefill_geometry", lambda pairs, count, geometry=geometry: geometry):
+        stream = tokens * TOP_K <= STREAM_PAIRS * EXPERTS
+        for name, most, chosen in (("stream", 10**6, stream), ("prefill", 0, not stream)):
+            with patch.object(experts, "STREAM_PAIRS", most):
                 time = microseconds([partial(prefill_experts, x, Routing(ids, weights), gate_up, down, LIMIT)] * 4)
-            chosen = " *" if geometry is prefill_geometry(tokens * TOP_K, EXPERTS) else ""
-            report(f"experts {name}{chosen}", tokens, time, 6.0 * tokens * TOP_K * HIDDEN * INNER)
+            report(f"experts {name}{' *' if chosen else ''}", tokens, time, 6.0 * tokens * TOP_K * HIDDEN * INNER)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """The mixture of experts on a GPU against the reference in float32, and each token's bytes against its neighbours."""
 
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from kernels import hopper, reference
-from kernels.hopper.experts import decode_experts, group
+from kernels.hopper import experts as packed_experts
+from kernels.hopper.experts import STREAM_LARGE, STREAM_SMALL, decode_experts, group
 from kernels.ops import Routing
 
 pytestmark = pytest.mark.gpu
@@ -102,6 +104,21 @@ def test_every_token_may_choose_the_same_experts(layer, count):
     assert torch.equal(layer.run(x[-1:], ids[-1:], weights[-1:]), layer.run(x, ids, weights)[-1:])
 
 
+@pytest.mark.parametrize("alike", [False, True], ids=["random choices", "the same experts"])
+@pytest.mark.parametrize("count", [65, 96, 97, 145, 256])
+def test_how_many_rows_are_cut_in_tiles_changes_no_bytes(layer, count, alike):
+    x, ids, weights = layer.tokens(count)
+    ids = ids[:1].expand(count, -1) if alike else ids
+    outs = []
+    for geometry in (STREAM_SMALL, STREAM_LARGE):
+        with patch.object(packed_experts, "stream_geometry", lambda pairs, experts, geometry=geometry: geometry):
+            outs.append(layer.run(x, ids, weights))
+    assert torch.equal(*outs)
+    for first in range(0, count, 50):
+        rows = slice(first, first + 50)  # by the kernels for fewer
+        assert torch.equal(layer.run(x[rows], ids[rows], weights[rows]), outs[0][rows]), first
+
+
 @pytest.mark.parametrize("count", [9, 33, 64])
 def test_an_expert_may_have_more_pairs_than_a_block_takes_at_once(layer, count):
     """And other experts few, before it and behind it in the list of work."""
@@ -141,7 +158,7 @@ def test_a_graph_replays_the_eager_bytes_for_new_inputs(count):
             assert torch.equal(outs[2 * n + 1], layer.run(first[:, 0], b, c))
 
 
-@pytest.mark.parametrize("tile_pairs", [64, 144])
+@pytest.mark.parametrize("tile_pairs", [32, 48, 144])
 @pytest.mark.parametrize(("count", "experts"), [(1, 32), (65, 32), (300, 8), (2048, 128)])
 def test_pairs_are_grouped_by_expert_in_few_even_tiles(count, experts, tile_pairs):
     draw = torch.Generator("cuda").manual_seed(count)

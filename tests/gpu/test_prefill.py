@@ -7,7 +7,7 @@ import torch
 
 from kernels import reference
 from kernels.hopper import experts
-from kernels.hopper.experts import LARGE_TILES, SMALL_TILES, prefill_experts
+from kernels.hopper.experts import STREAM_LARGE, STREAM_SMALL, prefill_experts
 from kernels.hopper.linear import pack
 from kernels.hopper.linear.prefill import prefill_linear
 from kernels.ops import Routing
@@ -18,7 +18,8 @@ pytestmark = pytest.mark.gpu
 PROJECTIONS = [(5120, 2880), (2560, 2880), (640, 2880), (2880, 4096), (2880, 2048), (2880, 512)]  # at tp 1, 2, 8
 DENSE = [*PROJECTIONS, (8, 32), (24, 96), (1000, 160)]
 TOKENS = [1, 31, 64, 65, 100, 128, 129, 300, 2048]
-TILE_EDGES = [15, 16, 17, 63, 64, 65, 143, 144, 145, 287, 288, 289, 8192]  # of tiles of 64 and of 144 tokens
+TILE_EDGES = [15, 16, 17, 31, 32, 33, 47, 48, 49, 143, 144, 145, 287, 288, 289, 8192]  # of tiles of 32, 48, 144 tokens
+KERNELS = {"stream, small tiles": STREAM_SMALL, "stream, large tiles": STREAM_LARGE, "prefill": None}  # by geometry
 
 
 def random(*shape, seed=0, scale=1.0):
@@ -66,9 +67,13 @@ def run(layer, x, ids, weights):
         return prefill_experts(x, Routing(ids, weights), *layer.packed, LIMIT)
 
 
-def run_in(geometry, layer, x, ids, weights):
-    """`run` with tiles that the number of pairs may not call for."""
-    with patch.object(experts, "prefill_geometry", lambda pairs, count: geometry):
+def run_in(kernel, layer, x, ids, weights):
+    """`run` by a kernel that the number of pairs may not call for."""
+    geometry, pairs = KERNELS[kernel], 0 if kernel == "prefill" else 10**6
+    with (
+        patch.object(experts, "STREAM_PAIRS", pairs),
+        patch.object(experts, "stream_geometry", lambda pairs, count: geometry),
+    ):
         return run(layer, x, ids, weights)
 
 
@@ -82,24 +87,26 @@ def test_experts_are_the_reference(layer, count):
 
 @pytest.mark.parametrize("alike", [False, True], ids=["random choices", "the same experts"])
 @pytest.mark.parametrize("count", TILE_EDGES)
-def test_how_tokens_are_cut_in_tiles_changes_no_bytes(layer, count, alike):
+def test_the_kernel_and_how_it_cuts_tokens_in_tiles_change_no_bytes(layer, count, alike):
     x, ids, weights = layer.tokens(count)
     ids = ids[:1].expand(count, -1) if alike else ids
-    small, large = (run_in(geometry, layer, x, ids, weights) for geometry in (SMALL_TILES, LARGE_TILES))
-    assert torch.equal(small, large)
-    assert distance(large, layer.exact(x, ids, weights)) < 5e-3
+    outs = {kernel: run_in(kernel, layer, x, ids, weights) for kernel in KERNELS}
+    expected = outs["prefill"]
+    for kernel, out in outs.items():
+        assert torch.equal(out, expected), kernel
+    assert distance(expected, layer.exact(x, ids, weights)) < 5e-3
     for token in (0, count // 2, count - 1):
         alone = x[token:][:1], ids[token:][:1], weights[token:][:1]
-        for geometry in (SMALL_TILES, LARGE_TILES):
-            assert torch.equal(run_in(geometry, layer, *alone), large[token:][:1]), token
+        for kernel in KERNELS:
+            assert torch.equal(run_in(kernel, layer, *alone), expected[token:][:1]), (kernel, token)
 
 
-@pytest.mark.parametrize("geometry", [SMALL_TILES, LARGE_TILES], ids=["small tiles", "large tiles"])
-def test_a_hundred_runs_give_the_same_bytes(layer, geometry):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_hundred_runs_give_the_same_bytes(layer, kernel):
     """Warps, and blocks of a cluster, meet at other times in each."""
     tokens = layer.tokens(777)
-    first = run_in(geometry, layer, *tokens)
-    assert all(torch.equal(run_in(geometry, layer, *tokens), first) for _ in range(100))
+    first = run_in(kernel, layer, *tokens)
+    assert all(torch.equal(run_in(kernel, layer, *tokens), first) for _ in range(100))
 
 
 @pytest.mark.parametrize("count", [40, 200, 1000])

@@ -8,7 +8,15 @@ from tests.kernels import wgmma_hazards
 from tests.kernels.cubins import all_units, compile_units, disassemble, nvcc_version, read_table, resources_of
 
 needs_nvcc = pytest.mark.skipif(not nvcc_version(), reason="no nvcc on this machine")
-WITH_PRODUCTS = {"prefill_attention", "prefill_linear", "prefill_experts_up", "prefill_experts_down", "tiled"}
+WITH_PRODUCTS = {
+    "prefill_attention",
+    "prefill_linear",
+    "prefill_experts_up",
+    "prefill_experts_down",
+    "stream_experts_up",
+    "stream_experts_down",
+    "tiled",
+}
 
 
 @pytest.fixture(scope="module")

@@ -53,6 +53,21 @@ int order(int* tile, int* split) {
 }
 extern "C" int up_order(int* tile, int* split) { return order<Up>(tile, split); }
 extern "C" int down_order(int* tile, int* split) { return order<Down>(tile, split); }
+// The tiles that stream.cu asks for at a time.
+template <class R>
+int chunks(int* first, int* tiles, int* split) {
+    int count = 0;
+    for (Chunks<R, 3> chunk; chunk.tiles; chunk.advance(), ++count)
+        first[count] = chunk.first, tiles[count] = chunk.tiles, split[count] = chunk.split;
+    return count == Chunks<R, 3>::COUNT ? count : -1;
+}
+extern "C" int chunks_of(int columns, int splits, int* first, int* tiles, int* split) {
+    if (columns == 2880 && splits == 8) return chunks<Runs<2880, 8>>(first, tiles, split);
+    if (columns == 2880 && splits == 1) return chunks<Runs<2880, 1>>(first, tiles, split);
+    if (columns == 1440 && splits == 4) return chunks<Runs<1440, 4>>(first, tiles, split);
+    if (columns == 256 && splits == 1) return chunks<Runs<256, 1>>(first, tiles, split);
+    return -1;
+}
 extern "C" int up_depth() { return Up::DEPTH; }
 extern "C" int down_depth() { return Down::DEPTH; }
 """
@@ -155,9 +170,21 @@ def test_the_splits_of_a_strip_are_its_tiles_in_order(host, projection, tiles, s
     assert max(lengths) == getattr(host, f"{projection}_depth")() == 6
 
 
+@pytest.mark.parametrize(("columns", "splits"), [(2880, 8), (2880, 1), (1440, 4), (256, 1)])
+def test_chunks_are_the_tiles_in_order_and_none_is_of_two_splits(host, columns, splits):
+    first, tiles, split = (torch.zeros(64, dtype=torch.int32) for _ in range(3))
+    count = host.chunks_of(columns, splits, *map(pointer, (first, tiles, split)))
+    first, tiles, split = (values[:count].tolist() for values in (first, tiles, split))
+    asked = [(tile, of) for at, size, of in zip(first, tiles, split, strict=True) for tile in range(at, at + size)]
+    of_split = [len(part) for part in torch.arange(-(-columns // 64)).tensor_split(splits)]
+    assert asked == list(enumerate(of for of, size in enumerate(of_split) for _ in range(size)))
+    assert max(tiles) <= 3
+    assert count == sum(-(-size // 3) for size in of_split)
+
+
 def test_a_split_has_at_most_six_tiles_up_to_3072_columns():
     assert [cut_of(columns).splits for columns in (2880, 1440, 736, 384, 64)] == [8, 4, 2, 1, 1]
     for columns in range(64, 4097, 32):
-        cut = cut_of(columns)
-        assert cut.split_pitch <= (6 if columns <= 3072 else 8) * 128 + 16
-        assert cut.splits in (1, 2, 4, 8)
+        splits, tiles = cut_of(columns).splits, -(-columns // 64)
+        assert -(-tiles // splits) <= (6 if columns <= 3072 else 8)
+        assert splits in (1, 2, 4, 8)

@@ -191,6 +191,16 @@ struct alignas(64) TensorMap {
     unsigned long long words[16];
 };
 
+// The box whose first element is in that row and column.
+__device__ __forceinline__ void cp_async_bulk_tensor(unsigned to, const TensorMap* matrix, int column, int row,
+                                                     unsigned barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
+        "[%4];" ::"r"(to),
+        "l"(matrix), "r"(column), "r"(row), "r"(barrier)
+        : "memory");
+}
+
 // The box whose first element is in that row and column, to the same place in every block of `blocks`.
 __device__ __forceinline__ void cp_async_bulk_tensor_multicast(unsigned to, const TensorMap* matrix, int column,
                                                                int row, unsigned barrier, unsigned short blocks) {

@@ -49,6 +49,8 @@ __device__ __forceinline__ void hold(float (&registers)[COUNT]) {
                        "n"(int(TRANSPOSED)));                                                                          \
     }
 WGMMA(32, WGMMA_D0, WGMMA_16(0), "%16, %17, %18, %19", "%20", "%21", "%22")
+WGMMA(48, WGMMA_D0 ", %16, %17, %18, %19, %20, %21, %22, %23", WGMMA_LIST(WGMMA_16(0), WGMMA_8(16)),
+      "%24, %25, %26, %27", "%28", "%29", "%30")
 WGMMA(64, WGMMA_D0 ", " WGMMA_D16, WGMMA_LIST(WGMMA_16(0), WGMMA_16(16)), "%32, %33, %34, %35", "%36", "%37", "%38")
 WGMMA(96, WGMMA_D0 ", " WGMMA_D16 ", " WGMMA_D32, WGMMA_LIST(WGMMA_16(0), WGMMA_16(16), WGMMA_16(32)),
       "%48, %49, %50, %51", "%52", "%53", "%54")

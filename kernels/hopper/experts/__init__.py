@@ -1,4 +1,5 @@
-"""The MXFP4 mixture of experts on Hopper: packing the weights once, and launching decode.cu, prefill.cu and group.cu.
+"""The MXFP4 mixture of experts on Hopper: packing the weights once, and launching decode.cu, stream.cu, prefill.cu
+and group.cu.
 
 Knows shapes and launches. How the packed words are laid out is explained in layout.cuh, and read by the kernels.
 """
@@ -10,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.build import Argument, Kernel, load_kernel
+from kernels.build import Argument, Kernel, TensorMap, load_kernel
 from kernels.ops import PackedExperts, Routing
 
 FOLDER = Path(__file__).parent
@@ -29,7 +30,6 @@ SMALL_TOKENS, SMALL_PAIRS = 64, 256  # that the kernels experts_*_small take
 TEAMS, TOKEN_TILES = 2, 3  # of experts_*_small: teams of 8 warps, and tiles of 8 tokens of an expert at once
 SUMS_BYTES = 2 * TEAMS * THREADS * TOKEN_TILES * 16  # two turns' partial sums
 MOST_SHARED = 223 * 1024  # bytes that a block of experts_*_small asks for at most; 4 KB are left for its own
-LARGE_TOKENS = 64  # pairs of one expert in a block of the kernels experts_*_large
 GROUP_THREADS = 1024
 
 # Prefill.
@@ -39,7 +39,32 @@ CONSUMER_REGISTERS, PRODUCER_REGISTERS = 152, 56  # of a thread: together the 51
 LOAD_TURNS = 3  # turns of 64 columns whose weights a warp asks for at once
 UNROLL = 9  # turns in which a product is always under way; a multiple of LOAD_TURNS
 STAGED_TOKENS = 80  # whose outputs a warpgroup stages at a time
-PAIRS_FOR_SMALL = 32  # pairs an expert, on average, up to which SMALL_TILES are faster than LARGE_TILES
+CLUSTER = 2  # blocks that share a tile's tokens
+PREFILL_TOKENS, PREFILL_STAGES, PREFILL_LOADS = 144, 7, 3  # of a tile; of tokens; of weights, in a warp's ring
+
+# Many rows of decode, and short prompts.
+STREAM_CHUNK = 3  # turns of 64 columns that are asked for at once
+STREAM_PAIRS = 32  # pairs an expert, on average, up to which a prompt takes stream.cu
+
+
+class StreamGeometry(NamedTuple):
+    """How stream.cu cuts its tokens, and what it keeps in shared memory and registers."""
+
+    tokens: int  # of a tile
+    consumers: int  # warpgroups of a block that multiply
+    stages: int  # of STREAM_CHUNK turns
+    consumer_registers: int  # of a thread
+    producer_registers: int
+
+
+STREAM_SMALL = StreamGeometry(32, 4, 5, 104, 64)
+STREAM_LARGE = StreamGeometry(48, 4, 4, 112, 32)
+PAIRS_FOR_SMALL = 24  # pairs an expert, on average, up to which STREAM_SMALL is faster
+
+
+def stream_geometry(pairs: int, experts: int) -> StreamGeometry:
+    """Which is faster, as measured on the 20b. A function of shapes alone; both give the same bytes."""
+    return STREAM_SMALL if pairs <= PAIRS_FOR_SMALL * experts else STREAM_LARGE
 
 
 class Cut(NamedTuple):
@@ -47,25 +72,6 @@ class Cut(NamedTuple):
 
     splits: int
     row_pitch: int  # bytes from one token's columns to the next in shared memory
-    split_pitch: int  # the same, of one split's columns
-
-
-class PrefillGeometry(NamedTuple):
-    """How prefill.cu cuts its tokens, and what it keeps in shared memory."""
-
-    tokens: int  # of a tile
-    cluster: int  # blocks that share a tile's tokens
-    stages: int  # of tokens
-    loads: int  # of weights, in a warp's ring
-
-
-LARGE_TILES = PrefillGeometry(tokens=144, cluster=2, stages=7, loads=3)
-SMALL_TILES = PrefillGeometry(tokens=64, cluster=1, stages=8, loads=6)
-
-
-def prefill_geometry(pairs: int, experts: int) -> PrefillGeometry:
-    """Which is faster, as measured on the 20b. A function of shapes alone; both give the same bytes."""
-    return SMALL_TILES if pairs <= PAIRS_FOR_SMALL * experts else LARGE_TILES
 
 
 def cut_of(columns: int) -> Cut:
@@ -73,8 +79,7 @@ def cut_of(columns: int) -> Cut:
     tiles, splits = -(-columns // TILE_COLUMNS), 1
     while splits < WARPS and -(-tiles // splits) > 6:
         splits *= 2
-    row, split = (2 * TILE_COLUMNS * count + 16 for count in (tiles, -(-tiles // splits)))  # no bank twice
-    return Cut(splits, row, split)
+    return Cut(splits, 2 * TILE_COLUMNS * tiles + 16)  # no bank twice
 
 
 def decode_defines(hidden: int, inner: int) -> dict[str, int]:
@@ -86,40 +91,57 @@ def decode_defines(hidden: int, inner: int) -> dict[str, int]:
         "WARPS": WARPS,
         "UP_SPLITS": up.splits,
         "UP_ROW_PITCH": up.row_pitch,
-        "UP_SPLIT_PITCH": up.split_pitch,
         "DOWN_SPLITS": down.splits,
         "DOWN_ROW_PITCH": down.row_pitch,
-        "DOWN_SPLIT_PITCH": down.split_pitch,
         "FEW_BLOCKS": FEW_BLOCKS,
         "SMALL_PAIRS": SMALL_PAIRS,
         "TEAMS": TEAMS,
         "TOKEN_TILES": TOKEN_TILES,
         "SUMS_BYTES": SUMS_BYTES,
-        "LARGE_TOKENS": LARGE_TOKENS,
     }
 
 
-def prefill_defines(columns: int, up: bool, geometry: PrefillGeometry) -> dict[str, int]:
+def prefill_defines(columns: int, up: bool) -> dict[str, int]:
     """The macros of prefill.cu: of gate and up, or of the down projection of this rank's shard."""
-    loads = min(geometry.loads, -(-columns // (TILE_COLUMNS * LOAD_TURNS)))  # an item's at most
-    stage_bytes = geometry.tokens * TILE_COLUMNS * 2
+    loads = min(PREFILL_LOADS, -(-columns // (TILE_COLUMNS * LOAD_TURNS)))  # an item's at most
+    stage_bytes = PREFILL_TOKENS * TILE_COLUMNS * 2
     out_bytes = STAGED_TOKENS * ((32 if up else 64) + 8) * 2  # a consumer's outputs of a token, 8 apart
     load_bytes = LOAD_TURNS * (512 + 32)  # a strip's values and scales
-    shared = geometry.stages * stage_bytes + CONSUMERS * out_bytes + CONSUMERS * 4 * loads * load_bytes
+    shared = PREFILL_STAGES * stage_bytes + CONSUMERS * out_bytes + CONSUMERS * 4 * loads * load_bytes
     return {
         "UP": int(up),
         "COLUMNS": columns,
-        "TOKENS": geometry.tokens,
-        "CLUSTER": geometry.cluster,
+        "TOKENS": PREFILL_TOKENS,
+        "CLUSTER": CLUSTER,
         "CONSUMERS": CONSUMERS,
         "DEPTH": TILE_COLUMNS,
-        "STAGES": geometry.stages,
+        "STAGES": PREFILL_STAGES,
         "LOAD_TURNS": LOAD_TURNS,
         "LOADS": loads,
         "UNROLL": UNROLL,
         "STAGED_TOKENS": STAGED_TOKENS,
         "CONSUMER_REGISTERS": CONSUMER_REGISTERS,
         "PRODUCER_REGISTERS": PRODUCER_REGISTERS,
+        "SHARED_BYTES": shared + 1024,  # room to align the stages
+    }
+
+
+def stream_defines(columns: int, up: bool, splits: int, geometry: StreamGeometry) -> dict[str, int]:
+    """The macros of stream.cu: of gate and up, or of the down projection of this rank's shard."""
+    token_bytes = geometry.tokens * TILE_COLUMNS * 2
+    weight_bytes = 4 * geometry.consumers * (512 + 32)  # values and scales of a turn
+    out_bytes = geometry.tokens * ((32 if up else 64) + 8) * 2  # a consumer's outputs of a token, 8 apart
+    shared = geometry.stages * STREAM_CHUNK * (token_bytes + weight_bytes) + geometry.consumers * out_bytes
+    return {
+        "UP": int(up),
+        "K_COLUMNS": columns,
+        "K_SPLITS": splits,
+        "TOKENS": geometry.tokens,
+        "CONSUMERS": geometry.consumers,
+        "CHUNK": STREAM_CHUNK,
+        "STAGES": geometry.stages,
+        "CONSUMER_REGISTERS": geometry.consumer_registers,
+        "PRODUCER_REGISTERS": geometry.producer_registers,
         "SHARED_BYTES": shared + 1024,  # room to align the stages
     }
 
@@ -197,8 +219,8 @@ def decode_experts(h: Tensor, routing: Routing, gate_up: PackedExperts, down: Pa
     """Each token through its chosen experts, weighted, not summed over the choices.
 
     h [T, H] bf16, routing of ids unlike each other within a token, gate_up interleaved -> [T, K, H] bf16. A token's
-    bytes depend on its own row, ids and weights only, whichever of the kernels for few tokens, small and large batches
-    T calls for. Raises ValueError for shapes that do not fit together.
+    bytes depend on its own row, ids and weights only, whichever of the kernels for few tokens, small batches and many
+    rows T calls for. Raises ValueError for shapes that do not fit together.
     """
     check_shapes(h, routing, gate_up, down)
     tokens, top_k = routing.expert_ids.shape
@@ -224,12 +246,7 @@ def decode_experts(h: Tensor, routing: Routing, gate_up: PackedExperts, down: Pa
             kernel.launch(grid, TEAMS * THREADS, args)
 
     else:
-        order, tiles = group(ids, experts, LARGE_TOKENS)
-
-        def launch(name: str, weight: PackedExperts, x: Tensor, out: Tensor) -> None:
-            kernel = kernel_for(f"experts_{name}_large", 2 * LARGE_TOKENS * cut_of(weight.columns).split_pitch)
-            grid = (-(-weight.rows // (STRIP_ROWS * WARPS)), len(tiles), 1)
-            kernel.launch(grid, THREADS, (x, out, *_memory(weight), tiles, order, weights, top_k, limit))
+        return _stream(h, routing, gate_up, down, limit, chain=False)
 
     activated = torch.empty(pairs, down.columns, dtype=torch.bfloat16, device=h.device)
     out = torch.empty(tokens, top_k, down.rows, dtype=torch.bfloat16, device=h.device)
@@ -243,18 +260,44 @@ def prefill_experts(h: Tensor, routing: Routing, gate_up: PackedExperts, down: P
     check_shapes(h, routing, gate_up, down)
     tokens, top_k = routing.expert_ids.shape
     pairs, experts = tokens * top_k, gate_up.bias.shape[0]
-    geometry = prefill_geometry(pairs, experts)
-    order, tiles = group(routing.expert_ids, experts, geometry.tokens)
+    if pairs <= STREAM_PAIRS * experts:
+        return _stream(h, routing, gate_up, down, limit, chain=True)
+    order, tiles = group(routing.expert_ids, experts, PREFILL_TOKENS)
     weights = routing.weights.contiguous()
     activated = torch.empty(pairs, down.columns, dtype=torch.bfloat16, device=h.device)
     out = torch.empty(tokens, top_k, down.rows, dtype=torch.bfloat16, device=h.device)
-    clusters = torch.cuda.get_device_properties(h.device).multi_processor_count // geometry.cluster
+    clusters = torch.cuda.get_device_properties(h.device).multi_processor_count // CLUSTER
     for name, weight, x, result in (("up", gate_up, h.contiguous(), activated), ("down", down, activated, out)):
-        defines = prefill_defines(weight.columns, name == "up", geometry)
+        defines = prefill_defines(weight.columns, name == "up")
         kernel = load_kernel(FOLDER / "prefill.cu", f"prefill_experts_{name}", defines, defines["SHARED_BYTES"])
-        items = -(-weight.rows // (64 * CONSUMERS * geometry.cluster)) * len(tiles)
+        items = -(-weight.rows // (64 * CONSUMERS * CLUSTER)) * len(tiles)
         args = (*_memory(weight), x, result, tiles, order, weights, weight.rows, top_k, len(tiles), limit)
-        kernel.launch((geometry.cluster * min(items, clusters), 1, 1), PREFILL_THREADS, args)
+        kernel.launch((CLUSTER * min(items, clusters), 1, 1), PREFILL_THREADS, args)
+    return out
+
+
+def _stream(
+    h: Tensor, routing: Routing, gate_up: PackedExperts, down: PackedExperts, limit: float, chain: bool
+) -> Tensor:
+    """Both projections by stream.cu. chain: K is summed in one chain, as in prefill; else as in decode."""
+    (tokens, top_k), experts = routing.expert_ids.shape, gate_up.bias.shape[0]
+    geometry = stream_geometry(tokens * top_k, experts)
+    order, tiles = group(routing.expert_ids, experts, geometry.tokens)
+    weights = routing.weights.contiguous()
+    activated = torch.empty(tokens * top_k, down.columns, dtype=torch.bfloat16, device=h.device)
+    out = torch.empty(tokens, top_k, down.rows, dtype=torch.bfloat16, device=h.device)
+    multiprocessors = torch.cuda.get_device_properties(h.device).multi_processor_count
+    for name, weight, x, result in (("up", gate_up, h.contiguous(), activated), ("down", down, activated, out)):
+        splits = 1 if chain else cut_of(weight.columns).splits
+        defines = stream_defines(weight.columns, name == "up", splits, geometry)
+        kernel = load_kernel(FOLDER / "stream.cu", f"stream_experts_{name}", defines, defines["SHARED_BYTES"])
+        values, scales = (  # a row of 8-byte words is a strip; a box is a unit's chunk
+            TensorMap(packed.flatten(2).view(torch.int64).flatten(0, 1), (4, STREAM_CHUNK * words))
+            for packed, words in ((weight.values, 64), (weight.scales, 4))
+        )
+        args = (values, scales, weight.bias, x, result, tiles, order, weights, weight.rows, top_k, len(tiles), limit)
+        items = -(-weight.rows // (64 * geometry.consumers)) * len(tiles)
+        kernel.launch((min(items, multiprocessors), 1, 1), 128 * (geometry.consumers + 1), args)
     return out
 
 

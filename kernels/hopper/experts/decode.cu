@@ -4,8 +4,8 @@
 //   y[pair, :]  = weight[pair] * (h[pair] . down[expert] + bias)      experts_down_*  -> y [pairs, HIDDEN]
 //
 // A pair is (token, choice), pair = token * top_k + choice; the kernel that reads y adds up a token's choices.
-// Activations are bf16, sums float32. Three kernels of each projection, for few tokens, for a small and for a large
-// batch, give the same bytes (matrix.cuh).
+// Activations are bf16, sums float32. Two kernels of each projection, for few tokens and for a small batch, give the
+// same bytes, as stream.cu does for more (matrix.cuh).
 //
 // Bytes: 4.25 bits a weight, so 3 * HIDDEN * INTER * 17 / 32 an expert, each read once for a batch that fits a token
 // tile. 2880 x 2880 and one token with 4 experts: 52.9 MB, 17.2 us at 3.08 TB/s; all 32 experts of the 20b: 423 MB, 137
@@ -14,8 +14,7 @@
 // Weights lie as layout.cuh says. Activations are read by ldmatrix, 8 tokens x 32 columns at once.
 //
 // Macros, from kernels.hopper.experts: HIDDEN and INTER (this rank's shard), multiples of 32; WARPS (8, of a block or
-// team); of each projection UP_ and DOWN_ SPLITS, ROW_PITCH, SPLIT_PITCH; FEW_BLOCKS; TEAMS, TOKEN_TILES, SMALL_PAIRS,
-// SUMS_BYTES; LARGE_TOKENS.
+// team); of each projection UP_ and DOWN_ SPLITS and ROW_PITCH; FEW_BLOCKS; TEAMS, TOKEN_TILES, SMALL_PAIRS, SUMS_BYTES.
 
 #include "common/ptx.cuh"
 #include "experts/matrix.cuh"
@@ -146,7 +145,7 @@ __device__ __forceinline__ void few_tokens(const bf16* source, bf16* out, const 
 #pragma unroll
             for (int j = 0; j < M::DEPTH; j++) {
                 if (j >= tiles) break;
-                multiply_tile<1, PITCH, true>(sum, value[j], scale[j], activations + j * 128, 8);
+                multiply_tile<1, PITCH, true>(sum, value[j], scale[j], activations + j * 128);
                 if (more) load(j);
             }
             partial[turn % 2][warp][lane] = make_float4(sum[0][0], sum[0][1], sum[0][2], sum[0][3]);
@@ -244,8 +243,7 @@ __device__ __forceinline__ void small_run(SmallRun& run, Stream<M>& stream, cons
 #pragma unroll
         for (int j = 0; j < M::DEPTH; j++) {
             if (j >= tiles) break;
-            multiply_tile<N_TILES, M::ROW_PITCH>(sum, stream.value[j], stream.scale[j], pairs.rows + j * 128,
-                                                 8 * N_TILES);
+            multiply_tile<N_TILES, M::ROW_PITCH>(sum, stream.value[j], stream.scale[j], pairs.rows + j * 128);
             if (more) stream.load(j);
         }
         float4* const now = sums + run.turn % 2 * HALF;
@@ -365,83 +363,3 @@ __device__ __forceinline__ void small_batch(const bf16* source, bf16* out, const
     }
 SMALL_BATCH(experts_up_small, Up, true)
 SMALL_BATCH(experts_down_small, Down, false)
-
-// --- Large batches ---------------------------------------------------------------------------------------------------
-
-// Block (x, y): strips 8 x .. 8 x + 7, one a warp, for the pairs of tile y. Activations come to shared memory a split
-// of K at a time, the next split while this one is multiplied.
-template <class M, bool UP>
-__device__ __forceinline__ void large_batch(const bf16* source, bf16* out, const uint4* values, const unsigned* scales,
-                                            const bf16* bias, const int4* all_tiles, const int* order,
-                                            const float* weights, int top_k, float limit) {
-    constexpr int N_TILES = LARGE_TOKENS / 8, PITCH = M::SPLIT_PITCH;
-    extern __shared__ __align__(16) unsigned char shared[];  // [2][LARGE_TOKENS][PITCH]
-    __shared__ int pair_of[LARGE_TOKENS];
-    __shared__ float weight_of[LARGE_TOKENS];
-    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
-    const int strip = blockIdx.x * WARPS + warp;
-
-    griddep_launch_dependents();
-    griddep_wait();
-    const int4 tile = __ldcg(all_tiles + blockIdx.y);
-    const int expert = tile.x, live = tile.z;
-    if (live == 0) return;
-    Stream<M> stream(values, scales);
-    stream.aim(expert, strip, 0);
-    stream.load_all(M::tiles_of(0));
-    if (thread < live) {
-        const int pair = __ldcg(order + tile.y + thread);
-        pair_of[thread] = pair;
-        if (!UP) weight_of[thread] = __ldcg(weights + pair);
-    }
-    __syncthreads();
-    auto stage_split = [&](int split) {  // always DEPTH tiles: a shorter split's last one is not used
-        unsigned char* const to = shared + split % 2 * (LARGE_TOKENS * PITCH);
-        stage<M, UP, M::DEPTH, PITCH, THREADS>(to, source, pair_of, live, top_k, M::first_of(split));
-    };
-    stage_split(0);
-    cp_async_commit();
-    float total[N_TILES][4] = {};
-#pragma unroll 1
-    for (int split = 0; split < M::SPLITS; split++) {
-        const int next = split + 1;
-        cp_async_wait<0>();
-        __syncthreads();
-        if (next < M::SPLITS) stage_split(next);
-        cp_async_commit();
-        const unsigned activations = matrix_address<PITCH>(shared + split % 2 * (LARGE_TOKENS * PITCH), 7);
-        const int tiles = M::tiles_of(split), next_tiles = next < M::SPLITS ? M::tiles_of(next) : 0;
-        stream.aim(expert, strip, next);
-        float sum[N_TILES][4] = {};
-#pragma unroll
-        for (int j = 0; j < M::DEPTH; j++) {
-            if (j >= tiles) break;
-            multiply_tile<N_TILES, PITCH>(sum, stream.value[j], stream.scale[j], activations + j * 128, live);
-            if (j < next_tiles) stream.load(j);
-        }
-#pragma unroll
-        for (int n = 0; n < N_TILES; n++)
-#pragma unroll
-            for (int c = 0; c < 4; c++) total[n][c] += sum[n][c];
-    }
-    if (strip >= M::STRIPS) return;
-    const unsigned biases = biases_of<M, UP>(bias, expert, strip, g);
-#pragma unroll
-    for (int n = 0; n < N_TILES; n++) {
-        const int token = n * 8 + 2 * t;
-        const int pair[2] = {token < live ? pair_of[token] : -1, token + 1 < live ? pair_of[token + 1] : -1};
-        const float weight[2] = {UP ? 0.0f : weight_of[token], UP ? 0.0f : weight_of[token + 1]};
-        finish<UP>(make_float4(total[n][0], total[n][1], total[n][2], total[n][3]), strip, g, pair, weight, biases,
-                   limit, out);
-    }
-}
-
-#define LARGE_BATCH(NAME, MATRIX, UP)                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                           \
-        NAME(const bf16* source, bf16* out, const uint4* values, const unsigned* scales, const bf16* bias,             \
-             const int4* tiles, const int* order, const float* weights, int top_k, float limit) {                      \
-        griddep_wait_first();                                                                                          \
-        large_batch<MATRIX, UP>(source, out, values, scales, bias, tiles, order, weights, top_k, limit);               \
-    }
-LARGE_BATCH(experts_up_large, Up, true)
-LARGE_BATCH(experts_down_large, Down, false)

@@ -14,7 +14,7 @@
 // An item is CONSUMERS * 64 rows a block by a tile of up to TOKENS tokens. Clusters take items c, c + clusters, ... A
 // block has CONSUMERS warpgroups that multiply, and one of producers:
 //   - three warps gather tokens into stages of 64 columns (cp.async), and what the epilogue must know of them;
-//   - one warp declares full what has landed, and in a cluster sends it to the other block.
+//   - one warp declares full what has landed, and sends it to the other block.
 // A consumer warp multiplies a strip of 16 rows. Its lane 0 asks for the strip's weights, LOAD_TURNS turns of 64 columns
 // at a time, into a ring of LOADS places of the warp's own; a place that has been read is asked for again, for this item
 // or the next. An item with fewer live tokens multiplies by fewer: 32, 64, 96, 112, 128.
@@ -39,8 +39,8 @@
 //     before the other is done with its memory.
 //   - In setmaxnreg for registers that the producers of its own block give back before they wait.
 //
-// Macros, from kernels.hopper.experts: UP, 1 for up and 0 for down; COLUMNS, K; TOKENS of a tile; CLUSTER, 1 or 2
-// blocks; CONSUMERS; DEPTH, columns of a turn; STAGES; LOAD_TURNS, LOADS; UNROLL; STAGED_TOKENS, whose outputs are
+// Macros, from kernels.hopper.experts: UP, 1 for up and 0 for down; COLUMNS, K; TOKENS of a tile; CLUSTER, 2 blocks;
+// CONSUMERS; DEPTH, columns of a turn; STAGES; LOAD_TURNS, LOADS; UNROLL; STAGED_TOKENS, whose outputs are
 // staged at a time; CONSUMER_REGISTERS, PRODUCER_REGISTERS; SHARED_BYTES of a launch.
 
 #include "common/mxfp4.cuh"
@@ -70,7 +70,7 @@ static_assert(DEPTH == 64, "a row of a stage is the swizzle's 128 bytes, and a t
 static_assert(COLUMNS % 32 == 0, "columns come in blocks of 32");
 static_assert(TOKENS % 16 == 0 && TOKENS >= 32 && TOKENS <= 144, "what wgmma and registers take");
 static_assert(STAGED_TOKENS % 16 == 0, "matrices are stored for 16 tokens at a time");
-static_assert(CLUSTER == 1 || CLUSTER == 2, "a tile's parts are dealt out to two blocks at most");
+static_assert(CLUSTER == 2, "a tile's parts are dealt out to two blocks");
 static_assert(UNROLL % LOAD_TURNS == 0, "a turn's place in its load is known when compiled");
 static_assert(LOADS <= ITEM_LOADS, "the ring is filled for one item");
 static_assert(SHARED_BYTES >=
@@ -90,7 +90,7 @@ struct Projection {
     float limit;
 };
 
-__device__ __forceinline__ int block_in_cluster() { return CLUSTER == 1 ? 0 : blockIdx.x % CLUSTER; }
+__device__ __forceinline__ int block_in_cluster() { return blockIdx.x % CLUSTER; }
 
 // A block's rows by a tile of tokens. Items in order: all rows of a tile, then the next tile's, so that what runs at a
 // time shares tokens, and weights of few experts.
@@ -289,16 +289,11 @@ __device__ __forceinline__ void declare_full(const Projection& projection, unsig
         for (int turn = 0; turn < TURNS; ++turn) {
             mbarrier_wait(barriers.landed + stage * 8, parity);
             fence_proxy_async();
-            if (CLUSTER == 2 && block + lane * 2 < parts) {
+            if (block + lane * 2 < parts) {
                 const unsigned at = stage * STAGE_BYTES + (block + lane * 2) * PART_BYTES;
                 cp_async_bulk_cluster(other_stages + at, stages + at, PART_BYTES, other_full + stage * 8);
             }
-            if (lane == 0) {
-                if (CLUSTER == 2)
-                    mbarrier_arrive_expect_tx(barriers.full + stage * 8, expected);
-                else
-                    mbarrier_arrive(barriers.full + stage * 8);
-            }
+            if (lane == 0) mbarrier_arrive_expect_tx(barriers.full + stage * 8, expected);
             __syncwarp();
             if (++stage == STAGES) stage = 0, parity ^= 1;
         }
@@ -333,7 +328,7 @@ __device__ __forceinline__ void consume(const Projection& projection, const Item
     weights.operand(projection, next, 0, LOAD_TURNS == 1 || TURNS == 1, a[0]);
     unsigned last_empty = 0;
     const auto give_back = [&]() {
-        if (lane < CLUSTER) CLUSTER == 1 ? mbarrier_arrive(last_empty) : mbarrier_arrive_cluster(last_empty);
+        if (lane < CLUSTER) mbarrier_arrive_cluster(last_empty);
     };
     // The q-th product of a run of `turns`; `more`: runs follow; `one`: a run of a single turn.
     const auto multiply_turn = [&](int q, int turns, bool more, bool one) {
@@ -446,10 +441,7 @@ __device__ __forceinline__ void multiply_items(const Projection& projection) {
     const Barriers barriers(shared_address(barrier_words));
     const unsigned stages = (shared_address(dynamic) + STAGE_ALIGNMENT - 1) / STAGE_ALIGNMENT * STAGE_ALIGNMENT;
     barriers.init();
-    if (CLUSTER == 1)
-        __syncthreads();
-    else
-        cluster_sync();
+    cluster_sync();
     if (threadIdx.x >= CONSUMER_THREADS) {
         setmaxnreg_dec<PRODUCER_REGISTERS>();
         if (threadIdx.x < CONSUMER_THREADS + GATHER_THREADS)
@@ -474,7 +466,7 @@ __device__ __forceinline__ void multiply_items(const Projection& projection) {
         }
         Position position = {0, 0};
         // Lanes 0 and 1 tell either block that a stage has been read.
-        const unsigned empty = CLUSTER == 1 ? barriers.empty : mapa(barriers.empty, threadIdx.x % CLUSTER);
+        const unsigned empty = mapa(barriers.empty, threadIdx.x % CLUSTER);
         while (item.live) {
             const Item next(projection, index += gridDim.x / CLUSTER);
             const unsigned known_at = barriers.known + entry * 8 + known_parity;  // a barrier's address and parity
@@ -484,10 +476,8 @@ __device__ __forceinline__ void multiply_items(const Projection& projection) {
             item = next;
         }
     }
-    if (CLUSTER > 1) {  // neither ends while the other may still write to it
-        __syncwarp();
-        cluster_sync();
-    }
+    __syncwarp();
+    cluster_sync();  // neither ends while the other may still write to it
 }
 
 #if UP
@@ -495,12 +485,7 @@ __device__ __forceinline__ void multiply_items(const Projection& projection) {
 #else
 #define NAME prefill_experts_down
 #endif
-#if CLUSTER > 1
-#define IN_CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
-#else
-#define IN_CLUSTERS
-#endif
-extern "C" __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
     NAME(const uint4* values, const unsigned* scales, const bf16* bias, const bf16* source, bf16* out,
          const int4* tiles, const int* order, const float* routing_weights, int rows, int top_k, int tile_count,
          float limit) {

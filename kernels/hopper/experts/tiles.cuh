@@ -9,11 +9,10 @@
 constexpr unsigned ALL_LANES = 0xFFFFFFFFu;
 
 // Add one tile's products to the sums of 8 N_TILES tokens. activations: the address in shared memory that this lane
-// names to ldmatrix for the tile's first 32 columns and the first 8 tokens; rows are PITCH bytes apart. Tokens from
-// `live` on are left out, 16 at a time: every branch keeps the products before it and behind it from overlapping.
+// names to ldmatrix for the tile's first 32 columns and the first 8 tokens; rows are PITCH bytes apart.
 template <int N_TILES, int PITCH, bool SHIFTS_AT_ONCE = false>
 __device__ __forceinline__ void multiply_tile(float (&sum)[N_TILES][4], uint4 value, unsigned scale,
-                                              unsigned activations, int live) {
+                                              unsigned activations) {
     const unsigned words[4] = {value.x, value.y, value.z, value.w};
 #pragma unroll
     for (int block = 0; block < 2; block++) {
@@ -23,7 +22,6 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[N_TILES][4], uint4 va
         dequantize<SHIFTS_AT_ONCE>(words[2 * block + 1], multipliers, a + 4);
 #pragma unroll
         for (int n = 0; n < N_TILES; n++) {
-            if (n > 0 && n % 2 == 0 && n * 8 >= live) break;
             const uint4 b = ldmatrix(activations + n * 8 * PITCH + block * 64);
             mma(sum[n], a, b.x, b.y);
             mma(sum[n], a + 4, b.z, b.w);
