@@ -34,6 +34,7 @@ class ResponseStore:
 
     def put(self, owner: bytes, id: str, stored: Stored) -> None:
         """Keep an answer under a new id. One that is larger than all there is room for is not kept."""
+        self._expire()
         if _size(stored) > self._max_bytes:
             return
         self._entries[owner, id] = (self._clock(), stored)
@@ -41,7 +42,6 @@ class ResponseStore:
         self.bytes += _size(stored)
         while len(self._entries) > self._max_entries or self.bytes > self._max_bytes:
             self._remove(next(iter(self._entries)))
-        self._expire()
 
     def get(self, owner: bytes, id: str) -> Stored | None:
         """The answer; None where there is none, or no longer."""

@@ -581,7 +581,7 @@ ENTRIES = st.lists(
 @given(entries=ENTRIES)
 def test_a_store_never_exceeds_its_bounds_and_forgets_the_oldest_first(entries):
     now = 0.0
-    store = ResponseStore(3, 100, 20, clock=lambda: now)
+    store = ResponseStore(3, 100, 3, clock=lambda: now)
     model: list[tuple[bytes, str, float, Stored]] = []  # oldest first
     for position, (action, owner, id, size) in enumerate(entries):
         now += id / 4
@@ -592,7 +592,7 @@ def test_a_store_never_exceeds_its_bounds_and_forgets_the_oldest_first(entries):
             store.put(who, name, stored)
             if 2 * size <= 100:
                 model.append((who, name, now, stored))
-        model = [entry for entry in model if now - entry[2] < 20][-3:]
+        model = [entry for entry in model if now - entry[2] < 3][-3:]
         while sum(len(entry[3].conversation) * 2 for entry in model) > 100:
             model.pop(0)
         known = {(entry[0], entry[1]): entry[3] for entry in model}
