@@ -104,8 +104,7 @@ def test_a_vocabulary_in_shards_is_scored_as_a_whole_one_is(gpus):
 
 
 def of_prompts(ranks, device, shape):
-    """Prompts scored at once and alone, through graphs, with cached pages and chunks; and how far they are from what the
-    logits of their tokens say."""
+    """Prompts scored at once and alone, through graphs and in chunks; and how far that is from what logits say."""
     options = {"decode_rows": (1, 4), "prefill_tokens": (64, 512), "prompt_logprobs": (64, 512), "max_context": 1024}
     engine = InProcess(shape, dtype=torch.bfloat16, device=device, ops=hopper, poison=False, ranks=ranks, **options)
     prompts = [prompt_of(length, shape.vocab) for length in (2, 64, 65, 300, 700)]
