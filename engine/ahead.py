@@ -21,7 +21,7 @@ from engine.weights import expert_blocks
 from kernels import hopper
 from kernels.build import AHEAD, BuildError, compile_ahead
 from kernels.hopper import attention, experts, linear, norm, sampler, scorer, step
-from kernels.hopper.linear.prefill import prefill_defines as prefill_linear_defines
+from kernels.hopper.linear.prefill import GEOMETRIES
 
 FOLDER = Path(hopper.__file__).parent
 
@@ -53,7 +53,8 @@ def units(shape: Architecture, rank: int, tp: int) -> set[Unit]:
         for tile in linear.tiles(rows, columns):
             unit("linear/tiled.cu", tile.defines(layer, ranks))
     for columns in (shape.hidden, attended):
-        unit("linear/prefill.cu", prefill_linear_defines(columns))
+        for tiles in GEOMETRIES:
+            unit("linear/prefill.cu", tiles.defines(columns))
     for ranks in (1, tp):  # embed_norm exchanges nothing, and is compiled for one rank
         unit("norm/decode.cu", norm.decode_defines(shape.hidden, ranks))
     unit("norm/prefill.cu", norm.prefill_defines(shape.hidden, tp))

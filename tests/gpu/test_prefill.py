@@ -8,8 +8,8 @@ import torch
 from kernels import reference
 from kernels.hopper import experts
 from kernels.hopper.experts import STREAM_LARGE, STREAM_SMALL, prefill_experts
-from kernels.hopper.linear import pack
-from kernels.hopper.linear.prefill import prefill_linear
+from kernels.hopper.linear import pack, prefill
+from kernels.hopper.linear.prefill import GEOMETRIES, prefill_linear
 from kernels.ops import Routing
 from tests.gpu.test_experts import LIMIT, SHAPES, Layer, distance, uninitialised_is_nan
 
@@ -17,7 +17,8 @@ pytestmark = pytest.mark.gpu
 
 PROJECTIONS = [(5120, 2880), (2560, 2880), (640, 2880), (2880, 4096), (2880, 2048), (2880, 512)]  # at tp 1, 2, 8
 DENSE = [*PROJECTIONS, (8, 32), (24, 96), (1000, 160)]
-TOKENS = [1, 31, 64, 65, 100, 128, 129, 300, 2048]
+TOKENS = [1, 31, 64, 65, 100, 128, 129, 300, 512, 513, 1024, 2048]
+DENSE_EDGES = [1, 63, 64, 65, 127, 128, 129, 159, 161, 192, 193, 224, 225, 255, 256, 257, 448, 513, 8192]
 TILE_EDGES = [15, 16, 17, 31, 32, 33, 47, 48, 49, 143, 144, 145, 287, 288, 289, 8192]  # of tiles of 32, 48, 144 tokens
 KERNELS = {"stream, small tiles": STREAM_SMALL, "stream, large tiles": STREAM_LARGE, "prefill": None}  # by geometry
 
@@ -54,6 +55,32 @@ def test_a_token_alone_has_the_bytes_of_a_dense_layer_it_has_among_others(rows, 
     whole = prefill_linear(x, packed)
     for start, end in [(0, 1), (699, 700), (5, 40), (3, 80), (64, 180), (100, 400)]:
         assert torch.equal(prefill_linear(x[start:end].clone(), packed), whole[start:end]), (start, end)
+
+
+def linear_in(geometry, x, packed):
+    """`prefill_linear` with tiles that the shape may not call for."""
+    with patch.object(prefill, "prefill_geometry", lambda rows, tokens: geometry), uninitialised_is_nan():
+        return prefill_linear(x, packed)
+
+
+@pytest.mark.parametrize("tokens", DENSE_EDGES)
+@pytest.mark.parametrize(("rows", "columns"), [(5120, 2880), (2880, 512), (136, 160), (8, 32)])
+def test_the_tiles_of_a_dense_layer_change_no_bytes(tokens, rows, columns):
+    weight, packed, _ = packed_layer(rows, columns)
+    x = random(tokens, columns)
+    expected = reference.linear(x.float(), weight.float(), packed.bias.float())
+    outs = [linear_in(geometry, x, packed) for geometry in GEOMETRIES]
+    assert (outs[0].float() - expected).norm() / expected.norm() < 5e-3
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_a_hundred_runs_of_a_dense_layer_give_the_same_bytes(geometry):
+    """Warps, and blocks of a cluster, meet at other times in each."""
+    _, packed, _ = packed_layer(5120, 2880)
+    x = random(1200, 2880)
+    first = linear_in(geometry, x, packed)
+    assert all(torch.equal(linear_in(geometry, x, packed), first) for _ in range(100))
 
 
 @pytest.fixture(scope="module", params=SHAPES)

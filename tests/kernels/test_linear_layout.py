@@ -19,6 +19,7 @@ from kernels.hopper.linear import (
     wide_grid,
     wide_shared,
 )
+from kernels.hopper.linear.prefill import CLUSTER, CLUSTERS, GEOMETRIES, prefill_geometry
 from tests.kernels.host import compile_for_host
 
 LANES = torch.arange(32)
@@ -335,3 +336,37 @@ def test_tiles_take_their_tokens_and_fit_a_block(rows, columns):
         if tile := tile_for(tokens, rows, columns):
             assert tile in tiles(rows, columns)
             assert tokens <= tile.tile_tokens * tile.cluster_tokens
+
+
+@pytest.mark.parametrize("tiles", GEOMETRIES, ids=str)
+def test_a_prefill_block_fits_a_multiprocessor(tiles):
+    macros = tiles.defines(2880)
+    assert macros["SHARED_BYTES"] + 16 * macros["STAGES"] <= MOST_SHARED  # two mbarriers a stage
+    assert macros["STAGES"] >= 2
+    # What a block starts with; a consumer's setmaxnreg waits forever for more.
+    started = min(64 * 1024 // tiles.threads // 8 * 8, 240)
+    taken = tiles.consumers * macros["CONSUMER_REGISTERS"] + macros["PRODUCER_REGISTERS"]
+    assert taken <= started * (tiles.consumers + 1)
+
+
+PREFILL_TOKENS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+PROJECTIONS = (5120, 2880, 2560, 1280, 640)  # rows of the 20b's, at tp 1, 2, 4 and 8
+
+
+def test_prefill_tiles_keep_the_multiprocessors_busy():
+    """As many clusters at work as there are, or nothing that would employ more of them."""
+    for rows in PROJECTIONS:
+        for tokens in PREFILL_TOKENS:
+            items = prefill_geometry(rows, tokens).items(rows, tokens)
+            turns = -(-items // CLUSTERS)
+            most = max(tiles.items(rows, tokens) for tiles in GEOMETRIES)
+            assert items / turns >= min(0.5 * CLUSTERS, most), (rows, tokens)
+
+
+def test_every_kind_of_prefill_tile_is_taken_by_some_layer():
+    taken = {prefill_geometry(rows, tokens) for rows in PROJECTIONS for tokens in PREFILL_TOKENS}
+    assert taken == set(GEOMETRIES)
+
+
+def test_a_prefill_tile_holds_whole_groups_of_the_swizzle_for_each_block():
+    assert all(tiles.tokens % (8 * CLUSTER) == 0 for tiles in GEOMETRIES)

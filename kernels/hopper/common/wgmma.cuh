@@ -35,6 +35,10 @@ __device__ __forceinline__ void hold(float (&registers)[COUNT]) {
 #define WGMMA_D16 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define WGMMA_D32 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define WGMMA_D48 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define WGMMA_D64 "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define WGMMA_D80 "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define WGMMA_D96 "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
+#define WGMMA_D112 "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define WGMMA_8(i) WGMMA_4(i), WGMMA_4(i + 4)
 #define WGMMA_LIST(...) __VA_ARGS__
 #define WGMMA(N, SUMS, OPERANDS, A, B, ADD, TRANS)                                                                     \
@@ -61,6 +65,21 @@ WGMMA(128, WGMMA_D0 ", " WGMMA_D16 ", " WGMMA_D32 ", " WGMMA_D48,
 WGMMA(144, WGMMA_D0 ", " WGMMA_D16 ", " WGMMA_D32 ", " WGMMA_D48 ", %64, %65, %66, %67, %68, %69, %70, %71",
       WGMMA_LIST(WGMMA_16(0), WGMMA_16(16), WGMMA_16(32), WGMMA_16(48), WGMMA_8(64)), "%72, %73, %74, %75", "%76",
       "%77", "%78")
+WGMMA(160, WGMMA_D0 ", " WGMMA_D16 ", " WGMMA_D32 ", " WGMMA_D48 ", " WGMMA_D64,
+      WGMMA_LIST(WGMMA_16(0), WGMMA_16(16), WGMMA_16(32), WGMMA_16(48), WGMMA_16(64)), "%80, %81, %82, %83", "%84",
+      "%85", "%86")
+WGMMA(192, WGMMA_D0 ", " WGMMA_D16 ", " WGMMA_D32 ", " WGMMA_D48 ", " WGMMA_D64 ", " WGMMA_D80,
+      WGMMA_LIST(WGMMA_16(0), WGMMA_16(16), WGMMA_16(32), WGMMA_16(48), WGMMA_16(64), WGMMA_16(80)),
+      "%96, %97, %98, %99", "%100", "%101", "%102")
+WGMMA(224, WGMMA_D0 ", " WGMMA_D16 ", " WGMMA_D32 ", " WGMMA_D48 ", " WGMMA_D64 ", " WGMMA_D80 ", " WGMMA_D96,
+      WGMMA_LIST(WGMMA_16(0), WGMMA_16(16), WGMMA_16(32), WGMMA_16(48), WGMMA_16(64), WGMMA_16(80), WGMMA_16(96)),
+      "%112, %113, %114, %115", "%116", "%117", "%118")
+WGMMA(256,
+      WGMMA_D0 ", " WGMMA_D16 ", " WGMMA_D32 ", " WGMMA_D48 ", " WGMMA_D64 ", " WGMMA_D80 ", " WGMMA_D96
+               ", " WGMMA_D112,
+      WGMMA_LIST(WGMMA_16(0), WGMMA_16(16), WGMMA_16(32), WGMMA_16(48), WGMMA_16(64), WGMMA_16(80), WGMMA_16(96),
+                 WGMMA_16(112)),
+      "%128, %129, %130, %131", "%132", "%133", "%134")
 #undef WGMMA
 #undef WGMMA_LIST
 #undef WGMMA_8
@@ -70,6 +89,10 @@ WGMMA(144, WGMMA_D0 ", " WGMMA_D16 ", " WGMMA_D32 ", " WGMMA_D48 ", %64, %65, %6
 #undef WGMMA_D16
 #undef WGMMA_D32
 #undef WGMMA_D48
+#undef WGMMA_D64
+#undef WGMMA_D80
+#undef WGMMA_D96
+#undef WGMMA_D112
 
 // Tokens in shared memory as the B operand: rows of 128 bytes (a token's 64 columns), 16-byte chunk c of row r at
 // c ^ (r % 8), eight rows every 1024 bytes. In units of 16 bytes: start in bits 0-13, the stride of eight rows in 32-45,
