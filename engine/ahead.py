@@ -21,7 +21,7 @@ from engine.weights import expert_blocks
 from kernels import hopper
 from kernels.build import AHEAD, BuildError, compile_ahead
 from kernels.hopper import attention, experts, linear, norm, sampler, scorer, step
-from kernels.hopper.linear.prefill import GEOMETRIES
+from kernels.hopper.linear.prefill import GEOMETRIES as PREFILL_TILES
 
 FOLDER = Path(hopper.__file__).parent
 
@@ -53,7 +53,7 @@ def units(shape: Architecture, rank: int, tp: int) -> set[Unit]:
         for tile in linear.tiles(rows, columns):
             unit("linear/tiled.cu", tile.defines(layer, ranks))
     for columns in (shape.hidden, attended):
-        for tiles in GEOMETRIES:
+        for tiles in PREFILL_TILES:
             unit("linear/prefill.cu", tiles.defines(columns))
     for ranks in (1, tp):  # embed_norm exchanges nothing, and is compiled for one rank
         unit("norm/decode.cu", norm.decode_defines(shape.hidden, ranks))

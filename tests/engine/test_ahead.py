@@ -75,7 +75,10 @@ def test_the_list_is_what_a_ranks_steps_ask_for(compiled, rank, tp):
     )
     for bucket in buckets.all:
         model.step(bucket, buffers)()
-    assert compiled == ahead.units(SHAPE, rank, tp)
+    # Which tiles a prefill's dense layers take depends on its tokens, and buckets may be of any.
+    listed = ahead.units(SHAPE, rank, tp)
+    assert compiled <= listed
+    assert {unit.file for unit in listed - compiled} == {"linear/prefill.cu"}
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
