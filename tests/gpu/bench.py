@@ -1,4 +1,5 @@
-"""Whole steps on H100s, through graphs: `make gpu-bench`. Prints tables and writes benchmarks/h100.json.
+"""Whole steps on H100s or H200s, through graphs: `make gpu-bench`. Prints tables and writes benchmarks/h100.json, or
+h200.json.
 
 The floor of a decode step is the bytes a rank must read once, over the read bandwidth measured in the same run. Of the
 experts' weights only those count that the rows of the timed step chose. With `--tp` every rank times the same steps;
@@ -31,7 +32,7 @@ from sweep.steps import decode_bytes, step_ms
 from tests.ranks import together
 
 SHAPES = {"20b": RandomShape(), "120b": RandomShape(num_hidden_layers=36, num_local_experts=128)}
-OUT = Path(__file__).parents[2] / "benchmarks" / "h100.json"
+RESULTS = Path(__file__).parents[2] / "benchmarks"
 
 
 def matmul_rate() -> float:
@@ -43,7 +44,7 @@ def matmul_rate() -> float:
 def engine(shape, decode_rows, prefill_tokens, max_context, ranks, device):
     config = Config(
         model=ModelConfig(name="bench", weights=Weights.random, random_shape=shape),
-        buckets=BucketsConfig(decode_rows, prefill_tokens, 64, max_context, page_memory=0.8),
+        buckets=BucketsConfig(decode_rows, prefill_tokens, [], 64, max_context, page_memory=0.8),
         kernels=KernelsConfig(),
         tp=ranks.size,
     )
@@ -227,10 +228,10 @@ def main() -> None:
         figures = measure(Ranks(0, 1, Path()), torch.device("cuda", 0), arguments)
     else:
         figures, *_ = together(measure, arguments.tp, arguments, gpus=arguments.tp)
-    OUT.parent.mkdir(exist_ok=True)
-    results = json.loads(OUT.read_text()) if OUT.exists() else {}
+    out = RESULTS / ("h200.json" if "H200" in figures["device"] else "h100.json")
+    results = json.loads(out.read_text()) if out.exists() else {}
     results[arguments.model + (f" tp {arguments.tp}" if arguments.tp > 1 else "")] = figures
-    OUT.write_text(json.dumps(results, indent=1) + "\n")
+    out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
