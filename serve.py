@@ -8,15 +8,11 @@ Nothing imports this. It never imports torch: the ranks do, each in its own proc
 
 import asyncio
 import logging
-import multiprocessing
 import os
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 
 import hydra
 import uvicorn
@@ -28,13 +24,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf.limits import PAGE_TOKENS
 from conf.schema import Config, ConfigError, load, one_line, register
-from demo.bundle import with_demo_folder
+from engine.lifetime import RankProcess
 from engine.messages import Ready
+from engine.run_folder import RunFolder
 from serve.app import create_app
 from serve.client import EngineClient
 from serve.framing import Protocol
 
-MOST_SOCKET_PATH = 107  # bytes that Linux takes
+BACKLOG = 2048  # connections that wait to be accepted
 FLUSH_SECONDS = 3  # for answers that say why, once the engine is lost
 # Of an unused connection, longer than clients and load balancers keep theirs (Google Cloud's: 600). A server that
 # closes first may do so while a request is on its way, which then fails.
@@ -58,66 +55,52 @@ def main(composed: DictConfig) -> None:
 async def serve(config: Config) -> int:
     """Serve until a signal or a dead rank; the process's exit status. Raises ConfigError."""
     listener = listen(config.server.host, config.server.port)
-    room = MOST_SOCKET_PATH - len("/mini-vllm-01234567/requests")
-    if len(os.fsencode(tempfile.gettempdir())) > room:
-        raise ConfigError(f"TMPDIR: got {tempfile.gettempdir()}, allowed: at most {room} bytes: sockets go there")
-    run_folder = tempfile.mkdtemp(prefix="mini-vllm-")
-    os.chmod(run_folder, 0o700)
-    spawn = multiprocessing.get_context("spawn")
-    ranks = [
-        spawn.Process(target=start_rank, args=(config, rank, run_folder), name=f"rank {rank}")
-        for rank in range(config.tp)
-    ]
-    client = EngineClient(run_folder, config.server.step_deadline, summarize(config))
+    run_folder = RunFolder()
+    client = EngineClient(run_folder.path, config.server.step_deadline, summarize(config))
     try:
         app = create_app(client, config.server, config.model.name)
     except (OSError, ValueError) as error:
+        run_folder.remove()
         raise ConfigError(f"server.api_key_file: {error}") from error
     server = Server(
         uvicorn.Config(
-            app, log_config=None, access_log=False, http=Protocol, lifespan="off", timeout_keep_alive=KEEP_ALIVE_SECONDS
+            app,
+            log_config=None,
+            access_log=False,
+            http=Protocol,
+            lifespan="off",
+            backlog=BACKLOG,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
         )
     )
     loop = asyncio.get_running_loop()
-    stop = Stop(app, client, server, config.server.drain_seconds)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    stop = Stop(app, client, server, config.server.drain_seconds, run_folder)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
         loop.add_signal_handler(number, stop.signalled, number)
+    loop.add_signal_handler(signal.SIGHUP, stop.hung_up, config.server.api_key_file)
     try:
-        for process in ranks:
-            process.start()
-            loop.add_reader(process.sentinel, stop.rank_died, loop, process)
+        for rank in range(config.tp):
+            stop.watch(RankProcess(config, rank, run_folder.path))
         log.info("starting %s on http://%s:%d", config.model.name, config.server.host, config.server.port)
         delivery = loop.create_task(client.run())
         delivery.add_done_callback(lambda _: stop.engine_failed())
         await server.serve(sockets=[listener])
     finally:
-        for process in ranks:
-            if process.pid:
-                loop.remove_reader(process.sentinel)
-                process.kill()
-                process.join()
-        shutil.rmtree(run_folder, ignore_errors=True)
+        stop.end()
     return stop.status
 
 
-def start_rank(config: Config, rank: int, run_folder: str) -> None:
-    """The process of a rank; never returns."""
-    from engine.rank import run_rank  # here, so that only the ranks pay for torch
-
-    try:
-        config = with_demo_folder(config)
-    except ConfigError as error:
-        sys.exit(f"ERROR rank {rank}: cannot start: {error}")
-    run_rank(config, rank, run_folder)
-
-
 def listen(host: str, port: int) -> socket.socket:
-    """Bound before the ranks start: a port in use must not cost a model load. Raises ConfigError."""
+    """Listening before the ranks start: a port in use must not cost a model load. Raises ConfigError.
+
+    Of two servers that start at once, both may bind the port, and only one may listen.
+    """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(BACKLOG)
     except OSError as error:
         raise ConfigError(f"server.host, server.port: cannot listen on {host}:{port}: {error.strerror}") from error
     return listener
@@ -133,24 +116,54 @@ class Server(uvicorn.Server):
 
 
 class Stop:
-    """The ways a server ends: drained, stopped at once, or lost with a rank. `status` is the exit status."""
+    """The ways a server ends: drained, stopped at once, or lost with its engine. `status` is the exit status."""
 
-    def __init__(self, app: FastAPI, client: EngineClient, server: Server, drain_seconds: float) -> None:
+    def __init__(
+        self, app: FastAPI, client: EngineClient, server: Server, drain_seconds: float, run_folder: RunFolder
+    ) -> None:
         self.status = 0
         self._app = app
         self._client = client
         self._server = server
         self._drain_seconds = drain_seconds
+        self._run_folder = run_folder
+        self._ranks: list[RankProcess] = []
         self._draining: asyncio.Task[None] | None = None
+
+    def watch(self, rank: RankProcess) -> None:
+        """A rank has started: its end is the server's."""
+        self._ranks.append(rank)
+        asyncio.get_running_loop().add_reader(rank.exited, self._rank_ended, rank)
+
+    def end(self) -> None:
+        """End the ranks and remove what is on the disk."""
+        for rank in self._ranks:
+            asyncio.get_running_loop().remove_reader(rank.exited)
+            rank.kill()
+        self._ranks.clear()
+        self._run_folder.remove()
 
     def signalled(self, number: int) -> None:
         """The first signal drains, a second one stops at once."""
+        name = signal.Signals(number).name
         if self._draining:
-            self._server.should_exit = self._server.force_exit = True
-            return
-        log.info("%s: finishing %d requests in flight", signal.Signals(number).name, self._client.outstanding)
+            log.warning("%s again: stopping at once, %d requests unfinished", name, self._client.outstanding)
+            self.end()
+            logging.shutdown()
+            os._exit(1)  # an orderly end would wait for clients, or report each of their requests as cancelled
+        log.info("%s: finishing %d requests in flight", name, self._client.outstanding)
         self._app.state.draining = True
         self._draining = asyncio.get_running_loop().create_task(self._drain())
+
+    def hung_up(self, key_file: str | None) -> None:
+        """SIGHUP: read the API keys again where there are any; otherwise it is a signal like the others."""
+        if key_file is None:
+            self.signalled(signal.SIGHUP)
+            return
+        try:
+            log.info("SIGHUP: %s holds %d keys", key_file, self._app.state.keys.read())
+        except (OSError, ValueError) as error:
+            log.error("SIGHUP: the API keys stay as they were: %s", error)
 
     async def _drain(self) -> None:
         deadline = asyncio.get_running_loop().time() + self._drain_seconds
@@ -158,24 +171,28 @@ class Stop:
             await asyncio.sleep(0.05)
         if left := self._client.outstanding:
             log.warning("%d requests unfinished after server.drain_seconds = %g", left, self._drain_seconds)
-            self._client.fail("the server was stopped")
+            self._client.stop()
             await asyncio.sleep(0.2)
-        self._server.config.timeout_graceful_shutdown = FLUSH_SECONDS
-        self._server.should_exit = True
+        self._exit()
 
-    def rank_died(self, loop: asyncio.AbstractEventLoop, process: BaseProcess) -> None:
-        loop.remove_reader(process.sentinel)
-        process.join()
-        code = process.exitcode or 0
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-        self._client.fail(f"{process.name} ended with {how}")
+    def _rank_ended(self, rank: RankProcess) -> None:
+        asyncio.get_running_loop().remove_reader(rank.exited)
+        self._client.fail(rank.ending or f"{rank.name} ended")
+        for other in self._ranks:  # now: they wait for a dead one, or notice it with an error that names none
+            asyncio.get_running_loop().remove_reader(other.exited)
+            other.kill()
+        self._ranks.clear()
         self.engine_failed()
 
     def engine_failed(self) -> None:
-        if self.status or not self._client.failure or self._draining:
+        """The client has stopped; unless the server has, that is the server's end."""
+        if self.status or not self._client.failure:
             return
         self.status = 1
         log.critical("%s: the server stops", self._client.failure)
+        self._exit()
+
+    def _exit(self) -> None:
         self._server.config.timeout_graceful_shutdown = FLUSH_SECONDS
         self._server.should_exit = True
 
@@ -191,6 +208,9 @@ def summarize(config: Config) -> Callable[[Ready], None]:
         log.info("ranks    %d on %s, kernels %s", ready.tp, ready.device, ready.kernels)
         log.info("buckets  %s", buckets)
         log.info("pages    %d of %d tokens, context %d", ready.pages, PAGE_TOKENS, ready.max_context)
+        if ready.max_context < config.buckets.max_context:
+            configured = config.buckets.max_context
+            log.warning("buckets.max_context: got %d, the pages hold %d", configured, ready.max_context)
         log.info("memory   %s", memory)
         log.info("phases   %s", phases)
         log.info("ready on http://%s:%d", config.server.host, config.server.port)
@@ -199,6 +219,7 @@ def summarize(config: Config) -> Callable[[Ready], None]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the server has its own handler: no traceback
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing a report of its own
     register()
     try:

@@ -106,7 +106,7 @@ class ServerConfig:
     port: int = 8000
     also_named: list[str] = field(default_factory=list)  # names of the model that requests may use beside model.name
     cors_origins: list[str] = field(default_factory=list)  # pages of these origins may call, such as https://a.example
-    api_key_file: str | None = None  # one key a line; every route but health and metrics then needs one
+    api_key_file: str | None = None  # one key a line, # begins comments; all routes but health and metrics need one
     salt_by_key: bool = False  # requests find cached prompts of their own API key alone
     stored_responses: int = 256  # of /v1/responses, kept in memory for previous_response_id; 0 keeps none
     stored_bytes: int = 64 * 2**20  # of JSON, over all of them
@@ -114,7 +114,7 @@ class ServerConfig:
     max_queue: int = 1024  # requests waiting or running; one more answers 429
     max_body_bytes: int = 16 * 2**20
     request_timeout: float = 3600.0  # seconds, then the request ends with an error
-    drain_seconds: float = 30.0  # after SIGTERM, for requests in flight
+    drain_seconds: float = 30.0  # after a signal to end, for requests in flight
     step_deadline: float = 120.0  # seconds without a finished step while work is pending: unhealthy, and exit
     log_level: str = "info"
 

@@ -8,8 +8,7 @@ encode prompts and decode completions.
 """
 
 import itertools
-import multiprocessing
-import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
@@ -25,9 +24,10 @@ from conf.schema import Config, ConfigError, ServerConfig, compose
 from demo.bundle import with_demo_folder
 from engine.channel import StepChannel
 from engine.core import Core
+from engine.lifetime import RankProcess
 from engine.messages import Abort, Delta, FinishReason, FromEngine, PromptLogprobs, StepReport, Submit, TokenLogprobs
 from engine.parallel import Ranks
-from engine.rank import run_rank
+from engine.run_folder import RunFolder
 from engine.start import Engine, device_of, start
 from engine.tokenizer import Tokenizer
 from graphs.plan import SamplingParams
@@ -58,9 +58,8 @@ class Completion:
 class LLM:
     """An engine in this process: rank 0 here, the others in processes of their own.
 
-    `overrides` are those of serve.py's command line. With tp > 1 the program's entry must stand under
-    `if __name__ == "__main__"`, as with all of Python's spawned processes. On a CPU the process is set up for the
-    engine: see `graphs.capture.prepare_cpu_process`.
+    `overrides` are those of serve.py's command line. On a CPU the process is set up for the engine: see
+    `graphs.capture.prepare_cpu_process`. The other ranks end with the thread that made this object.
 
     Raises ConfigError, CheckpointError and the other `engine.start.CANNOT_START`, or RankDied.
     """
@@ -70,14 +69,8 @@ class LLM:
         if replace(config.server, log_level=ServerConfig.log_level) != ServerConfig():
             raise ConfigError("server: got keys that have no effect offline, allowed: server.log_level")
         config = with_demo_folder(config)
-        self._folder = tempfile.TemporaryDirectory(prefix="mini-vllm-")
-        spawn = multiprocessing.get_context("spawn")
-        self._others = [
-            spawn.Process(target=run_rank, args=(config, rank, self._folder.name), name=f"rank {rank}", daemon=True)
-            for rank in range(1, config.tp)
-        ]
-        for process in self._others:
-            process.start()
+        self._folder = RunFolder()
+        self._others = [RankProcess(config, rank, self._folder.path) for rank in range(1, config.tp)]
         self._ranks: Ranks | None = None
         self._ids = itertools.count()
         self._deltas: dict[int, list[Delta]] = {}  # of the requests of the current call
@@ -86,7 +79,7 @@ class LLM:
         self.engine, self._core = self._watched(lambda: self._start(config))
 
     def _start(self, config: Config) -> tuple[Engine, Core]:
-        folder = Path(self._folder.name)
+        folder = Path(self._folder.path)
         device = device_of(config, 0)
         self._ranks = Ranks(0, config.tp, folder)
         engine = start(config, self._ranks, device)
@@ -176,28 +169,30 @@ class LLM:
         future: Future[Result] = Future()
         Thread(target=_complete, args=(future, work), daemon=True).start()
         try:
-            while not future.done() and all(process.is_alive() for process in self._others):
+            while not future.done() and not self._ending():
                 wait([future], POLL_SECONDS)
             if future.done() and not future.exception():
                 return future.result()
-            for process in self._others:  # the collectives notice a dead rank too, with an error that names none
-                process.join(POLL_SECONDS)
-                if process.exitcode is not None:
-                    raise RankDied(f"{process.name} ended with exit status {process.exitcode}")
+            time.sleep(POLL_SECONDS)  # the collectives notice a dead rank too, perhaps sooner, and name none
+            if ending := self._ending():
+                raise RankDied(ending)
             return future.result()
         except BaseException:
             self.close()
             raise
 
+    def _ending(self) -> str | None:
+        """How the first of the other ranks that has ended did; None while all run."""
+        return next((ending for rank in self._others if (ending := rank.ending)), None)
+
     def close(self) -> None:
         """End the other ranks. The memory is free once nothing refers to this object."""
-        for process in self._others:
-            process.kill()
-            process.join()
+        for rank in self._others:
+            rank.kill()
         if self._ranks:
             self._ranks.close()
             self._ranks = None
-        self._folder.cleanup()
+        self._folder.remove()
 
     def __enter__(self) -> Self:
         return self

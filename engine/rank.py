@@ -4,10 +4,9 @@ Rank 0 leads: it schedules and talks to the HTTP process through two sockets. Th
 processes, sockets and the order of a start; nothing of what a step computes.
 """
 
-import ctypes
 import logging
-import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,22 +14,23 @@ import msgspec
 import zmq
 
 from conf.schema import Config
+from demo.bundle import with_demo_folder
 from engine.channel import StepChannel
 from engine.messages import FromEngine, StepReport, ToEngine
 from engine.parallel import Ranks
 from engine.start import CANNOT_START, Engine, device_of, start
 
 IDLE_POLL = 1000  # milliseconds
+PEER_SECONDS = 2  # for the parent to notice that another rank has ended, and to end this one
 
 log = logging.getLogger(__name__)
 
 
 def run_rank(config: Config, rank: int, run_folder: str) -> None:
     """A rank from start to kill. Exits with 1 and one line if it cannot start."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the parent
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides when to stop
     logging.basicConfig(level=config.server.log_level.upper(), format=f"%(levelname)s rank {rank}: %(message)s")
     try:
+        config = with_demo_folder(config)
         device = device_of(config, rank)
         ranks = Ranks(rank, config.tp, Path(run_folder))
         engine = start(config, ranks, device)
@@ -38,10 +38,23 @@ def run_rank(config: Config, rank: int, run_folder: str) -> None:
     except CANNOT_START as error:
         log.error("cannot start: %s", error)
         sys.exit(1)
-    if rank == 0:
-        _lead(engine, channel, run_folder)
-    else:
-        _follow(engine, channel)
+    except Exception:
+        _await_end(config)
+        raise
+    try:
+        if rank == 0:
+            _lead(engine, channel, run_folder)
+        else:
+            _follow(engine, channel)
+    except Exception:
+        _await_end(config)
+        raise
+
+
+def _await_end(config: Config) -> None:
+    """Time to be ended: where another rank has died, that is the cause of the error here, and the parent's to tell."""
+    if config.tp > 1:
+        time.sleep(PEER_SECONDS)
 
 
 def _lead(engine: Engine, channel: StepChannel, run_folder: str) -> None:

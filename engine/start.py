@@ -133,7 +133,7 @@ def _start(config: Config, ranks: Ranks, device: torch.device) -> Engine:
         memory["free"] = torch.cuda.mem_get_info()[0]
     ready = Ready(
         vocab_size=shape.vocab,
-        max_context=context,
+        max_context=min(context, (pages - 1) * PAGE_TOKENS),  # of one request: no more than all pages hold
         pages=pages,
         device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         kernels=ops.name,

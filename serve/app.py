@@ -13,7 +13,7 @@ from engine.tokenizer import Tokenizer
 from serve.client import Engine
 from serve.endpoints import chat, completions, messages, responses, status, tokenize
 from serve.generation import Service
-from serve.guard import Guard, read_keys
+from serve.guard import Guard, Keys
 from serve.metrics import Metrics
 from serve.parsing import IGNORED_HEADER
 from serve.protocol import ApiError
@@ -27,15 +27,15 @@ def utc_today() -> datetime.date:
 def create_app(
     engine: Engine, server: ServerConfig, model_name: str, today: Callable[[], datetime.date] = utc_today
 ) -> FastAPI:
-    """The ASGI application. Its owner sets `app.state.draining` to True to have it refuse new requests.
+    """The ASGI application. Its owner sets `app.state.draining` to True to have it refuse new requests, and
+    calls `app.state.keys.read()` to have the API keys read again.
 
     `today` is the date that prompts name. Raises OSError or ValueError for an unusable API key file.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.state.draining = False
-    app.add_middleware(
-        Guard, keys=read_keys(server.api_key_file), max_body_bytes=server.max_body_bytes, salt_by_key=server.salt_by_key
-    )
+    app.state.keys = Keys(server.api_key_file)
+    app.add_middleware(Guard, keys=app.state.keys, max_body_bytes=server.max_body_bytes, salt_by_key=server.salt_by_key)
     if server.cors_origins:  # before the guard: a preflight carries no key
         app.add_middleware(
             CORSMiddleware,

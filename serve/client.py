@@ -53,12 +53,16 @@ class Engine(Protocol):
         Prompts are found in the prefix cache only by requests of the same `salt`.
 
         Deltas that arrive faster than they are read are merged into one. Raises EngineFailed, here or while reading,
-        once the engine is lost.
+        once the engine is lost; ServerStopped, while reading, once the server ends.
         """
 
 
 class EngineFailed(RuntimeError):
     """The engine died or hangs; the message says how."""
+
+
+class ServerStopped(Exception):
+    """The server ends before the request has."""
 
 
 class Stream:
@@ -68,7 +72,7 @@ class Stream:
         self.id = id
         self._close = close
         self._deltas: list[Delta] = []
-        self._failure: str | None = None
+        self._failure: Exception | None = None
         self._arrived = asyncio.Event()
         self._ended = False
 
@@ -77,9 +81,9 @@ class Stream:
         self._deltas.append(delta)
         self._arrived.set()
 
-    def fail(self, reason: str) -> None:
-        """The engine is lost; the Deltas that have arrived are read first."""
-        self._failure = reason
+    def fail(self, failure: EngineFailed | ServerStopped) -> None:
+        """No more Deltas will come; those that have arrived are read first."""
+        self._failure = failure
         self._arrived.set()
 
     def __aiter__(self) -> "Stream":
@@ -92,7 +96,8 @@ class Stream:
         self._arrived.clear()
         if not self._deltas:
             self._ended = True
-            raise EngineFailed(self._failure)
+            assert self._failure is not None
+            raise self._failure
         delta, self._deltas = merged(self._deltas), []
         self._ended = delta.finish_reason is not None
         if self._failure:
@@ -162,7 +167,13 @@ class EngineClient:
         """The engine is lost: every stream ends with EngineFailed."""
         self.failure = self.failure or reason
         for stream in self._streams.values():
-            stream.fail(self.failure)
+            stream.fail(EngineFailed(self.failure))
+        self._streams.clear()
+
+    def stop(self) -> None:
+        """The server ends: every stream ends with ServerStopped."""
+        for stream in self._streams.values():
+            stream.fail(ServerStopped())
         self._streams.clear()
 
     async def run(self) -> None:

@@ -16,7 +16,7 @@ from conf.schema import ServerConfig
 from engine.messages import Delta, Ready
 from engine.tokenizer import Tokenizer
 from graphs.plan import SamplingParams
-from serve.client import DeltaStream, Engine, EngineFailed
+from serve.client import DeltaStream, Engine, EngineFailed, ServerStopped
 from serve.metrics import Meter, Metrics
 from serve.protocol import SEEDS, ApiError, JsonObject
 
@@ -208,6 +208,10 @@ class Generation(Generic[AnyDelta]):
         except EngineFailed as error:
             reason = "error"
             raise engine_failed(error) from error
+        except ServerStopped as error:
+            reason = "error"
+            message = "the server was stopped before the answer was complete"
+            raise ApiError(503, message, code="draining", headers=RETRY) from error
         finally:
             meter.finish(reason)
             await stream.aclose()

@@ -20,17 +20,25 @@ log = logging.getLogger(__name__)
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")  # one that a client may choose: no line of a log is forged by it
 
 
-def read_keys(path: str | None) -> tuple[bytes, ...]:
-    """The keys of a file, one a line; none where no file is given.
+class Keys:
+    """The API keys of a file, one a line; lines that begin with # are comments. Without a file, `all` is empty."""
 
-    Raises OSError for a file that cannot be read, ValueError for one without a key.
-    """
-    if path is None:
-        return ()
-    keys = tuple(line.strip().encode() for line in Path(path).read_text().splitlines() if line.strip())
-    if not keys:
-        raise ValueError(f"server.api_key_file: {path} holds no key, expected one a line")
-    return keys
+    def __init__(self, path: str | None) -> None:
+        """Raises OSError for a file that cannot be read, ValueError for one without a key."""
+        self._path = path
+        self.all: tuple[bytes, ...] = ()
+        if path is not None:
+            self.read()
+
+    def read(self) -> int:
+        """Read the file again; the number of keys. Raises as the constructor does, and then changes nothing."""
+        assert self._path is not None
+        lines = [line.strip() for line in Path(self._path).read_text("utf-8-sig").splitlines()]
+        keys = tuple(line.encode() for line in lines if line and not line.startswith("#"))
+        if not keys:
+            raise ValueError(f"server.api_key_file: {self._path} holds no key, expected one a line")
+        self.all = keys
+        return len(keys)
 
 
 def cache_salt(scope: Scope, given: str | None) -> bytes:
@@ -54,7 +62,7 @@ def needs_key(path: str) -> bool:
 class Guard:
     """ASGI middleware; an ApiError that leaves the application, or any other exception, becomes the error object."""
 
-    def __init__(self, app: ASGIApp, keys: tuple[bytes, ...], max_body_bytes: int, salt_by_key: bool = False) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys, max_body_bytes: int, salt_by_key: bool = False) -> None:
         self._app, self._keys, self._limit, self._salted = app, keys, max_body_bytes, salt_by_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -84,7 +92,7 @@ class Guard:
             await send(message)
 
         try:
-            key = self._key(headers) if self._keys and needs_key(scope["path"]) else None
+            key = self._key(headers) if self._keys.all and needs_key(scope["path"]) else None
             scope["key_digest"] = b"" if key is None else hashlib.sha256(key).digest()
             scope["key_salt"] = scope["key_digest"] if self._salted else b""
             self._check(headers)
@@ -103,7 +111,7 @@ class Guard:
         scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
         given = (bearer.strip() if scheme.lower() == b"bearer" else b"", headers.get(b"x-api-key", b"").strip())
         # Every key is compared, so that the time does not reveal which one came close.
-        valid = [allowed for key in given for allowed in self._keys if hmac.compare_digest(key, allowed)]
+        valid = [allowed for key in given for allowed in self._keys.all if hmac.compare_digest(key, allowed)]
         if valid:
             return valid[0]
         raise ApiError(

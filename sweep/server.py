@@ -15,6 +15,8 @@ from pathlib import Path
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from engine.lifetime import dying_with_parent
+
 ROOT = Path(__file__).parents[1]
 PREFIX = "mini_vllm:"
 STOP_SECONDS = 10  # between SIGTERM and SIGKILL
@@ -27,7 +29,10 @@ class ServerFailed(RuntimeError):
 
 
 class Server:
-    """One server process, in a session of its own: a Ctrl-C at the terminal reaches only the sweep, which stops it."""
+    """One server process, in a session of its own: a Ctrl-C at the terminal reaches only the sweep, which stops it.
+
+    It is killed with the thread that started it.
+    """
 
     def __init__(self, command: tuple[str, ...], overrides: list[str], log: Path) -> None:
         """Start `command` with the overrides on a free port; its output goes to the file `log`."""
@@ -44,6 +49,7 @@ class Server:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=dying_with_parent(),
             )
 
     def wait_ready(self, seconds: float) -> float:

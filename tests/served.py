@@ -9,6 +9,8 @@ from pathlib import Path
 import httpx
 import psutil
 
+from engine.lifetime import dying_with_parent
+
 ROOT = Path(__file__).parents[1]
 START_SECONDS = 120
 GREEDY = {"model": "demo", "prompt": [1, 2, 3], "temperature": 0}
@@ -30,6 +32,7 @@ class Served:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            preexec_fn=dying_with_parent(),
         )
 
     def __enter__(self):
@@ -51,9 +54,9 @@ class Served:
         raise AssertionError(f"not ready: {self.process.stdout.read() if self.process.poll() is not None else 'slow'}")
 
     def ranks(self):
-        """The rank processes, in order; the interpreter's own helper processes are not among them."""
+        """The rank processes, in order."""
         children = psutil.Process(self.process.pid).children()
-        return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        return [child for child in children if "run_child" in " ".join(child.cmdline())]
 
     def complete(self, **body):
         body = GREEDY | {"max_tokens": 8, "return_token_ids": True} | body

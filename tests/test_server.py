@@ -80,7 +80,8 @@ def test_ranks_hold_one_model_and_a_killed_one_ends_the_server(folder):
             ranks[-1].kill()
             output, _ = server.process.communicate(timeout=20)
             assert server.process.returncode == 1
-            assert f"rank {tp - 1} ended with signal SIGKILL" in output
+            assert f"CRITICAL rank {tp - 1} ended with signal SIGKILL: the server stops" in output
+            assert "Traceback" not in output  # the other ranks notice too, and would bury the cause
             assert not any(rank.is_running() for rank in ranks)
     assert answers[1] == answers[2] == answers[4]
 
@@ -95,14 +96,21 @@ def stream(server, lines, **body):
             lines += [line.removeprefix("data: ")] if line else []
 
 
-def test_a_signal_lets_streams_finish_refuses_new_requests_and_exits_with_0(folder):
+def running(server, lines, **body):
+    """A thread that reads a stream, once the engine runs it."""
+    thread = threading.Thread(target=stream, args=(server, lines), kwargs={"ignore_eos": True, **body})
+    thread.start()
+    while 'num_requests_running{model_name="demo"} 1' not in httpx.get(f"{server.url}/metrics").text:
+        time.sleep(0.01)
+    return thread
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_lets_streams_finish_refuses_new_requests_and_exits_with_0(folder, number):
     with served(folder).wait_ready() as server:
         lines = []
-        thread = threading.Thread(target=stream, args=(server, lines), kwargs={"ignore_eos": True})
-        thread.start()
-        while 'num_requests_running{model_name="demo"} 1' not in httpx.get(f"{server.url}/metrics").text:
-            time.sleep(0.01)
-        server.process.send_signal(signal.SIGTERM)
+        thread = running(server, lines)
+        server.process.send_signal(number)
         while httpx.get(f"{server.url}/health/ready").status_code == 200:
             time.sleep(0.01)
         refused = server.complete()
@@ -115,26 +123,105 @@ def test_a_signal_lets_streams_finish_refuses_new_requests_and_exits_with_0(fold
     assert json.loads(lines[-2])["choices"][0]["finish_reason"] == "length"
 
 
-def test_a_second_signal_stops_at_once_and_leaves_no_process(folder):
+def test_a_second_signal_stops_at_once_and_leaves_nothing(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     with served(folder).wait_ready() as server:
-        ranks = server.ranks()
-        lines = []
-        thread = threading.Thread(target=stream, args=(server, lines), kwargs={"max_tokens": 500})
-        thread.start()
-        while 'num_requests_running{model_name="demo"} 1' not in httpx.get(f"{server.url}/metrics").text:
-            time.sleep(0.01)
+        assert list(tmp_path.glob("mini-vllm-*"))
+        ranks, lines = server.ranks(), []
+        thread = running(server, lines, max_tokens=500)
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
         server.process.send_signal(signal.SIGTERM)
-        server.process.wait(timeout=10)
+        output, _ = server.process.communicate(timeout=10)
         thread.join()
-        assert "[DONE]" not in lines
-        assert not any(rank.is_running() for rank in ranks)
+    assert server.process.returncode == 1
+    assert "SIGTERM again: stopping at once, 1 requests unfinished" in output
+    assert "Traceback" not in output
+    assert "[DONE]" not in lines
+    assert not any(rank.is_running() for rank in ranks)
+    assert not list(tmp_path.glob("mini-vllm-*"))
 
 
-def test_ranks_do_not_outlive_a_killed_server(folder):
-    with served(folder, "tp=2").wait_ready() as server:
-        ranks = server.ranks()
+def test_an_engine_lost_while_draining_is_an_error_and_its_reason_is_told(folder):
+    with served(folder).wait_ready() as server:
+        lines = []
+        thread = running(server, lines, max_tokens=500)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        server.ranks()[0].kill()
+        output, _ = server.process.communicate(timeout=20)
+        thread.join()
+    assert server.process.returncode == 1
+    assert "CRITICAL rank 0 ended with signal SIGKILL: the server stops" in output
+    assert "the engine failed: rank 0 ended with signal SIGKILL" in lines[-1]
+
+
+def test_a_drain_that_takes_too_long_is_no_failure_of_the_engine(folder):
+    with served(folder, "server.drain_seconds=0.3").wait_ready() as server:
+        lines = []
+        thread = running(server, lines, max_tokens=500)
+        server.process.send_signal(signal.SIGTERM)
+        output, _ = server.process.communicate(timeout=20)
+        thread.join()
+    assert server.process.returncode == 0
+    assert "1 requests unfinished after server.drain_seconds = 0.3" in output
+    error = json.loads(lines[-1])["error"]
+    assert (error["code"], error["message"]) == ("draining", "the server was stopped before the answer was complete")
+
+
+def test_a_hangup_reads_the_key_file_again(folder, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("\ufeffold\n", "utf-8")
+    with served(folder, f"server.api_key_file={keys}").wait_ready() as server:
+
+        def status(key):
+            return httpx.get(f"{server.url}/v1/models", headers={"x-api-key": key}).status_code
+
+        assert (status("old"), status("new")) == (200, 401)
+        keys.write_text("# nobody\n")
+        server.process.send_signal(signal.SIGHUP)
+        time.sleep(0.2)
+        assert status("old") == 200
+        keys.write_text("# of today\nnew\n")
+        server.process.send_signal(signal.SIGHUP)
+        while status("new") == 401:
+            time.sleep(0.01)
+        assert (status("old"), status("# of today")) == (401, 401)
+
+
+def test_pages_that_hold_less_than_the_context_are_the_context():
+    with Served("kernels.device=cpu", "buckets.max_context=512", "buckets.pages=3").wait_ready() as server:
+        assert httpx.get(f"{server.url}/v1/models").json()["data"][0]["max_model_len"] == 128
+        message = {"messages": [{"role": "user", "content": "x"}]}
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=message, timeout=60)
+        assert answer.status_code == 200
+        assert server.complete(prompt=[1] * 64, max_tokens=64, ignore_eos=True).json()["usage"]["total_tokens"] == 128
+        refused = server.complete(prompt=[1] * 64, max_tokens=65)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+        server.process.send_signal(signal.SIGTERM)
+        output, _ = server.process.communicate(timeout=20)
+    assert "buckets.max_context: got 512, the pages hold 128" in output
+
+
+def test_of_two_servers_that_start_at_once_on_one_port_one_starts(folder):
+    with served(folder) as first, served(folder, f"server.port={first.port}") as second:
+        servers = [first, second]
+        while all(server.process.poll() is None for server in servers):
+            time.sleep(0.05)
+        (lost,) = [server for server in servers if server.process.poll() is not None]
+        (line,) = lost.process.stdout.read().splitlines()
+        assert f"cannot listen on 127.0.0.1:{first.port}" in line
+        servers.remove(lost)
+        servers[0].wait_ready()
+
+
+@pytest.mark.parametrize("moment", ["starting", "ready"])
+def test_ranks_do_not_outlive_a_killed_server(folder, moment):
+    with served(folder, "tp=2") as server:
+        if moment == "ready":
+            server.wait_ready()
+        while len(ranks := server.ranks()) < 2:
+            time.sleep(0.001)
         os.kill(server.process.pid, signal.SIGKILL)
         _, alive = psutil.wait_procs(ranks, timeout=10)
         assert not alive

@@ -10,7 +10,7 @@ import pytest
 from conf.limits import BIAS_ENTRIES, END_OF_TURN, MAX_LOGIT_BIAS, MAX_STOP_TOKENS, MAX_TOP_LOGPROBS
 from conf.schema import ServerConfig
 from serve.app import create_app
-from serve.guard import Guard
+from serve.guard import Guard, Keys
 from tests.fakes import FakeEngine
 from tests.serve.conftest import MODEL
 
@@ -412,7 +412,7 @@ def test_an_exception_after_the_response_has_begun_sends_no_second_one(caplog):
 
     scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
     with caplog.at_level(logging.ERROR, "serve"):
-        asyncio.run(Guard(app, (), 1000)(scope, None, send))
+        asyncio.run(Guard(app, Keys(None), 1000)(scope, None, send))
     assert [message["type"] for message in sent] == ["http.response.start"]
     assert "late" in caplog.text
 
