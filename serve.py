@@ -9,6 +9,7 @@ Nothing imports this. It never imports torch: the ranks do, each in its own proc
 import asyncio
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -29,8 +30,9 @@ from engine.messages import Ready
 from engine.run_folder import RunFolder
 from serve.app import create_app
 from serve.client import EngineClient
-from serve.framing import Protocol
+from serve.connection import RESERVED, protocol_of
 
+OWN_FILES = 64  # sockets, pipes and logs beside connections
 BACKLOG = 2048  # connections that wait to be accepted
 FLUSH_SECONDS = 3  # for answers that say why, once the engine is lost
 # Of an unused connection, longer than clients and load balancers keep theirs (Google Cloud's: 600). A server that
@@ -54,6 +56,7 @@ def main(composed: DictConfig) -> None:
 
 async def serve(config: Config) -> int:
     """Serve until a signal or a dead rank; the process's exit status. Raises ConfigError."""
+    allow_files(config.server.max_connections)
     listener = listen(config.server.host, config.server.port)
     run_folder = RunFolder()
     client = EngineClient(run_folder.path, config.server.step_deadline, summarize(config))
@@ -67,8 +70,9 @@ async def serve(config: Config) -> int:
             app,
             log_config=None,
             access_log=False,
-            http=Protocol,
+            http=protocol_of(config.server),
             lifespan="off",
+            ws="none",
             backlog=BACKLOG,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
         )
@@ -104,6 +108,17 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise ConfigError(f"server.host, server.port: cannot listen on {host}:{port}: {error.strerror}") from error
     return listener
+
+
+def allow_files(connections: int) -> None:
+    """Raise this process's limit of open files to what so many connections need. Raises ConfigError."""
+    need = connections + RESERVED + OWN_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < need:
+        most = f"at most {max(0, hard - RESERVED - OWN_FILES)} where a process may open {hard} files (ulimit -n)"
+        raise ConfigError(f"server.max_connections: got {connections}, allowed: {most}")
+    if soft != resource.RLIM_INFINITY and soft < need:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
 
 
 class Server(uvicorn.Server):

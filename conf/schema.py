@@ -113,6 +113,9 @@ class ServerConfig:
     stored_seconds: float = 3600.0  # each is kept at most
     max_queue: int = 1024  # requests waiting or running; one more answers 429
     max_body_bytes: int = 16 * 2**20
+    max_bytes_in_flight: int = 256 * 2**20  # of the bodies of all requests that are not answered yet; more answer 503
+    max_connections: int = 2048  # more answer 503, but for health and metrics
+    receive_timeout: float = 20.0  # seconds for a request to arrive, and one more for every 16 KiB of its body
     request_timeout: float = 3600.0  # seconds, then the request ends with an error
     drain_seconds: float = 30.0  # after a signal to end, for requests in flight
     step_deadline: float = 120.0  # seconds without a finished step while work is pending: unhealthy, and exit
@@ -228,13 +231,16 @@ def check(config: Config) -> None:
         require(kernels.dtype is Dtype.bfloat16, "kernels.dtype", "bfloat16 with kernels.name=hopper")
         require(kernels.device is not Device.cpu, "kernels.device", "auto or cuda with kernels.name=hopper")
     require(1 <= server.port <= 65535, "server.port", "1 to 65535")
-    for key in ("max_queue", "max_body_bytes", "request_timeout", "step_deadline"):
+    positive = ("max_queue", "max_body_bytes", "max_connections", "request_timeout", "receive_timeout", "step_deadline")
+    for key in positive:
         require(getattr(server, key) > 0, f"server.{key}", "more than 0")
     require(server.stored_responses >= 0, "server.stored_responses", "0 or more")
     for key in ("stored_bytes", "stored_seconds"):
         require(getattr(server, key) > 0, f"server.{key}", "more than 0; server.stored_responses=0 keeps none")
         unused = server.stored_responses == 0 and getattr(server, key) != getattr(ServerConfig, key)
         require(not unused, f"server.{key}", "no change with server.stored_responses=0")
+    enough = server.max_bytes_in_flight >= server.max_body_bytes
+    require(enough, "server.max_bytes_in_flight", f"at least server.max_body_bytes = {server.max_body_bytes}")
     wrong = [origin for origin in server.cors_origins if not re.fullmatch(r"https?://[^/*\s]+", origin)]
     require(not wrong, "server.cors_origins", "origins in full, scheme://host[:port]; no wildcard")
     keyed = server.api_key_file is not None or not server.salt_by_key

@@ -16,7 +16,7 @@ import uvicorn
 
 from conf.schema import ServerConfig
 from serve.app import create_app
-from serve.framing import Protocol
+from serve.connection import protocol_of
 from sweep import load
 from sweep.client import http_sender
 from sweep.workload import Request
@@ -34,7 +34,7 @@ def serve(listener: socket.socket, step: int) -> None:
     engine = FakeEngine(script, max_context=4096)
     engine.step = step
     app = create_app(engine, ServerConfig(), "bench")
-    config = uvicorn.Config(app, loop="uvloop", http=Protocol, log_level="warning", access_log=False)
+    config = uvicorn.Config(app, loop="uvloop", http=protocol_of(ServerConfig()), log_level="warning", access_log=False)
     uvicorn.Server(config).run(sockets=[listener])
 
 

@@ -18,7 +18,7 @@ from hypothesis import settings
 from conf.schema import ServerConfig
 from engine.tokenizer import Tokenizer
 from serve.app import create_app
-from serve.framing import Protocol
+from serve.connection import protocol_of
 from serve.harmony import Parser, Segment
 from tests.fakes import FakeEngine
 
@@ -76,10 +76,11 @@ def serve() -> Iterator[Serve]:
     with contextlib.ExitStack() as running:
 
         def start(engine: FakeEngine, **server: object) -> Live:
-            app = create_app(engine, ServerConfig(**server), MODEL, today=lambda: TODAY)
+            configured = ServerConfig(**server)
+            app = create_app(engine, configured, MODEL, today=lambda: TODAY)
             listener = socket.create_server(("127.0.0.1", 0))
             runner = uvicorn.Server(
-                uvicorn.Config(app, http=Protocol, log_level="critical", timeout_graceful_shutdown=1)
+                uvicorn.Config(app, http=protocol_of(configured), log_level="critical", timeout_graceful_shutdown=1)
             )
             thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]}, daemon=True)
             thread.start()
