@@ -23,7 +23,7 @@ _BILLING_HEADER = "x-anthropic-billing-header"
 # The effort by the most tokens of reasoning that a client asks for; a larger budget is "high".
 _BUDGETS = ((4096, "low"), (16384, "medium"))
 
-ToolName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]
+ToolName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,128}$(?!\n)")]
 
 StopSequence = Annotated[str, Meta(min_length=1, max_length=256)]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.bulk import Bulk
 from serve.protocol import ApiError
 
 log = logging.getLogger(__name__)
@@ -74,14 +75,16 @@ class Guard:
         # HEAD where GET is: the server that sends the answer leaves its body out.
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         scope = {**scope, "method": method, "request_id": id}
-        response_started, body_bytes = False, 0
+        response_started, body_bytes, bulk = False, 0, Bulk()
 
         async def limited_receive() -> Message:
             nonlocal body_bytes
             message = await receive()
-            body_bytes += len(message.get("body", b""))
-            if body_bytes > self._limit:
-                raise self._too_large()
+            if piece := message.get("body", b""):
+                body_bytes += len(piece)
+                if body_bytes > self._limit:
+                    raise self._too_large()
+                bulk.feed(piece)
             return message
 
         async def noted_send(message: Message) -> None:

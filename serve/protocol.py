@@ -152,7 +152,7 @@ class ContentPart(msgspec.Struct):
     text: str | None = None
 
 
-FunctionName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+FunctionName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$(?!\n)")]
 
 
 class FunctionDefinition(msgspec.Struct):

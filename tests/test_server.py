@@ -212,6 +212,7 @@ def test_of_two_servers_that_start_at_once_on_one_port_one_starts(folder):
         (line,) = lost.process.stdout.read().splitlines()
         assert f"cannot listen on 127.0.0.1:{first.port}" in line
         servers.remove(lost)
+        servers[0].url = first.url
         servers[0].wait_ready()
 
 

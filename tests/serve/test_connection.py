@@ -189,9 +189,12 @@ def test_a_client_that_never_reads_is_closed_at_the_deadline(serve, monkeypatch,
     monkeypatch.setattr(connection, "LATE_SECONDS", 0.2)
     engine = FakeEngine(lambda prompt, sampling: MANY * 2000, max_context=500_000)
     engine.step = 1000
-    live = serve(engine, request_timeout=1.0)
+    live = serve(engine, request_timeout=2.0)
     body = json.dumps({"prompt": "x", "max_tokens": 400_000, "stream": stream, "logprobs": 20}).encode()
-    with closing(connect(live)) as client:
+    with closing(socket.socket()) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", live.port))
+        client.settimeout(10)
         client.sendall(whole(body))
         live.eventually(lambda: len(engine.submitted) == 1)
         live.eventually(lambda: engine.running == set())

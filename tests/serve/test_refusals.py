@@ -426,3 +426,16 @@ def test_an_unexpected_exception_is_logged_and_not_told(serve, caplog):
         fields = error(live.complete(), 500)
     assert fields["message"] == "internal error"
     assert "secret detail" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["f\n", "f ", "", "f" * 129])
+def test_a_functions_name_is_matched_whole(live, name):
+    tool = {"type": "function", "function": {"name": name}}
+    assert error(live.chat(tools=[tool]), 400)["param"] == "tools.function.name"
+    body = {"messages": USER, "max_tokens": 5, "tools": [{"name": name, "input_schema": {"type": "object"}}]}
+    assert live.http.post("/v1/messages", json=body).status_code == 400
+
+
+def test_a_field_of_another_endpoint_is_ignored_whatever_it_holds(live):
+    answer = live.http.post("/tokenize", json={"prompt": "a", "stream_options": 5})
+    assert (answer.status_code, answer.headers["x-ignored-parameters"]) == (200, "stream_options")
