@@ -431,7 +431,7 @@ def test_an_unexpected_exception_is_logged_and_not_told(serve, caplog):
 @pytest.mark.parametrize("name", ["f\n", "f ", "", "f" * 129])
 def test_a_functions_name_is_matched_whole(live, name):
     tool = {"type": "function", "function": {"name": name}}
-    assert error(live.chat(tools=[tool]), 400)["param"] == "tools.function.name"
+    assert error(live.chat(tools=[tool]), 400)["param"] == "tools[0].function.name"
     body = {"messages": USER, "max_tokens": 5, "tools": [{"name": name, "input_schema": {"type": "object"}}]}
     assert live.http.post("/v1/messages", json=body).status_code == 400
 
