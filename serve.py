@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import hydra
 import uvicorn
@@ -31,8 +32,11 @@ from engine.run_folder import RunFolder
 from serve.app import create_app
 from serve.client import EngineClient
 from serve.connection import RESERVED, protocol_of
+from serve.logs import RateLimit
 
 OWN_FILES = 64  # sockets, pipes and logs beside connections
+ENCODERS = 2  # threads that encode large prompts
+SWITCH_SECONDS = 0.001  # a thread keeps the interpreter's lock; five times as long by default
 BACKLOG = 2048  # connections that wait to be accepted
 FLUSH_SECONDS = 3  # for answers that say why, once the engine is lost
 # Of an unused connection, longer than clients and load balancers keep theirs (Google Cloud's: 600). A server that
@@ -47,6 +51,8 @@ def main(composed: DictConfig) -> None:
     try:
         config = load(composed)
         logging.basicConfig(level=config.server.log_level.upper(), format="%(levelname)s %(message)s")
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(RateLimit())
         logging.getLogger("uvicorn").setLevel("WARNING")  # its start and stop lines say less than ours
         status = uvloop.run(serve(config))
     except ConfigError as error:  # here, because Hydra announces what leaves this function
@@ -78,6 +84,9 @@ async def serve(config: Config) -> int:
         )
     )
     loop = asyncio.get_running_loop()
+    # The loop waits for the interpreter's lock at most as long as each thread that wants it may keep it.
+    loop.set_default_executor(ThreadPoolExecutor(ENCODERS))
+    sys.setswitchinterval(SWITCH_SECONDS)
     stop = Stop(app, client, server, config.server.drain_seconds, run_folder)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
         loop.add_signal_handler(number, stop.signalled, number)

@@ -111,6 +111,7 @@ class ServerConfig:
     stored_responses: int = 256  # of /v1/responses, kept in memory for previous_response_id; 0 keeps none
     stored_bytes: int = 64 * 2**20  # of JSON, over all of them
     stored_seconds: float = 3600.0  # each is kept at most
+    require_json_type: bool = True  # bodies need the content type of JSON; without a type, those of web pages do
     max_queue: int = 1024  # requests waiting or running; one more answers 429
     max_body_bytes: int = 16 * 2**20
     max_bytes_in_flight: int = 256 * 2**20  # of the bodies of all requests that are not answered yet; more answer 503

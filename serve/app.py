@@ -32,10 +32,16 @@ def create_app(
 
     `today` is the date that prompts name. Raises OSError or ValueError for an unusable API key file.
     """
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.draining = False
     app.state.keys = Keys(server.api_key_file)
-    app.add_middleware(Guard, keys=app.state.keys, max_body_bytes=server.max_body_bytes, salt_by_key=server.salt_by_key)
+    app.add_middleware(
+        Guard,
+        keys=app.state.keys,
+        max_body_bytes=server.max_body_bytes,
+        salt_by_key=server.salt_by_key,
+        json_type=server.require_json_type,
+    )
     if server.cors_origins:  # before the guard: a preflight carries no key
         app.add_middleware(
             CORSMiddleware,

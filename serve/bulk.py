@@ -7,8 +7,8 @@ from serve.protocol import ApiError
 
 # The official clients stay far below. Numbers are cheap: prompts of token ids are long lists.
 MAX_VALUES = 300_000
-MAX_STRINGS = 50_000  # keys included
-MAX_CONTAINERS = 15_000  # lists and objects
+MAX_STRINGS = 30_000  # keys included
+MAX_CONTAINERS = 10_000  # lists and objects
 
 
 class Bulk:

@@ -26,7 +26,6 @@ SLOWEST_BODY = 16 * 1024  # bytes a second, on average
 LINGER_SECONDS = 2.0  # in which a refused client may read why, while what it goes on sending is dropped
 HALF_CLOSED_SECONDS = 1.0  # in which an answer is still sent to a client that sends no more; then it counts as gone
 LATE_SECONDS = 5.0  # after server.request_timeout, for its error to be read
-LOG_SECONDS = 10.0  # between two lines about full connections or bytes
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +46,6 @@ class Connections:
         self.body_bytes = 0  # of requests that are not answered yet
         self.open: dict[Connection, None] = {}  # oldest first
         self._clock: asyncio.TimerHandle | None = None
-        self._logged = -LOG_SECONDS
         self._interval = min(1.0, server.receive_timeout / 4, server.request_timeout / 4)
 
     def enter(self, connection: "Connection") -> int:
@@ -65,13 +63,6 @@ class Connections:
     def leave(self, connection: "Connection") -> None:
         """Forget a connection that has ended."""
         self.open.pop(connection, None)
-
-    def warn(self, message: str, *values: object) -> None:
-        """A line of the log, unless there was one a moment ago: a flood of clients is no flood of lines."""
-        now = asyncio.get_running_loop().time()
-        if now - self._logged >= LOG_SECONDS:
-            self._logged = now
-            log.warning(message, *values)
 
     def _tick(self) -> None:
         loop = asyncio.get_running_loop()
@@ -101,7 +92,7 @@ class Connection(Protocol):
         if beyond:
             self._over = True
             limit = self.shared.server.max_connections
-            self.shared.warn("server.max_connections: all %d are in use; more are answered 503", limit)
+            log.warning("server.max_connections: all %d are in use; more are answered 503", limit)
             if beyond > RESERVED:
                 self.leave_now()
 
@@ -209,7 +200,7 @@ class Connection(Protocol):
         self.shared.body_bytes += len(body)
         limit = self.shared.server.max_bytes_in_flight
         if self.shared.body_bytes > limit:
-            self.shared.warn("server.max_bytes_in_flight: all %d are in use; more are answered 503", limit)
+            log.warning("server.max_bytes_in_flight: all %d are in use; more are answered 503", limit)
             message = "the server holds as many bytes of requests as it may"
             raise Refused(ApiError(503, message, code="overloaded", headers={"Retry-After": "1"}))
         if self.cycle is not self._active and len(self.cycle.body) > HIGH_WATER_LIMIT:

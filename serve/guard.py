@@ -18,6 +18,7 @@ from serve.bulk import Bulk
 from serve.protocol import ApiError
 
 log = logging.getLogger(__name__)
+JSON_TYPE = re.compile(r"application/([\w.-]+\+)?json")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")  # one that a client may choose: no line of a log is forged by it
 
 
@@ -63,8 +64,11 @@ def needs_key(path: str) -> bool:
 class Guard:
     """ASGI middleware; an ApiError that leaves the application, or any other exception, becomes the error object."""
 
-    def __init__(self, app: ASGIApp, keys: Keys, max_body_bytes: int, salt_by_key: bool = False) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: Keys, max_body_bytes: int, salt_by_key: bool = False, json_type: bool = False
+    ) -> None:
         self._app, self._keys, self._limit, self._salted = app, keys, max_body_bytes, salt_by_key
+        self._json_type = json_type
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -125,10 +129,15 @@ class Guard:
         )
 
     def _check(self, headers: dict[bytes, bytes]) -> None:
-        """Raises ApiError: 415 for a compressed body, 413 for one announced as too large."""
+        """Raises ApiError: 415 for a body that is compressed or no JSON, 413 for one announced as too large."""
         encoding = headers.get(b"content-encoding", b"identity").decode("latin-1").strip().lower()
         if encoding not in ("", "identity"):
             raise ApiError(415, f"content-encoding: got {encoding[:64]!r}, allowed: identity", "content-encoding")
+        # Of other types, a browser sends a page's request to a foreign server without asking that server first.
+        kind = headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
+        foreign = kind if kind or b"origin" in headers else "application/json"
+        if self._json_type and scope["method"] == "POST" and not JSON_TYPE.fullmatch(foreign):
+            raise ApiError(415, f"content-type: got {kind[:64]!r}, allowed: application/json", "content-type")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._limit:
             raise self._too_large()

@@ -15,6 +15,7 @@ JsonObject: TypeAlias = dict[str, object]  # as decoded, or as msgspec can encod
 
 MAX_CHOICES = 64  # of a request: n × prompts
 SEEDS = 2**63
+MAX_ERROR_CHARACTERS = 1000  # of an error's message
 
 _ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _ANTHROPIC_ERROR_TYPES = {503: "overloaded_error", 504: "timeout_error", **_ERROR_TYPES}
@@ -24,6 +25,11 @@ _ANTHROPIC_PATH = "/v1/messages"  # and all paths below it
 def is_anthropic(path: str) -> bool:
     """Whether a path belongs to Anthropic's API, else to OpenAI's."""
     return path == _ANTHROPIC_PATH or path.startswith(_ANTHROPIC_PATH + "/")
+
+
+def shortened(text: str) -> str:
+    """The text, cut where it is longer than an error needs: it may repeat what a client wrote."""
+    return text if len(text) <= MAX_ERROR_CHARACTERS else text[:MAX_ERROR_CHARACTERS] + "…"
 
 
 class ApiError(Exception):
@@ -38,7 +44,8 @@ class ApiError(Exception):
         headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers or {}
+        self.status, self.code, self.headers = status, code, headers or {}
+        self.message, self.param = shortened(message), None if param is None else shortened(param)
 
     def body(self, path: str = "") -> bytes:
         """The error object as JSON, in the shape of the API that `path` belongs to: Anthropic's or OpenAI's."""

@@ -46,7 +46,7 @@ def test_tokens_that_arrived_before_the_engine_was_lost_come_first():
     async def read():
         stream = Stream(7, lambda id: None)
         stream.push(Delta(7, [1]))
-        stream.fail("rank 1 ended")
+        stream.fail(EngineFailed("rank 1 ended"))
         assert await anext(stream) == Delta(7, [1])
         with pytest.raises(EngineFailed, match="rank 1 ended"):
             await anext(stream)

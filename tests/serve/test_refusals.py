@@ -439,3 +439,40 @@ def test_a_functions_name_is_matched_whole(live, name):
 def test_a_field_of_another_endpoint_is_ignored_whatever_it_holds(live):
     answer = live.http.post("/tokenize", json={"prompt": "a", "stream_options": 5})
     assert (answer.status_code, answer.headers["x-ignored-parameters"]) == (200, "stream_options")
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"content-type": "application/json; charset=utf-8"}, 200),
+        ({"content-type": "Application/vnd.api+JSON", "origin": "https://a.example"}, 200),
+        ({"content-type": "text/plain"}, 415),
+        ({"content-type": "application/x-www-form-urlencoded"}, 415),
+        ({"content-type": "text/plain; application/json", "origin": "https://a.example"}, 415),
+        ({"origin": "https://a.example"}, 415),
+    ],
+)
+def test_a_body_that_a_web_page_may_send_to_any_server_is_refused(serve, headers, status):
+    body = b'{"prompt": "x"}'
+    assert (
+        serve(FakeEngine([1, 200002])).http.post("/v1/completions", content=body, headers=headers).status_code == status
+    )
+    allowing = serve(FakeEngine([1, 200002]), require_json_type=False)
+    assert allowing.http.post("/v1/completions", content=body, headers=headers).status_code == 200
+
+
+def test_a_path_with_a_slash_too_many_is_not_redirected(live):
+    answer = live.http.post("/v1/completions/", json={"prompt": "x"}, headers={"host": "evil.example"})
+    assert answer.status_code == 404
+    assert "location" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    "body", [{"model": "m" * 10**6}, {"prompt": [{"x" * 10**6: 1}]}, {"n": "x" * 10**6}], ids=["model", "key", "value"]
+)
+def test_an_error_repeats_little_of_what_was_sent(live, body):
+    answer = live.complete(**body)
+    assert answer.status_code in (400, 404)
+    assert len(answer.content) < 3000
+    assert len(live.http.get("/" + "x" * 9000).content) < 3000
