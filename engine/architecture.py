@@ -4,12 +4,16 @@ Knows no tensors and no files.
 """
 
 import math
+import reprlib
+import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from conf.schema import RandomShape
 
 BLOCK = 32  # values that share one MXFP4 scale
+MOST = 2**24  # of any width or number in config.json
+MOST_LAYERS = 1024
 
 
 class CheckpointError(ValueError):
@@ -19,6 +23,12 @@ class CheckpointError(ValueError):
 def mismatch(*where: Any, found: Any, expected: Any) -> CheckpointError:
     """The error to raise where a file, field or tensor is not as it must be."""
     return CheckpointError(f"{': '.join(map(str, where))}: found {found}, expected {expected}")
+
+
+def shortened(value: Any) -> str:
+    """A value as an error shows it."""
+    text = reprlib.repr(value)
+    return text if len(text) <= 200 else text[:200] + "…"
 
 
 @dataclass(frozen=True)
@@ -71,18 +81,18 @@ class Architecture:
 
         def require(holds: bool, field: str, found: Any, expected: str) -> None:
             if not holds:
-                raise mismatch(file, field, found=repr(found), expected=expected)
+                raise mismatch(file, field, found=shortened(found), expected=expected)
 
         def integer(*names: str) -> int:
             name = next((n for n in names if n in config), names[0])
             value = config.get(name)
-            if type(value) is not int or value <= 0:
-                raise mismatch(file, name, found=repr(value), expected="a positive integer")
+            if type(value) is not int or not 0 < value <= MOST:
+                raise mismatch(file, name, found=shortened(value), expected=f"a positive integer, at most {MOST}")
             return value
 
         def number(fields: dict[str, Any], name: str, default: float) -> float:
             value = fields.get(name, default)
-            require(type(value) in (int, float) and 0 < value < math.inf, name, value, "a positive number")
+            require(type(value) in (int, float) and 0 < value <= sys.float_info.max, name, value, "a positive number")
             return float(value)
 
         if hugging_face := is_hugging_face(config):
@@ -90,7 +100,12 @@ class Architecture:
             quantization = config.get("quantization_config")
             method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
             require(config.get("model_type") == "gpt_oss", "model_type", config.get("model_type"), "'gpt_oss'")
-            require("GptOssForCausalLM" in names, "architectures", names, "['GptOssForCausalLM']")
+            require(
+                isinstance(names, list) and "GptOssForCausalLM" in names,
+                "architectures",
+                names,
+                "['GptOssForCausalLM']",
+            )
             require(method == "mxfp4", "quantization_config.quant_method", method, "'mxfp4'")
         else:  # OpenAI's file does not name the model: it is known by its own word for the experts
             require("num_experts" in config, "model_type", None, "'gpt_oss', or num_experts as in the original layout")
@@ -99,6 +114,7 @@ class Architecture:
             require(config.get(name, value) == value, name, config.get(name), repr(value))
 
         layers = integer("num_hidden_layers")
+        require(layers <= MOST_LAYERS, "num_hidden_layers", layers, f"at most {MOST_LAYERS}")
         types = config.get("layer_types")
         if types is None:
             types = ["full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)]

@@ -18,6 +18,9 @@ from safetensors import SafetensorError, safe_open
 from engine.architecture import Architecture, is_hugging_face, mismatch
 from engine.weights import DTYPE_BYTES, ModelWeights, TensorSpec, assemble, tensor_specs
 
+MAX_HEADER_BYTES = 100_000_000  # as the safetensors library has it
+NO_SCALE = 255  # the byte that is no number in E8M0, the format of MXFP4's scales (OCP MX specification, 5.4.1)
+
 log = logging.getLogger(__name__)
 
 
@@ -63,9 +66,20 @@ def load(
             first, stop, _ = index[0].indices(specs[name].shape[0])
             bar.advance(task, specs[name].bytes)  # of the full tensor, so that the bar ends at its total
             tensor: torch.Tensor = opened[files[stored]].get_slice(stored)[(slice(row + first, row + stop), *index[1:])]
+            _check_numbers(files[stored], name, tensor)
             return tensor
 
         return a, assemble(a, rank, tp, device, dtype, read)
+
+
+def _check_numbers(file: Path, name: str, tensor: torch.Tensor) -> None:
+    """Raises CheckpointError for weights that would make every answer NaN."""
+    if tensor.is_floating_point():
+        wrong = not bool(tensor.isfinite().all())
+    else:
+        wrong = name.endswith("_scales") and bool((tensor == NO_SCALE).any())
+    if wrong:
+        raise mismatch(file, name, found="NaN or infinity among its values", expected="finite numbers")
 
 
 def find_folder(path: Path) -> Path:
@@ -82,7 +96,7 @@ def find_folder(path: Path) -> Path:
 def _json_object(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise mismatch(file, found=error, expected="JSON") from error
     if not isinstance(value, dict):
         raise mismatch(file, found=type(value).__name__, expected="a JSON object")
@@ -94,6 +108,8 @@ def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
     The format: eight bytes little-endian header length, a JSON header, the data its offsets count into.
     """
+    if not file.is_file():  # a folder, a pipe, or a link that leads nowhere
+        raise mismatch(file, found="no file", expected="a safetensors file")
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = 8 + int.from_bytes(stream.read(8), "little")
@@ -103,6 +119,8 @@ def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
                 found=f"{size} bytes (truncated, or not a safetensors file)",
                 expected=f"a header that ends at byte {start}",
             )
+        if start > MAX_HEADER_BYTES:
+            raise mismatch(file, found=f"a header of {start - 8} bytes", expected=f"at most {MAX_HEADER_BYTES}")
         raw = stream.read(start - 8)
     try:
         entries = json.loads(raw)
@@ -110,7 +128,7 @@ def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         tensors = {name: (str(t["dtype"]), tuple(map(int, t["shape"]))) for name, t in entries.items()}
         spans = {name: tuple(map(int, t["data_offsets"])) for name, t in entries.items()}
         spans = {name: (start + first, start + end) for name, (first, end) in spans.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise mismatch(file, found=repr(error), expected="a safetensors header") from error
     for name, (first, end) in sorted(spans.items(), key=lambda entry: entry[1]):
         dtype, shape = tensors[name]
@@ -146,7 +164,8 @@ def _check_tensors(
         if name not in files:
             where = ""
             for index in folder.glob("*.safetensors.index.json"):
-                if stated := _json_object(index).get("weight_map", {}).get(name):
+                weight_map = _json_object(index).get("weight_map")
+                if isinstance(weight_map, dict) and (stated := weight_map.get(name)):
                     where = f" in {stated}, as {index.name} says"
             raise mismatch(folder, name, found="no such tensor", expected=f"{wanted}{where}")
         dtype, stored_shape = stored[name]

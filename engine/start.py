@@ -33,7 +33,7 @@ from kernels.ops import UnsupportedError
 
 GRAPH_RESERVE = 256 * 2**20  # bytes left free on a GPU beside weights, graphs and pages
 MEMORY = Path("/proc/meminfo")
-CANNOT_START = (BuildError, CheckpointError, ConfigError, torch.OutOfMemoryError)
+CANNOT_START = (BuildError, CheckpointError, ConfigError, OSError, torch.OutOfMemoryError)
 KEYS = {  # of the configuration, by the argument that kernels refuse
     "name": "kernels.name",
     "dtype": "kernels.dtype",
@@ -122,6 +122,9 @@ def _start(config: Config, ranks: Ranks, device: torch.device) -> Engine:
     pages = ranks.smallest(config.buckets.pages or _pages_that_fit(config, page_bytes, scratch, device))
     if pages < 2:
         raise ConfigError(f"buckets.page_memory: {config.buckets.page_memory} leaves no memory for key/value pages")
+    if device.type == "cpu" and pages * page_bytes > host_memory():  # a GPU says so itself
+        most = host_memory() // page_bytes
+        raise ConfigError(f"buckets.pages: got {pages}, allowed: at most {most}, which the available memory holds")
     buffers = buffers_of(pages)
     steps = steps_for(buffers, max(1, (os.cpu_count() or 1) // ranks.size))
     for bucket in sorted(buckets.all, key=lambda bucket: -bucket.tokens):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import struct
 from dataclasses import fields
@@ -448,3 +449,66 @@ def test_a_path_that_is_no_checkpoint_is_an_error(tmp_path):
     for path, message in ((file, "found a file, expected a checkpoint folder"), (tmp_path, "found file, expected")):
         with pytest.raises(CheckpointError, match=message):
             load_one(path)
+
+
+def changed(folder, **fields):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+HOSTILE = {
+    "deep config": lambda folder: (folder / "config.json").write_text("[" * 100_000),
+    "huge integer": lambda folder: changed(folder, rope_scaling=None, rope_theta=10**400),
+    "infinite": lambda folder: (folder / "config.json").write_text(
+        (folder / "config.json").read_text().replace('"rms_norm_eps"', '"rms_norm_eps": 1e400, "x"')
+    ),
+    "architectures": lambda folder: changed(folder, architectures=5),
+    "layers": lambda folder: changed(folder, num_hidden_layers=3_000_000),
+    "long value": lambda folder: changed(folder, layer_types=["x" * 1000] * 1000),
+    "shard a folder": lambda folder: (folder / "more.safetensors").mkdir(),
+    "shard a pipe": lambda folder: os.mkfifo(folder / "more.safetensors"),
+    "shard a dangling link": lambda folder: (folder / "more.safetensors").symlink_to("/nowhere"),
+    "deep header": lambda folder: (folder / "more.safetensors").write_bytes(
+        (100_000).to_bytes(8, "little") + b"[" * 100_000
+    ),
+    "infinite offset": lambda folder: (folder / "more.safetensors").write_bytes(
+        (57).to_bytes(8, "little") + b'{"x":{"dtype":"U8","shape":[1e999],"data_offsets":[0,1]}}'
+    ),
+}
+
+
+@pytest.mark.parametrize("attack", HOSTILE)
+def test_a_hostile_checkpoint_is_refused_in_one_short_line(folder, attack):
+    HOSTILE[attack](folder)
+    with pytest.raises(CheckpointError) as error:
+        load(folder, 0, 1, "cpu", torch.bfloat16)
+    assert str(folder) in str(error.value)
+    assert len(str(error.value).removeprefix(str(folder))) < 500
+    assert "\n" not in str(error.value)
+
+
+def test_a_sparse_header_is_refused_without_being_read(folder):
+    with (folder / "more.safetensors").open("wb") as file:
+        file.write((8 * 2**30).to_bytes(8, "little"))
+        file.truncate(9 * 2**30)
+    with pytest.raises(CheckpointError, match="a header of 8589934592 bytes, expected at most 100000000"):
+        load(folder, 0, 1, "cpu", torch.bfloat16)
+
+
+def test_an_index_of_another_form_is_no_obstacle(folder):
+    (folder / "model.safetensors").unlink()
+    save_file({"x": torch.zeros(1)}, folder / "other.safetensors")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
+    with pytest.raises(CheckpointError, match="no such tensor"):
+        load(folder, 0, 1, "cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize(("name", "value"), [("norm.weight", math.nan), ("q_proj.weight", math.inf), ("_scales", 255)])
+def test_weights_that_are_no_numbers_are_named(folder, name, value):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    wrong = next(tensor for tensor in tensors if tensor.endswith(name))
+    tensors[wrong].view(-1)[3] = value
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=f"{wrong}: found NaN or infinity"):
+        load(folder, 0, 1, "cpu", torch.bfloat16)

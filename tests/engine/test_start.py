@@ -139,6 +139,7 @@ def test_the_largest_steps_are_captured_first_so_that_the_others_fit_in_their_me
     ("overrides", "available", "words"),
     [
         (["buckets.max_context=131136"], 2**40, ["buckets.max_context", "131136", "131072"]),
+        (["buckets.pages=100000000"], MIB, ["buckets.pages", "100000000"]),
         (["buckets.page_memory=0.01"], MIB, ["buckets.page_memory", "0.01"]),
     ],
 )
