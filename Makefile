@@ -7,7 +7,8 @@ RUNTIME := .$(if $(GPU),[hopper])
 SWEEP := .[sweep$(if $(GPU),$(comma)hopper)]
 TESTS := .[test$(if $(GPU),$(comma)hopper)]
 
-.PHONY: help install serve sweep test fuzz gpu-test gpu-bench lint format bench-host bench-http demo-train demo-eval clean
+.PHONY: help install serve sweep test fuzz attack soak gpu-test gpu-bench lint format bench-host bench-http demo-train \
+	demo-eval clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -59,6 +60,12 @@ format: $(BIN)/.tests ## rewrite the files as the formatters want them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	git ls-files -z "*.cu" "*.cuh" | xargs -0 $(BIN)/clang-format -i
+
+attack: $(BIN)/.tests ## hostile clients and signals against the demo server, and a report: make attack MINUTES=10
+	$(BIN)/python -m tests.attack.run --minutes $(or $(MINUTES),10)
+
+soak: $(BIN)/.tests ## honest and hostile traffic, then memory, pages and files: make soak MINUTES=30
+	$(BIN)/python -m tests.attack.run --soak --minutes $(or $(MINUTES),30)
 
 bench-host: $(BIN)/.tests ## host cost of a step, the model left out
 	$(BIN)/python -m tests.bench_host

@@ -236,6 +236,7 @@ class Connection(Protocol):
         if self.cycle and not self.cycle.response_complete:
             answering = answering or self.cycle.response_started
             self.cycle.disconnected = True
+            self.cycle.waiting_for_100_continue = False
             self.cycle.message_event.set()
         if answering:
             self.leave_now()

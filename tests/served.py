@@ -4,6 +4,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import httpx
@@ -23,17 +24,19 @@ def free_port():
 
 
 class Served:
-    def __init__(self, *arguments):
+    def __init__(self, *arguments, log=None):
+        """`log`: a file for its output, which is otherwise `process.stdout`."""
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.process = subprocess.Popen(
-            [sys.executable, "serve.py", f"server.port={self.port}", *arguments],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            preexec_fn=dying_with_parent(),
-        )
+        with log.open("w") if log else nullcontext(subprocess.PIPE) as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "serve.py", f"server.port={self.port}", *arguments],
+                cwd=ROOT,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                text=True,
+                preexec_fn=dying_with_parent(),
+            )
 
     def __enter__(self):
         return self

@@ -282,3 +282,17 @@ def test_a_temporary_folder_too_deep_for_sockets_is_said_in_one_line(tmp_path):
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith(f"configuration: TMPDIR: got {deep}")
     assert not any(deep.iterdir())
+
+
+def test_too_few_open_files_are_said_in_one_line():
+    result = subprocess.run(
+        ["bash", "-c", f"ulimit -n 200; exec {sys.executable} serve.py server.port={free_port()}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 1
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("configuration: server.max_connections: got 2048, allowed: at most 104 ")

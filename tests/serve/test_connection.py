@@ -213,3 +213,12 @@ def test_an_answer_is_sent_to_a_client_that_sends_no_more(serve):
         answer = rest(client)
     assert status(answer) == 200
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["usage"]["completion_tokens"] == 4
+
+
+def test_a_refusal_of_a_request_that_waits_to_be_continued_is_the_only_answer(serve, caplog):
+    live = serve(FakeEngine([1, 200002]))
+    with closing(connect(live)) as client:
+        head = HEAD + b"Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\n"
+        client.sendall(head + b"not a length\r\n")
+        assert refusal(rest(client))[0] == 400
+    assert caplog.text == ""
