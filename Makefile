@@ -45,7 +45,7 @@ fuzz: $(BIN)/.tests ## 100,000 token streams and 20,000 request bodies through t
 gpu-test: $(BIN)/.tests ## what needs an H100
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-gpu-bench: $(BIN)/.tests ## steps and kernels on an H100 against the memory floor; writes benchmarks/h100.json
+gpu-bench: $(BIN)/.tests ## steps and kernels on an H100 against the memory floor; writes benchmarks/h100.json or h200.json
 	$(BIN)/python -m tests.gpu.bench $(ARGS)
 	for kernels in linear experts attention prefill sampler ranks; do $(BIN)/python -m tests.gpu.bench_$$kernels || exit; done
 

@@ -102,7 +102,7 @@ class Guard:
             key = self._key(headers) if self._keys.all and needs_key(scope["path"]) else None
             scope["key_digest"] = b"" if key is None else hashlib.sha256(key).digest()
             scope["key_salt"] = scope["key_digest"] if self._salted else b""
-            self._check(headers)
+            self._check(method, headers)
             await self._app(scope, limited_receive, noted_send)
         except ClientDisconnect:
             pass  # nobody is left to answer
@@ -128,7 +128,7 @@ class Guard:
             headers={"WWW-Authenticate": "Bearer"},
         )
 
-    def _check(self, headers: dict[bytes, bytes]) -> None:
+    def _check(self, method: str, headers: dict[bytes, bytes]) -> None:
         """Raises ApiError: 415 for a body that is compressed or no JSON, 413 for one announced as too large."""
         encoding = headers.get(b"content-encoding", b"identity").decode("latin-1").strip().lower()
         if encoding not in ("", "identity"):
@@ -136,7 +136,7 @@ class Guard:
         # Of other types, a browser sends a page's request to a foreign server without asking that server first.
         kind = headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
         foreign = kind if kind or b"origin" in headers else "application/json"
-        if self._json_type and scope["method"] == "POST" and not JSON_TYPE.fullmatch(foreign):
+        if self._json_type and method == "POST" and not JSON_TYPE.fullmatch(foreign):
             raise ApiError(415, f"content-type: got {kind[:64]!r}, allowed: application/json", "content-type")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._limit:

@@ -24,7 +24,7 @@ Value = TypeVar("Value")
 REFERENCE = "item_reference"  # to an item of an answer that is kept
 ENCRYPTED, LOGPROBS = "reasoning.encrypted_content", "message.output_text.logprobs"
 
-ToolName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+ToolName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,128}$(?!\n)")]
 Include = Literal[
     "reasoning.encrypted_content",
     "message.output_text.logprobs",
