@@ -107,7 +107,7 @@ class ServerConfig:
     also_named: list[str] = field(default_factory=list)  # names of the model that requests may use beside model.name
     cors_origins: list[str] = field(default_factory=list)  # pages of these origins may call, such as https://a.example
     api_key_file: str | None = None  # one key a line, # begins comments; all routes but health and metrics need one
-    salt_by_key: bool = False  # requests find cached prompts of their own API key alone
+    salt_by_key: bool = True  # with API keys: requests find cached prompts of their own key alone
     stored_responses: int = 256  # of /v1/responses, kept in memory for previous_response_id; 0 keeps none
     stored_bytes: int = 64 * 2**20  # of JSON, over all of them
     stored_seconds: float = 3600.0  # each is kept at most
@@ -244,8 +244,8 @@ def check(config: Config) -> None:
     require(enough, "server.max_bytes_in_flight", f"at least server.max_body_bytes = {server.max_body_bytes}")
     wrong = [origin for origin in server.cors_origins if not re.fullmatch(r"https?://[^/*\s]+", origin)]
     require(not wrong, "server.cors_origins", "origins in full, scheme://host[:port]; no wildcard")
-    keyed = server.api_key_file is not None or not server.salt_by_key
-    require(keyed, "server.salt_by_key", "false without server.api_key_file")
+    keyed = server.api_key_file is not None or server.salt_by_key
+    require(keyed, "server.salt_by_key", "no change (true) without server.api_key_file")
     require(all(server.also_named), "server.also_named", "names that are not empty")
     require(server.drain_seconds >= 0, "server.drain_seconds", "0 or more")
     levels = ("critical", "error", "warning", "info", "debug")

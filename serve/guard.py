@@ -65,7 +65,7 @@ class Guard:
     """ASGI middleware; an ApiError that leaves the application, or any other exception, becomes the error object."""
 
     def __init__(
-        self, app: ASGIApp, keys: Keys, max_body_bytes: int, salt_by_key: bool = False, json_type: bool = False
+        self, app: ASGIApp, keys: Keys, max_body_bytes: int, salt_by_key: bool = True, json_type: bool = False
     ) -> None:
         self._app, self._keys, self._limit, self._salted = app, keys, max_body_bytes, salt_by_key
         self._json_type = json_type

@@ -118,16 +118,15 @@ def test_an_origin_is_given_in_full(origins):
     with pytest.raises(ConfigError, match=r"server\.cors_origins: got .*no wildcard") as error:
         compose([f"server.cors_origins=['https://a.example',{origins}]"])
     assert "\n" not in str(error.value)
+    whole = ["https://a.example", "http://127.0.0.1:3000"]
+    assert compose([f"server.cors_origins={whole}"]).server.cors_origins == whole
 
 
 def test_a_salt_for_each_key_needs_keys():
-    with pytest.raises(
-        ConfigError, match=r"server\.salt_by_key: got True, allowed: false without server\.api_key_file"
-    ):
-        compose(["server.salt_by_key=true"])
-    assert compose(["server.salt_by_key=true", "server.api_key_file=/x"]).server.salt_by_key
-    origins = ["https://a.example", "http://127.0.0.1:3000"]
-    assert compose([f"server.cors_origins={origins}"]).server.cors_origins == origins
+    with pytest.raises(ConfigError, match=r"server\.salt_by_key: got False, allowed: .* without server\.api_key_file"):
+        compose(["server.salt_by_key=false"])
+    assert compose([]).server.salt_by_key
+    assert not compose(["server.salt_by_key=false", "server.api_key_file=/x"]).server.salt_by_key
 
 
 @pytest.mark.parametrize(

@@ -283,7 +283,7 @@ def test_without_configuration_no_origin_is_allowed(live):
 
 def test_a_salt_is_the_same_for_the_same_text_and_key_alone(serve, tmp_path):
     (tmp_path / "keys").write_text("one\ntwo")
-    live = serve(FakeEngine([1]), api_key_file=str(tmp_path / "keys"), salt_by_key=True)
+    live = serve(FakeEngine([1]), api_key_file=str(tmp_path / "keys"))
     asked = [("one", None), ("two", None), ("one", "a"), ("two", "a"), ("one", "b"), ("one", "a")]
     for key, salt in asked:
         headers = {"authorization": f"Bearer {key}"}
@@ -298,7 +298,7 @@ def test_a_salt_is_the_same_for_the_same_text_and_key_alone(serve, tmp_path):
 
 def test_a_key_salts_alike_in_whichever_header_it_comes(serve, tmp_path):
     (tmp_path / "keys").write_text("one\ntwo")
-    live = serve(FakeEngine([1]), api_key_file=str(tmp_path / "keys"), salt_by_key=True)
+    live = serve(FakeEngine([1]), api_key_file=str(tmp_path / "keys"))
     sent = [
         {"authorization": "Bearer one"},
         {"x-api-key": "one"},
@@ -311,6 +311,14 @@ def test_a_key_salts_alike_in_whichever_header_it_comes(serve, tmp_path):
     one, also_one, *twos = live.engine.salts
     assert one == also_one != b""
     assert set(twos) == {twos[0]} != {one}
+
+
+def test_keys_share_cached_prompts_where_the_configuration_says_so(serve, tmp_path):
+    (tmp_path / "keys").write_text("one\ntwo")
+    live = serve(FakeEngine([1]), api_key_file=str(tmp_path / "keys"), salt_by_key=False)
+    for key in ("one", "two"):
+        assert live.http.post("/v1/completions", json={"prompt": "x"}, headers={"x-api-key": key}).status_code == 200
+    assert live.engine.salts == [b"", b""]
 
 
 def test_without_key_and_text_there_is_no_salt(live):
