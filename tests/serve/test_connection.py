@@ -176,8 +176,10 @@ def test_a_pipelined_request_hides_no_disconnect(serve, caplog, stream):
     live = serve(engine)
     body = json.dumps({"prompt": "x", "max_tokens": 15_000, "stream": stream}).encode()
     with closing(connect(live)) as client:
-        client.sendall(whole(body) + whole(body))
+        client.sendall(whole(body))
         live.eventually(lambda: len(engine.submitted) == 1)
+        client.sendall(whole(body))
+        time.sleep(0.1)
     live.eventually(lambda: engine.aborted == [0])
     time.sleep(0.1)
     assert len(engine.submitted) == 1  # the second never starts
