@@ -80,6 +80,7 @@ def parse(body: bytes, kind: type[Request]) -> tuple[Request, dict[str, str]]:
         raw = msgspec.json.decode(body.removeprefix(BOM))
         ignored: set[str] = set()
         if isinstance(raw, dict):
+            raw = {name: _whole_numbers(value) for name, value in raw.items()}
             _refuse_unsupported(raw, kind)
             ignored = _unknown_fields(raw, kind)
             if issubclass(kind, OPENAI):
@@ -114,10 +115,7 @@ def normalise(raw: dict[str, object], ignored: set[str]) -> dict[str, object]:
     """
     raw = dict(raw)
     for name in ("max_tokens", "max_completion_tokens"):
-        value = raw.get(name)
-        if isinstance(value, float) and value.is_integer():
-            raw[name] = value = int(value)
-        if value == -1:  # as many as the context holds
+        if raw.get(name) == -1:  # as many as the context holds
             raw[name] = None
     if raw.get("model") == "":
         raw["model"] = None
@@ -185,6 +183,16 @@ def _members(types: list[inspect.Type]) -> list[inspect.Type]:
         else:
             found.append(entry)
     return found
+
+
+def _whole_numbers(value: object) -> object:
+    """A number without a fraction as an integer, since some clients write 4.0 for 4; in an object also its members.
+
+    What stands deeper, like the schemas of tools and the arguments of calls, is the user's own and stays as it is.
+    """
+    if isinstance(value, dict):
+        return {name: _whole_numbers(member) if isinstance(member, float) else member for name, member in value.items()}
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _refuse_unsupported(raw: dict[str, object], kind: type[msgspec.Struct]) -> None:

@@ -281,7 +281,8 @@ async def prompt_of(
         prefilled = demanded_call(tokenizer, names)
     elif last and last.role == "assistant" and last.content and not last.calls:
         turns, prefilled = await continued(body_bytes, turns, tokenizer, limit)
-    return await rendered(service, body_bytes, turns, functions, request.effort, limit), prefilled
+    places = [f"tools[{i}].input_schema" for i, tool in enumerate(request.tools or []) if tool.is_function]
+    return await rendered(service, body_bytes, turns, functions, request.effort, limit, places), prefilled
 
 
 def whole_message(message: JsonObject, events: list[JsonObject]) -> JsonObject:

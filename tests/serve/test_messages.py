@@ -447,6 +447,14 @@ def test_count_tokens_counts_beyond_the_context(serve, harmony):
     assert client(live).messages.count_tokens(model=MODEL, messages=long).input_tokens > 3000
 
 
+def test_whole_floats_are_integers(serve, harmony):
+    live = serve(FakeEngine(harmony("<|channel|>final<|message|>Hi.<|return|>")))
+    answer = post(live, max_tokens=64.0, top_k=3.0, thinking={"type": "enabled", "budget_tokens": 5000.0})
+    assert answer.status_code == 200, answer.text
+    sampling = live.engine.submitted[-1][1]
+    assert (sampling.max_tokens, sampling.top_k) == (64, 3)
+
+
 # --- refusals ---
 
 
@@ -478,6 +486,15 @@ def user(*blocks) -> list[dict]:
         ({"tools": [{"input_schema": {}}]}, "tools[0].name"),
         ({"tools": [{"name": "a b", "input_schema": {}}]}, "tools[0].name"),
         ({"tools": [{"name": "a"}]}, "tools[0].input_schema"),
+        (
+            {
+                "tools": [
+                    {"type": "bash_20250124", "name": "bash"},
+                    {"name": "a", "input_schema": {"properties": {"x": {"$ref": "#/no"}}}},
+                ]
+            },
+            "tools[1].input_schema.properties.x",
+        ),
         ({"tools": [TOOLS[0], TOOLS[0]]}, "same name"),
         ({"tools": TOOLS, "tool_choice": {"type": "tool", "name": "other"}}, "'other'"),
         ({"tool_choice": {"type": "any"}}, "tool_choice"),

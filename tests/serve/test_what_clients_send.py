@@ -59,6 +59,22 @@ def test_minus_one_is_no_limit_and_a_whole_float_is_an_integer(live, field, valu
     assert sampling.max_tokens == (4 if value == 4.0 else 1024 - len(ids))
 
 
+def test_a_whole_float_is_an_integer_in_every_field(live):
+    assert live.complete(max_tokens=4.0, n=2.0, top_k=3.0, seed=5.0, logprobs=1.0).status_code == 200
+    sampling = live.engine.submitted[-1][1]
+    assert (sampling.max_tokens, sampling.top_k, sampling.logprobs) == (4, 3, 1)
+    body = {"input": "Hello", "max_output_tokens": 4.0, "top_logprobs": 2.0}
+    assert live.http.post("/v1/responses", json=body).status_code == 200
+    sampling = live.engine.submitted[-1][1]
+    assert (sampling.max_tokens, sampling.logprobs) == (4, 2)
+
+
+@pytest.mark.parametrize("value", [4.5, 1e300, -4.0, "4"])
+def test_other_floats_are_no_integers(live, value):
+    response = live.complete(top_k=value)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "top_k")
+
+
 def test_top_p_of_zero_leaves_the_likeliest_token(live):
     assert live.complete(top_p=0).status_code == 200
     sampling = live.engine.submitted[-1][1]
