@@ -26,6 +26,9 @@ __device__ __forceinline__ void make_empty(unsigned long long& word) { word = ~0
 
 __device__ __forceinline__ void make_empty(uint4& word) { word = make_uint4(~0u, ~0u, ~0u, ~0u); }
 
+// What is sent for a word that may have any value: never the empty one, but the next below.
+__device__ __forceinline__ unsigned long long not_empty(unsigned long long word) { return min(word, ~0ull - 1); }
+
 // The rank that is number `other` of all ranks but `rank`.
 __device__ __forceinline__ int other_rank(int other, int rank) { return other < rank ? other : other + 1; }
 

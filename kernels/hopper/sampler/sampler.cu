@@ -43,6 +43,7 @@
 
 #include "common/exchange.cuh"
 #include "common/ptx.cuh"
+#include "common/ranking.cuh"
 
 namespace {
 
@@ -55,8 +56,6 @@ constexpr int COLUMNS = 2 * THREADS;
 constexpr int PARTS = COLUMNS / 32;  // of the columns, 32 each: half a warp's
 constexpr int GROUP = 4;             // logits of a column that are handled at once
 constexpr float PER_UNIT = 8.0f;     // bins of the first digit to a difference of 1
-constexpr uint32_t ALL = 0xFFFFFFFF;
-constexpr float MOST = 0x1.fffffep127f;  // the largest finite float
 
 static_assert(BINS / 32 == ROW_BLOCKS, "a warp's bins of a block's histogram are one block's to send");
 static_assert(RANKS * TOP <= THREADS, "a thread takes one of the best tokens of all ranks");
@@ -150,7 +149,7 @@ struct Exchange {
         : of_rank(size_t(rows) * WORDS),
           area(memories, offset, rank, size_t(row) * WORDS, rank * of_rank + size_t(row) * WORDS) {}
     __device__ __forceinline__ void send(int word, uint64_t value) const {
-        area.send_all(word, min(value, ~0ull - 1));  // never the empty word, which is the key of a NaN if of anything
+        area.send_all(word, not_empty(value));  // the empty word is the key of a NaN if of anything
     }
     // From the `other`-th of the other ranks.
     __device__ __forceinline__ uint64_t wait(int other, int word) const {
@@ -212,52 +211,12 @@ __device__ __forceinline__ void load_group(const Range& range, int first, Pair (
 // Where the i-th of a thread's 2 GROUP logits of a group lies, from the group's first on: in the order of the tokens.
 __device__ __forceinline__ int place_in_group(int i) { return i / 2 * COLUMNS + i % 2 + 2 * threadIdx.x; }
 
-// 0 .. 2^32 - 1 in the order of the floats.
-__device__ __forceinline__ uint32_t order_of(float x) {
-    const uint32_t bits = __float_as_uint(x);
-    return bits ^ (bits >> 31 ? 0xFFFFFFFF : 0x80000000);
-}
-
-__device__ __forceinline__ float of_order(uint32_t order) {
-    return __uint_as_float(order ^ (order >> 31 ? 0x80000000 : 0xFFFFFFFF));
-}
-
-// Greater for the greater value (-0 counts as 0), then for the lower token; never 0, which stands for no token.
-__device__ __forceinline__ uint64_t key_of(float value, int token) {
-    return uint64_t(order_of(value + 0.0f)) << 32 | uint32_t(~token);
-}
-
-__device__ __forceinline__ int token_of(uint64_t key) { return int(~uint32_t(key)); }
-
-__device__ __forceinline__ uint64_t warp_max(uint64_t key) {
-    const uint32_t high = __reduce_max_sync(ALL, uint32_t(key >> 32));
-    const uint32_t low = __reduce_max_sync(ALL, uint32_t(key >> 32) == high ? uint32_t(key) : 0);
-    return uint64_t(high) << 32 | low;
-}
-
 __device__ uint64_t block_max(Shared& shared, uint64_t key) {
     key = warp_max(key);
     __syncthreads();  // others may still read the words of the reduction before
     if (threadIdx.x % 32 == 0) shared.part_keys[threadIdx.x / 32] = key;
     __syncthreads();
     return warp_max(shared.part_keys[threadIdx.x % WARPS]);
-}
-
-// Of two sets: the largest x, and the sum of exp(x - largest). What is fused is written out, here and in add_group:
-// these sums are to have the same bytes in every build.
-__device__ __forceinline__ float2 merge(float2 a, float2 b) {
-    const float largest = fmaxf(a.x, b.x);
-    return make_float2(largest, fmaf(a.y, expf(a.x - largest), __fmul_rn(b.y, expf(b.x - largest))));
-}
-
-__device__ __forceinline__ float2 from_lane(float2 sum, int apart) {
-    return make_float2(__shfl_xor_sync(ALL, sum.x, apart), __shfl_xor_sync(ALL, sum.y, apart));
-}
-
-// Of 32 lanes, in lane 0: halves first, then their halves.
-__device__ __forceinline__ float2 warp_merge(float2 sum) {
-    for (int apart = 16; apart > 0; apart /= 2) sum = merge(sum, from_lane(sum, apart));
-    return sum;
 }
 
 // Of the 32 columns of half a warp, in its first lane, in the order of warp_merge: column c with column c + 16 and so
@@ -270,7 +229,7 @@ __device__ __forceinline__ float2 part_merge(const float2 (&sums)[2]) {
     return merge(sum, from_lane(sum, 8));
 }
 
-// Add a group to the sums of its two columns.
+// Add a group to the sums of its two columns; what is fused is written out, as in merge.
 __device__ __forceinline__ void add_group(float2 (&sums)[2], const float (&x)[2 * GROUP]) {
 #pragma unroll
     for (int column = 0; column < 2; column++) {
@@ -283,12 +242,6 @@ __device__ __forceinline__ void add_group(float2 (&sums)[2], const float (&x)[2 
 #pragma unroll
         for (int i = column + 2; i < 2 * GROUP; i += 2) sum.y = __fadd_rn(sum.y, expf(x[i] - largest));
     }
-}
-
-__device__ int greater_than(uint64_t key, const uint64_t* keys, int count) {
-    int greater = 0;
-    for (int i = 0; i < count; i++) greater += keys[i] > key;
-    return greater;
 }
 
 // Put the range's TOP best tokens, in order, into block 0. `best` is the thread's best token, 0 where it has none.
@@ -336,10 +289,7 @@ __device__ void find_top(Shared& shared, uint64_t* keys, const Range& range, uin
     const int count = shared.best_count;
     uint64_t* out = mapa(shared.top[range.block], 0);
     if (thread < TOP && thread >= count) out[thread] = 0;
-    for (int i = thread; i < count; i += THREADS) {
-        const int place = greater_than(keys[i], keys, count);
-        if (place < TOP) out[place] = keys[i];
-    }
+    place_best<THREADS>(keys, count, TOP, out);
 }
 
 // Add to the range's logits the bias entries collected in `shared`; `mine`: this thread's entry is one of them. Entries
@@ -600,7 +550,7 @@ __device__ __forceinline__ uint32_t filter(Shared& shared, Space& space, const R
         values[at] = scaled;
         largest = fmaxf(largest, scaled);
     }
-    largest = of_order(uint32_t(block_max(shared, uint64_t(order_of(largest)) << 32) >> 32));
+    largest = value_of(block_max(shared, uint64_t(order_of(largest)) << 32));
     if (thread < ROW_BLOCKS) *mapa(&shared.peaks[range.block], thread) = largest;
     cluster_sync();
     peak = shared.peaks[0];
@@ -667,7 +617,7 @@ __device__ __forceinline__ float2 meet_ranks(Shared& shared, const Row& row, con
     if (thread == 0) {
         exchange.send(WORD_DRAWN, token);
         if (row.with_logprob) {
-            exchange.send(WORD_SUM, uint64_t(__float_as_uint(sum.y)) << 32 | __float_as_uint(sum.x));
+            exchange.send(WORD_SUM, word_of(sum));
             exchange.send(WORD_LOGIT, __float_as_uint(logit));
         }
     }
@@ -684,9 +634,9 @@ __device__ __forceinline__ float2 meet_ranks(Shared& shared, const Row& row, con
                 const uint64_t drawn_there = exchange.wait(other, WORD_DRAWN);
                 float its_logit = 0.0f;
                 if (row.with_logprob) {
-                    const uint64_t bits = exchange.wait(other, WORD_SUM);
+                    const uint64_t of_sum = exchange.wait(other, WORD_SUM);
                     its_logit = __uint_as_float(uint32_t(exchange.wait(other, WORD_LOGIT)));
-                    more = make_float2(__uint_as_float(uint32_t(bits)), __uint_as_float(uint32_t(bits >> 32)));
+                    more = sum_of(of_sum);
                 }
                 if (drawn_there > token) token = drawn_there, logit = its_logit;
             }
@@ -828,7 +778,7 @@ extern "C" __global__ void __cluster_dims__(ROW_BLOCKS, 1, 1) __launch_bounds__(
         const int place = greater_than(tops[thread], tops, top_count);
         if (tops[thread] != 0 && place < TOP) {
             top_ids[blockIdx.y * TOP + place] = token_of(tops[thread]);
-            top_logprobs[blockIdx.y * TOP + place] = of_order(uint32_t(tops[thread] >> 32)) - log_sum;
+            top_logprobs[blockIdx.y * TOP + place] = value_of(tops[thread]) - log_sum;
         }
     }
 }

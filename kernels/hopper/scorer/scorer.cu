@@ -23,6 +23,7 @@
 
 #include "common/exchange.cuh"
 #include "common/ptx.cuh"
+#include "common/ranking.cuh"
 
 namespace {
 
@@ -30,21 +31,15 @@ using uint32_t = unsigned;  // NVRTC has no headers to offer
 using uint64_t = unsigned long long;
 
 constexpr int WARPS = THREADS / 32;
-constexpr uint32_t ALL = 0xFFFFFFFF;
-constexpr float MOST = 0x1.fffffep127f;  // the largest finite float
 
 static_assert(CHUNK == 8, "logits of a load of 16 bytes");
 static_assert(WARPS == 32, "a warp reads what the warps have found");
 static_assert(TOP <= WARPS, "the first bound comes from the best of the warps");
 static_assert(RANKS * TOP <= THREADS, "a thread takes one of the best tokens of all ranks");
 
-struct Sum {
-    float largest, total;  // of some logits: the largest, and the sum of exp(logit - largest)
-};
-
 struct Shared {
     uint64_t warp_keys[WARPS];
-    Sum warp_sums[WARPS];
+    float2 warp_sums[WARPS];  // the largest logit, and the sum of exp(logit - largest)
     uint32_t warp_greater[WARPS];
     uint64_t best[RANKS][TOP];  // of each rank's shard, in order; 0 where it has fewer tokens
     uint64_t bound;             // what the shard's TOP best reach
@@ -52,42 +47,6 @@ struct Shared {
     int count;  // of candidates
     float log_sum;
 };
-
-// Greater for the greater logit (-0 counts as 0), then for the lower token; never 0, which stands for no token.
-__device__ __forceinline__ uint64_t key_of(float logit, int token) {
-    const uint32_t bits = __float_as_uint(logit + 0.0f);
-    return uint64_t(bits ^ (bits >> 31 ? 0xFFFFFFFF : 0x80000000)) << 32 | uint32_t(~token);
-}
-
-__device__ __forceinline__ int token_of(uint64_t key) { return int(~uint32_t(key)); }
-
-__device__ __forceinline__ float logit_of(uint64_t key) {
-    const uint32_t order = uint32_t(key >> 32);
-    return __uint_as_float(order ^ (order >> 31 ? 0x80000000 : 0xFFFFFFFF));
-}
-
-__device__ __forceinline__ uint64_t warp_max(uint64_t key) {
-    const uint32_t high = __reduce_max_sync(ALL, uint32_t(key >> 32));
-    const uint32_t low = __reduce_max_sync(ALL, uint32_t(key >> 32) == high ? uint32_t(key) : 0);
-    return uint64_t(high) << 32 | low;
-}
-
-__device__ __forceinline__ Sum merge(Sum a, Sum b) {
-    const float largest = fmaxf(a.largest, b.largest);
-    return {largest, a.total * expf(a.largest - largest) + b.total * expf(b.largest - largest)};
-}
-
-__device__ __forceinline__ Sum warp_merge(Sum sum) {
-    for (int apart = 16; apart > 0; apart /= 2)
-        sum = merge(sum, {__shfl_xor_sync(ALL, sum.largest, apart), __shfl_xor_sync(ALL, sum.total, apart)});
-    return sum;
-}
-
-__device__ __forceinline__ int greater_than(uint64_t key, const uint64_t* keys, int count) {
-    int greater = 0;
-    for (int i = 0; i < count; i++) greater += keys[i] > key;
-    return greater;
-}
 
 // A row's part in this rank's shard: `count` tokens from `first_token` on.
 struct Row {
@@ -113,7 +72,7 @@ struct Exchange {
     __device__ __forceinline__ Exchange(const uint64_t* memories, int offset, int rank, int row)
         : area(memories, offset, rank, size_t(row) * RANKS * WORDS, (size_t(row) * RANKS + rank) * WORDS) {}
     __device__ __forceinline__ void send(int word, uint64_t value) const {
-        area.send_all(word, min(value, ~0ull - 1));  // never the empty word, which is the key of a NaN if of anything
+        area.send_all(word, not_empty(value));  // the empty word is the key of a NaN if of anything
     }
     // What another rank has sent; its place is empty then.
     __device__ __forceinline__ uint64_t take(int from, int word) const {
@@ -142,23 +101,23 @@ __device__ __forceinline__ uint64_t find_target(Shared& shared, const Row& row, 
 
 // Read the shard once: the thread's sum, its best token (a key, 0 where it has none), and how many of its logits are
 // greater than the target's.
-__device__ __forceinline__ Sum read_row(const Row& row, uint64_t target_key, uint64_t& best_key, uint32_t& greater) {
-    const float target_logit = logit_of(target_key);
+__device__ __forceinline__ float2 read_row(const Row& row, uint64_t target_key, uint64_t& best_key, uint32_t& greater) {
+    const float target_logit = value_of(target_key);
     const int target = token_of(target_key);
-    Sum sum = {-MOST, 0.0f};  // finite: exp of a difference of infinities is not a number
+    float2 sum = make_float2(-MOST, 0.0f);  // finite: exp of a difference of infinities is not a number
     float best = minus_infinity();
     int best_at = threadIdx.x * CHUNK;
     greater = 0;
     for (int at = threadIdx.x * CHUNK; at < row.count; at += THREADS * CHUNK) {
         float x[CHUNK];
         row.load(at, x);
-        float largest = sum.largest;
+        float largest = sum.x;
 #pragma unroll
         for (int i = 0; i < CHUNK; i++) largest = fmaxf(largest, x[i]);
-        sum = {largest, sum.total * expf(sum.largest - largest)};
+        sum = make_float2(largest, sum.y * expf(sum.x - largest));
 #pragma unroll
         for (int i = 0; i < CHUNK; i++) {
-            sum.total += expf(x[i] - largest);
+            sum.y += expf(x[i] - largest);
             if (x[i] > best) best = x[i], best_at = at + i;
             const bool equal_before = x[i] == target_logit && at + i < row.count && row.first_token + at + i < target;
             greater += x[i] > target_logit || equal_before;
@@ -206,28 +165,24 @@ __device__ __forceinline__ void find_best(Shared& shared, uint64_t* candidates, 
     }
     __syncthreads();
     const int count = shared.count;
-    for (int i = thread; i < count; i += THREADS) {
-        const int place = greater_than(candidates[i], candidates, count);
-        if (place < TOP) out[place] = candidates[i];
-    }
+    place_best<THREADS>(candidates, count, TOP, out);
     __syncthreads();
 }
 
 // Of all ranks, in thread 0: the sum of exp and how many logits are greater than the target's; and in every thread the
 // best tokens, in shared.best.
-__device__ __forceinline__ void meet_ranks(Shared& shared, const Exchange& exchange, Sum& sum, uint32_t& greater) {
+__device__ __forceinline__ void meet_ranks(Shared& shared, const Exchange& exchange, float2& sum, uint32_t& greater) {
     const int thread = threadIdx.x, rank = exchange.area.rank;
     if (thread < TOP) exchange.send(thread, shared.best[rank][thread]);
     if (thread == 0) {
         exchange.send(WORD_GREATER, greater);
-        exchange.send(WORD_SUM, uint64_t(__float_as_uint(sum.total)) << 32 | __float_as_uint(sum.largest));
-        Sum all;
+        exchange.send(WORD_SUM, word_of(sum));
+        float2 all;
         for (int from = 0; from < RANKS; from++) {  // the same order on every rank
-            Sum more = sum;
+            float2 more = sum;
             if (from != rank) {
                 greater += uint32_t(exchange.take(from, WORD_GREATER));
-                const uint64_t bits = exchange.take(from, WORD_SUM);
-                more = {__uint_as_float(uint32_t(bits)), __uint_as_float(uint32_t(bits >> 32))};
+                more = sum_of(exchange.take(from, WORD_SUM));
             }
             all = from == 0 ? more : merge(all, more);
         }
@@ -258,7 +213,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
     uint64_t best;
     uint32_t greater;
-    Sum sum = warp_merge(read_row(row, target_key, best, greater));
+    float2 sum = warp_merge(read_row(row, target_key, best, greater));
     greater = __reduce_add_sync(ALL, greater);
     if (lane == 0) shared.warp_sums[warp] = sum, shared.warp_greater[warp] = greater;
     find_best(shared, candidates, shared.best[RANKS > 1 ? rank : 0], row, best);
@@ -268,10 +223,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
     if (RANKS > 1) meet_ranks(shared, exchange, sum, greater);
     if (thread == 0) {
-        const float log_sum = sum.largest + logf(sum.total);
+        const float log_sum = sum.x + logf(sum.y);
         shared.log_sum = log_sum;
         ranks[blockIdx.x] = greater + 1;
-        logprobs[blockIdx.x] = logit_of(target_key) - log_sum;
+        logprobs[blockIdx.x] = value_of(target_key) - log_sum;
     }
     __syncthreads();
     if (thread < RANKS * TOP) {
@@ -279,7 +234,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const int place = greater_than(all[thread], all, RANKS * TOP);
         if (all[thread] != 0 && place < TOP) {
             top_ids[blockIdx.x * TOP + place] = token_of(all[thread]);
-            top_logprobs[blockIdx.x * TOP + place] = logit_of(all[thread]) - shared.log_sum;
+            top_logprobs[blockIdx.x * TOP + place] = value_of(all[thread]) - shared.log_sum;
         }
     }
 }
