@@ -11,7 +11,7 @@ usage: build.sh essentials|cuda|server|all [--local] [--allow-dirty] [--dry-run]
   server         the image, tagged with the commit and pushed; the other stages come from the cache
   all            the three of them in turn
   --local        build with this machine's Docker, not in the cluster
-  --allow-dirty  build with uncommitted changes; the tag then ends in -dirty
+  --allow-dirty  build with uncommitted changes; the tag then ends in -dirty- and a hash of the content
   --dry-run      print the commands, run none
 
 Settings come from the environment: source deploy/aws/env.sh first.
@@ -54,20 +54,16 @@ done
 image=$REGISTRY/$REPOSITORY
 
 cd "$(dirname "$0")/../.."
-tag=$(git rev-parse --short=12 HEAD)
-if [[ -n $(git status --porcelain) ]]; then
-    [[ -n $allow_dirty ]] || fail "the working tree has uncommitted changes: commit them, or pass --allow-dirty"
-    tag+=-dirty
-fi
+# shellcheck source-path=SCRIPTDIR source=image.sh
+source deploy/scripts/image.sh
+tag=$(image_tag)
+[[ $tag != *-dirty-* || -n $allow_dirty ]] ||
+    fail "the image's files have uncommitted changes: commit them, or pass --allow-dirty"
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
 if [[ -n ${REGISTRY_PASSWORD_COMMAND:-} ]]; then
-    login=(docker login --username "${REGISTRY_USER:-}" --password-stdin "$REGISTRY")
-    echo "+ $REGISTRY_PASSWORD_COMMAND | ${login[*]}"
-    if [[ -z $dry_run ]]; then
-        password=$(bash -c "$REGISTRY_PASSWORD_COMMAND") || fail "no password for $REGISTRY: see above"
-        "${login[@]}" <<<"$password" || fail "cannot log in to $REGISTRY"
-    fi
+    echo "+ $REGISTRY_PASSWORD_COMMAND | docker login --username ${REGISTRY_USER:-} --password-stdin $REGISTRY"
+    [[ -n $dry_run ]] || log_in || exit
 fi
 
 if [[ $where == local ]]; then

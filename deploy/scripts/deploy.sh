@@ -6,13 +6,13 @@ usage() {
     cat <<'END'
 usage: deploy.sh tp1|tp2|tp8 [apply|status|logs|delete|diff]
 
-  apply    (the default) deploy the commit's image, wait until it serves, print each pod's health
+  apply    (the default) deploy the image that build.sh made of this tree, wait until it serves, print each pod's health
   status   the deployment, its pods and their health
   logs     of all pods, following
   delete   everything that apply made; the Secret with the API keys stays
   diff     what apply would change
 
-Settings come from the environment: source deploy/aws/env.sh first. Also: IMAGE_TAG, by default the commit's; REPLICAS,
+Settings come from the environment: source deploy/aws/env.sh first. Also: IMAGE_TAG, by default this tree's; REPLICAS,
 by default 1; AUTOSCALE=1 for the HorizontalPodAutoscaler; ROLLOUT_SECONDS to wait, by default 900.
 END
 }
@@ -30,6 +30,8 @@ name=mini-vllm-gptoss-$overlay
 secret=mini-vllm-api-keys
 [[ -n ${NAMESPACE:-} ]] || fail "NAMESPACE is not set: source deploy/aws/env.sh first"
 root=$(cd "$(dirname "$0")/../.." && pwd)
+# shellcheck source-path=SCRIPTDIR source=image.sh
+source "$root/deploy/scripts/image.sh"
 
 k() {
     kubectl --namespace "$NAMESPACE" "$@"
@@ -46,15 +48,15 @@ selector() {
     echo "{$out}"
 }
 
-# The overlay with this environment's values, to $work/manifest.yaml.
+# The overlay with this environment's values, to $work/manifest.yaml. Sets `tag`, the image's.
 render() {
-    local variable tag selected
+    local variable selected
     for variable in REGISTRY REPOSITORY MODEL MODEL_FOLDER MODEL_CLAIM; do
         [[ -n ${!variable:-} ]] || fail "$variable is not set: source deploy/aws/credentials.sh and deploy/aws/env.sh first"
     done
     [[ -z ${AUTOSCALE:-} || -z ${REPLICAS:-} ]] || fail "AUTOSCALE and REPLICAS: the autoscaler decides, or you"
     [[ ${REPLICAS:-1} =~ ^[0-9]+$ ]] || fail "REPLICAS: got '$REPLICAS', allowed: a number"
-    tag=${IMAGE_TAG:-$(git -C "$root" rev-parse --short=12 HEAD)}
+    tag=${IMAGE_TAG:-$(cd "$root" && image_tag)}
     selected=$(selector "${NODE_SELECTOR:-}")
     cp -R "$root/deploy/k8s" "$work/k8s"
     cat >"$work/k8s/kustomization.yaml" <<END
@@ -84,6 +86,16 @@ END
         echo 'components: [../../components/autoscale]' >>"$work/k8s/overlays/$overlay/kustomization.yaml"
     fi
     kubectl kustomize "$work/k8s" >"$work/manifest.yaml" || fail "the manifests do not render"
+}
+
+# Ends here if the image is not in the registry. A registry that does not answer this machine may answer the nodes.
+check_image() {
+    local image=$REGISTRY/$REPOSITORY:$tag answer
+    if ! answer=$(log_in 2>&1 && docker buildx imagetools inspect "$image" 2>&1); then
+        [[ $answer != *"$image: not found"* ]] || fail "no image $image: build it with deploy/scripts/build.sh server
+    (--allow-dirty for a tag with -dirty-), or name another one in IMAGE_TAG"
+        echo "deploy.sh: cannot tell whether the image $image is there: $answer" >&2
+    fi
 }
 
 # Names of the pods that should serve, without those being replaced, which still drain for a while.
@@ -129,6 +141,7 @@ case $action in
         render
         k get secret "$secret" >/dev/null || fail "no Secret $secret in $NAMESPACE (or no access to it). To make it:
     kubectl create secret generic $secret --namespace $NAMESPACE --from-file=keys=FILE    # one key a line"
+        check_image
         k apply --filename "$work/manifest.yaml" || fail "the cluster did not take the manifests"
         if ! k rollout status "deployment/$name" --timeout="${ROLLOUT_SECONDS:-900}s"; then
             reasons >&2

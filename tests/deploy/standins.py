@@ -39,7 +39,7 @@ class Workplace:
             path.mkdir()
         self.answers = []
         shutil.copytree(ROOT / "deploy", self.root / "deploy", ignore=shutil.ignore_patterns("credentials.sh"))
-        for name in ("pyproject.toml", ".gitignore"):
+        for name in ("pyproject.toml", ".gitignore", ".dockerignore"):
             shutil.copy(ROOT / name, self.root)
         for name in ("docker", "kubectl", "aws"):
             path = self._bin / name

@@ -44,13 +44,16 @@ def test_apply_waits_for_the_rollout_and_prints_each_pods_health(workplace, line
     assert done.returncode == 0, done.stderr
     assert without_scratch(workplace.calls) == [
         f"{K} get secret mini-vllm-api-keys",
+        "aws ecr get-login-password --region us-east-1",
+        f"docker login --username AWS --password-stdin {IMAGE.split('/')[0]}",
+        f"docker buildx imagetools inspect {IMAGE}:{workplace.commit}",
         f"{K} apply",
         f"{K} rollout status deployment/{NAME} --timeout=900s",
-        workplace.calls[4],
+        workplace.calls[7],
         f"{K} exec pod-a --",
         f"{K} exec pod-b --",
     ]
-    assert workplace.calls[4].startswith(f"{K} get pods --selector app={NAME} --output go-template=")
+    assert workplace.calls[7].startswith(f"{K} get pods --selector app={NAME} --output go-template=")
     assert done.stdout.strip().splitlines()[-2:] == ['pod-a: {"status":"ready"}', 'pod-b: {"status":"ready"}']
 
 
@@ -225,6 +228,38 @@ def test_without_the_keys_nothing_is_applied_and_the_way_to_make_them_is_said(wo
     assert done.returncode == 1
     assert "kubectl create secret generic mini-vllm-api-keys" in done.stderr
     assert not any(" apply " in call for call in workplace.calls)
+
+
+@needs_kubectl
+def test_uncommitted_changes_deploy_the_image_that_was_built_of_them(workplace):
+    two_pods(workplace)
+    (workplace.root / "conf").mkdir()
+    (workplace.root / "conf/new.py").write_text("new = 1\n")
+    built = workplace.sourced("./deploy/scripts/build.sh server --allow-dirty").stdout.split()[-1]
+    assert "-dirty-" in built
+    assert workplace.sourced("./deploy/scripts/deploy.sh tp2").returncode == 0
+    (server,) = applied(workplace)["Deployment"]["spec"]["template"]["spec"]["containers"]
+    assert server["image"] == built
+
+
+@needs_kubectl
+def test_an_image_that_is_not_there_is_not_deployed_and_the_way_to_build_it_is_said(workplace):
+    workplace.answer("imagetools inspect", status=1, output=f"ERROR: {IMAGE}:v1: not found")
+    done = workplace.sourced("./deploy/scripts/deploy.sh tp2", IMAGE_TAG="v1")
+    assert done.returncode == 1
+    assert f"no image {IMAGE}:v1: build it with deploy/scripts/build.sh server" in done.stderr
+    assert not any(" apply " in call for call in workplace.calls)
+
+
+@needs_kubectl
+@pytest.mark.parametrize("words", [("get-login-password",), ("docker login",), ("imagetools inspect",)])
+def test_a_registry_that_does_not_answer_this_machine_is_told_and_no_reason_to_stop(workplace, words):
+    two_pods(workplace)
+    workplace.answer(*words, status=1, output="docker: command not found")
+    done = workplace.sourced("./deploy/scripts/deploy.sh tp2")
+    assert done.returncode == 0
+    assert f"cannot tell whether the image {IMAGE}:{workplace.commit} is there" in done.stderr
+    assert "docker: command not found" in done.stderr
 
 
 @needs_kubectl
