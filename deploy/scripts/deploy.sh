@@ -10,10 +10,11 @@ usage: deploy.sh tp1|tp2|tp8 [apply|status|logs|delete|diff]
   status   the deployment, its pods and their health
   logs     of all pods, following
   delete   everything that apply made; the Secret with the API keys stays
-  diff     what apply would change
+  diff     what apply would change, but for REPLICAS
 
 Settings come from the environment: source deploy/aws/env.sh first. Also: IMAGE_TAG, by default this tree's; REPLICAS,
-by default 1; AUTOSCALE=1 for the HorizontalPodAutoscaler; ROLLOUT_SECONDS to wait, by default 900.
+by default as many as there are, at first 1; AUTOSCALE=1 for the HorizontalPodAutoscaler; ROLLOUT_SECONDS to wait, by
+default 900.
 END
 }
 
@@ -76,16 +77,19 @@ patches:
       [{"op": "add", "path": "/spec/template/spec/nodeSelector", "value": $selected},
        {"op": "replace", "path": "/spec/template/spec/volumes/0/persistentVolumeClaim/claimName", "value": "$MODEL_CLAIM"}]
 END
-    if [[ -n ${REPLICAS:-} ]]; then
-        cat >>"$work/k8s/kustomization.yaml" <<END
-  - target: {kind: Deployment}
-    patch: '[{"op": "replace", "path": "/spec/replicas", "value": $REPLICAS}]'
-END
-    fi
     if [[ -n ${AUTOSCALE:-} ]]; then # inside the overlay, so that it gets the overlay's name and label
         echo 'components: [../../components/autoscale]' >>"$work/k8s/overlays/$overlay/kustomization.yaml"
     fi
     kubectl kustomize "$work/k8s" >"$work/manifest.yaml" || fail "the manifests do not render"
+}
+
+# The manifests set no replicas. If the last applied ones did, then applying these would set 1: drops them from what
+# kubectl remembers as applied.
+forget_replicas() {
+    local last
+    last=$(k apply view-last-applied "deployment/$name" --output yaml 2>/dev/null) || return 0 # not deployed yet
+    [[ $last == *$'\n  replicas: '* ]] || return 0
+    sed '/^  replicas: /d' <<<"$last" | k apply set-last-applied --filename -
 }
 
 # Ends here if the image is not in the registry. A registry that does not answer this machine may answer the nodes.
@@ -142,7 +146,9 @@ case $action in
         k get secret "$secret" >/dev/null || fail "no Secret $secret in $NAMESPACE (or no access to it). To make it:
     kubectl create secret generic $secret --namespace $NAMESPACE --from-file=keys=FILE    # one key a line"
         check_image
+        forget_replicas || fail "the replicas of $name would not stay as they are"
         k apply --filename "$work/manifest.yaml" || fail "the cluster did not take the manifests"
+        [[ -z ${REPLICAS:-} ]] || k scale "deployment/$name" --replicas="$REPLICAS" || fail "$name was not scaled"
         if ! k rollout status "deployment/$name" --timeout="${ROLLOUT_SECONDS:-900}s"; then
             reasons >&2
             fail "$name did not come up; the reason should be above. Back to what ran before: kubectl rollout undo --namespace $NAMESPACE deployment/$name"

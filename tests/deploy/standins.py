@@ -17,7 +17,8 @@ call = {{"call": [name, *arguments]}}
 if "--password-stdin" in arguments:
     call["stdin"] = sys.stdin.read()
 if "--filename" in arguments:
-    call["manifest"] = pathlib.Path(arguments[arguments.index("--filename") + 1]).read_text()
+    source = arguments[arguments.index("--filename") + 1]
+    call["manifest"] = sys.stdin.read() if source == "-" else pathlib.Path(source).read_text()
 with open(folder / "calls", "a") as file:
     file.write(json.dumps(call) + "\\n")
 for words, status, output in json.loads((folder / "answers").read_text()):

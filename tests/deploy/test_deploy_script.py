@@ -22,7 +22,7 @@ def two_pods(workplace):
 
 
 def applied(workplace):
-    (record,) = [record for record in workplace.records if "apply" in record["call"]]
+    (record,) = [record for record in workplace.records if record["call"][3:5] == ["apply", "--filename"]]
     return {one["kind"]: one for one in yaml.safe_load_all(record["manifest"])}
 
 
@@ -47,13 +47,14 @@ def test_apply_waits_for_the_rollout_and_prints_each_pods_health(workplace, line
         "aws ecr get-login-password --region us-east-1",
         f"docker login --username AWS --password-stdin {IMAGE.split('/')[0]}",
         f"docker buildx imagetools inspect {IMAGE}:{workplace.commit}",
+        f"{K} apply view-last-applied deployment/{NAME} --output yaml",
         f"{K} apply",
         f"{K} rollout status deployment/{NAME} --timeout=900s",
-        workplace.calls[7],
+        workplace.calls[8],
         f"{K} exec pod-a --",
         f"{K} exec pod-b --",
     ]
-    assert workplace.calls[7].startswith(f"{K} get pods --selector app={NAME} --output go-template=")
+    assert workplace.calls[8].startswith(f"{K} get pods --selector app={NAME} --output go-template=")
     assert done.stdout.strip().splitlines()[-2:] == ['pod-a: {"status":"ready"}', 'pod-b: {"status":"ready"}']
 
 
@@ -66,7 +67,6 @@ def test_what_is_applied_has_the_environments_values(workplace):
     assert pod["containers"][0]["image"] == f"{IMAGE}:{workplace.commit}"
     assert pod["nodeSelector"] == {"node.kubernetes.io/instance-type": "ml.p5.48xlarge"}
     assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "fsx-claim"
-    assert objects["Deployment"]["spec"]["replicas"] == 1
     assert objects["ConfigMap"]["data"] == {
         "MODEL": "gpt-oss-20b",
         "MODEL_PATH": "/mnt/fsx/inference/models/gpt-oss-20b",
@@ -91,13 +91,12 @@ def test_every_value_gives_way_to_the_environment(workplace):
     )
     assert done.returncode == 0, done.stderr
     objects = applied(workplace)
-    deployment = objects["Deployment"]["spec"]
-    pod = deployment["template"]["spec"]
+    pod = objects["Deployment"]["spec"]["template"]["spec"]
     assert pod["containers"][0]["image"] == "registry.example.org/mini-vllm:v1"
     assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "8"
     assert pod["nodeSelector"] == {"gpu": "h100", "pool": "a"}
     assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "models"
-    assert deployment["replicas"] == 3
+    assert "kubectl --namespace ours scale deployment/mini-vllm-gptoss-tp8 --replicas=3" in workplace.calls
     assert objects["ConfigMap"]["data"]["MODEL"] == "gpt-oss-120b"
     assert objects["ConfigMap"]["data"]["MODEL_PATH"] == "/mnt/fsx/inference/models/gpt-oss-120b"
     assert {one["metadata"]["namespace"] for one in objects.values()} == {"ours"}
@@ -127,7 +126,42 @@ def test_the_autoscaler_comes_when_asked_for(workplace):
     assert workplace.sourced("./deploy/scripts/deploy.sh tp2", AUTOSCALE="1").returncode == 0
     objects = applied(workplace)
     assert objects["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]["name"] == NAME
-    assert "replicas" not in objects["Deployment"]["spec"]
+
+
+@needs_kubectl
+@pytest.mark.parametrize("environment", [{}, {"AUTOSCALE": "1"}])
+def test_a_redeploy_leaves_the_replicas_as_they_are(workplace, environment):
+    two_pods(workplace)
+    assert workplace.sourced("./deploy/scripts/deploy.sh tp2", **environment).returncode == 0
+    assert "replicas" not in applied(workplace)["Deployment"]["spec"]
+    assert not any(" scale " in call for call in workplace.calls)
+
+
+@needs_kubectl
+def test_replicas_that_were_applied_once_are_forgotten_before_applying(workplace):
+    two_pods(workplace)
+    last = {
+        "kind": "Deployment",
+        "metadata": {"name": NAME},
+        "spec": {"replicas": 3, "template": {"spec": {"containers": [{"args": ["replicas: 4"]}]}}},
+    }
+    workplace.answer("view-last-applied", output=yaml.safe_dump(last))
+    assert workplace.sourced("./deploy/scripts/deploy.sh tp2").returncode == 0
+    del last["spec"]["replicas"]
+    sets, applies = [record for record in workplace.records if "manifest" in record]
+    assert sets["call"][3:5] == ["apply", "set-last-applied"]
+    assert yaml.safe_load(sets["manifest"]) == last
+    assert applies["call"][3:5] == ["apply", "--filename"]
+
+
+@needs_kubectl
+def test_where_the_replicas_would_not_stay_nothing_is_applied(workplace):
+    workplace.answer("view-last-applied", output="kind: Deployment\nspec:\n  replicas: 3")
+    workplace.answer("set-last-applied", status=1, output="forbidden")
+    done = workplace.sourced("./deploy/scripts/deploy.sh tp2")
+    assert done.returncode == 1
+    assert f"the replicas of {NAME} would not stay as they are" in done.stderr
+    assert not any(" apply --filename" in call for call in workplace.calls)
 
 
 @needs_kubectl

@@ -89,6 +89,11 @@ def test_everything_is_of_one_name_label_and_namespace(tp):
 
 
 @overlays
+def test_no_replicas_are_set_so_that_applying_again_leaves_them_alone(tp):
+    assert "replicas" not in overlay(tp)["Deployment"]["spec"]
+
+
+@overlays
 def test_a_pod_asks_for_as_many_gpus_as_the_server_has_ranks(tp):
     objects = overlay(tp)
     resources = server_of(objects)["resources"]
@@ -220,7 +225,6 @@ def test_the_autoscaler_scales_the_deployment_of_its_overlay_on_waiting_requests
     kubernetes_validate.validate(scaler, VERSIONS[0], strict=True)
     assert scaler["spec"]["scaleTargetRef"]["name"] == autoscaled["Deployment"]["metadata"]["name"]
     assert scaler["metadata"]["labels"] == {"app": "mini-vllm-gptoss-tp2"}
-    assert "replicas" not in autoscaled["Deployment"]["spec"]
     (metric,) = scaler["spec"]["metrics"]
     assert metric["pods"]["metric"]["name"] == (metrics.PREFIX + "num_requests_waiting").replace(":", "_")
 
