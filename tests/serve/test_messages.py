@@ -1,7 +1,6 @@
 """Anthropic's Messages API through its official client: create, stream, tools, thinking sent back, counts, refusals."""
 
 import contextlib
-import copy
 import json
 
 import anthropic
@@ -16,6 +15,7 @@ from serve.conversation import sealed
 from serve.harmony import Call, Function, Turn, any_call_header, call_header, render
 from tests.fakes import FakeEngine
 from tests.serve.conftest import MODEL, TODAY
+from tests.serve.strategies import ANSWER, CALLS, NEXT, PREAMBLE, THINKS, changed, pieces
 
 USER = [{"role": "user", "content": "Weather in Oslo?"}]
 SCHEMA = {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]}
@@ -24,11 +24,6 @@ TOOLS = [
     {"name": "now", "input_schema": {"type": "object", "properties": {}}},
 ]
 FUNCTIONS = [Function("get_weather", "Weather.", SCHEMA), Function("now", "", {"type": "object", "properties": {}})]
-NEXT = "<|end|><|start|>assistant"
-THINKS = f"<|channel|>analysis<|message|>Look it up.{NEXT}"
-PREAMBLE = f"<|channel|>commentary<|message|>One moment.{NEXT}"
-CALLS = '<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"place": "Oslo"}<|call|>'
-ANSWER = THINKS + "<|channel|>final<|message|>It is cold, say they.<|return|>"
 
 EVENT, ERROR, MESSAGE = TypeAdapter(RawMessageStreamEvent), TypeAdapter(ErrorResponse), TypeAdapter(Message)
 
@@ -603,21 +598,8 @@ def test_a_key_may_come_in_either_header(serve, harmony, tmp_path):
 EXAMPLES = 100
 REFUSED = (400, "invalid_request_error")
 
-PIECES = st.lists(
-    st.sampled_from(
-        [
-            *("<|channel|>", "<|message|>", "<|end|>", "<|start|>", "<|constrain|>", "<|call|>"),
-            *("assistant", "user", "commentary", "analysis", "final", "text", "stop", " ", "\U0001f9d1", "\ufeff"),
-            *(" to=functions.now", " to=functions.get_weather", " to=functions.none", " to=python"),
-            *("json", "{}", '{"a": 1}', '{"a": 1e999}', "[" * 9, '"\\ud800"'),
-            *(200002, 200018, 201000),  # an end, and tokens that nobody has named
-            f"<|channel|>final<|message|>sto{NEXT}",
-            THINKS,
-            PREAMBLE,
-            CALLS.replace("<|call|>", NEXT),
-        ]
-    ),
-    max_size=25,
+PIECES = pieces(
+    *("stop", " to=functions.now", " to=python", '{"a": 1}', '{"a": 1e999}'), f"<|channel|>final<|message|>sto{NEXT}"
 )
 
 
@@ -654,11 +636,6 @@ def test_whatever_the_model_writes_a_stream_is_the_whole_message(serve, harmony)
     holds()
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 2000) | st.floats(allow_nan=False) | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-    max_leaves=8,
-)
 BLOCKS = [
     {"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}},
     {"type": "thinking", "thinking": "t", "signature": "sealed:dA=="},
@@ -686,33 +663,11 @@ BODY = {
 }
 
 
-@st.composite
-def bodies(draw):
-    """A valid body in which a few values, at any depth, are others, or are gone."""
-    body = copy.deepcopy(BODY)
-    for _ in range(draw(st.integers(1, 3))):
-        place = body
-        while True:
-            keys = list(place) if isinstance(place, dict) else list(range(len(place)))
-            if not keys:
-                break
-            key = draw(st.sampled_from(keys))
-            if isinstance(place[key], dict | list) and draw(st.booleans()):
-                place = place[key]
-                continue
-            if draw(st.integers(0, 4)):
-                place[key] = copy.deepcopy(draw(JSON | st.sampled_from([*BLOCKS, BODY["messages"], TOOLS, BLOCKS])))
-            else:
-                del place[key]
-            break
-    return body
-
-
 def test_whatever_the_client_sends_it_gets_an_answer_or_a_refusal(serve, harmony):
     live = serve(FakeEngine(harmony(ANSWER)))
 
     @settings(max_examples=EXAMPLES)
-    @given(body=bodies())
+    @given(body=changed(BODY, [*BLOCKS, BODY["messages"], TOOLS, BLOCKS]))
     def holds(body):
         for path in ("/v1/messages", "/v1/messages/count_tokens"):
             response = live.http.post(path, content=json.dumps(body))

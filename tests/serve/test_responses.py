@@ -1,6 +1,5 @@
 """OpenAI's Responses API through its official client: create, stream, tools, items sent back, the store, refusals."""
 
-import copy
 import json
 from collections.abc import Iterator
 
@@ -17,6 +16,7 @@ from serve.responses import custom_input
 from serve.store import ResponseStore, Stored
 from tests.fakes import FakeEngine
 from tests.serve.conftest import MODEL, TODAY
+from tests.serve.strategies import ANSWER, CALLS, NEXT, PREAMBLE, THINKS, changed, pieces
 
 QUESTION = "Weather in Oslo?"
 USER = [{"role": "user", "content": QUESTION}]
@@ -37,13 +37,8 @@ FUNCTIONS = [
     Function("patch", "Changes a file.", TEXT_SCHEMA),
     Function("crm.find", "crm: Customers.\nFinds one.", SCHEMA),
 ]
-NEXT = "<|end|><|start|>assistant"
-THINKS = f"<|channel|>analysis<|message|>Look it up.{NEXT}"
-PREAMBLE = f"<|channel|>commentary<|message|>One moment.{NEXT}"
-CALLS = '<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"place": "Oslo"}<|call|>'
 PATCHES = '<|channel|>commentary to=functions.patch <|constrain|>json<|message|>{"input": "+ line\\n"}<|call|>'
 FINDS = '<|channel|>commentary to=functions.crm.find <|constrain|>json<|message|>{"place": "Oslo"}<|call|>'
-ANSWER = THINKS + "<|channel|>final<|message|>It is cold, say they.<|return|>"
 
 EVENT, RESPONSE = TypeAdapter(ResponseStreamEvent), TypeAdapter(Response)
 DELTAS = {
@@ -744,21 +739,8 @@ def test_what_goes_wrong_midway_is_told(serve, harmony, stream):
 
 EXAMPLES = 100
 
-PIECES = st.lists(
-    st.sampled_from(
-        [
-            *("<|channel|>", "<|message|>", "<|end|>", "<|start|>", "<|constrain|>", "<|call|>"),
-            *("assistant", "user", "commentary", "analysis", "final", "text", " ", "\U0001f9d1", "\ufeff"),
-            *(" to=functions.patch", " to=functions.get_weather", " to=functions.none", " to=crm.find"),
-            *("json", "{}", '{"input": "a"}', '{"input": 1e999}', "[" * 9, '"\\ud800"'),
-            *(200002, 200018, 201000),  # an end, and tokens that nobody has named
-            THINKS,
-            PREAMBLE,
-            CALLS.replace("<|call|>", NEXT),
-            PATCHES.replace("<|call|>", NEXT),
-        ]
-    ),
-    max_size=25,
+PIECES = pieces(
+    *(" to=functions.patch", " to=crm.find", '{"input": "a"}', '{"input": 1e999}'), PATCHES.replace("<|call|>", NEXT)
 )
 
 
@@ -801,11 +783,6 @@ def test_whatever_the_model_writes_a_stream_is_the_whole_response_and_comes_back
     holds()
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 2000) | st.floats(allow_nan=False) | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-    max_leaves=8,
-)
 ITEMS = [
     {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "x"}]},
     {"type": "reasoning", "id": "r", "summary": [], "content": [{"type": "reasoning_text", "text": "t"}]},
@@ -834,33 +811,11 @@ BODY = {
 }
 
 
-@st.composite
-def bodies(draw):
-    """A valid body in which a few values, at any depth, are others, or are gone."""
-    body = copy.deepcopy(BODY)
-    for _ in range(draw(st.integers(1, 3))):
-        place = body
-        while True:
-            keys = list(place) if isinstance(place, dict) else list(range(len(place)))
-            if not keys:
-                break
-            key = draw(st.sampled_from(keys))
-            if isinstance(place[key], dict | list) and draw(st.booleans()):
-                place = place[key]
-                continue
-            if draw(st.integers(0, 4)):
-                place[key] = copy.deepcopy(draw(JSON | st.sampled_from([*ITEMS, ITEMS, TOOLS, *TOOLS])))
-            else:
-                del place[key]
-            break
-    return body
-
-
 def test_whatever_the_client_sends_it_gets_an_answer_or_a_refusal(serve, harmony):
     live = serve(FakeEngine(harmony(ANSWER)))
 
     @settings(max_examples=EXAMPLES)
-    @given(body=bodies())
+    @given(body=changed(BODY, [*ITEMS, ITEMS, TOOLS, *TOOLS]))
     def holds(body):
         response = live.http.post("/v1/responses", content=json.dumps(body))
         if response.status_code != 200:

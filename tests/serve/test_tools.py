@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from serve.harmony import Call, Function, Turn, any_call_header, call_header, render
 from tests.fakes import FakeEngine
 from tests.serve.conftest import MODEL, TODAY
+from tests.serve.strategies import CALLS, THINKS
 
 USER = [{"role": "user", "content": "Weather in Oslo?"}]
 PARAMETERS = {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]}
@@ -18,8 +19,6 @@ TOOLS = [
     {"type": "function", "function": {"name": "now"}},
 ]
 FUNCTIONS = [Function("get_weather", "Weather.", PARAMETERS), Function("now", "", None)]
-THINKS = "<|channel|>analysis<|message|>Look it up.<|end|><|start|>assistant"
-CALLS = '<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"place": "Oslo"}<|call|>'
 
 
 @pytest.fixture
