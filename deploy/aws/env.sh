@@ -1,4 +1,5 @@
-# Where to build and where to deploy: source this after credentials.sh. A variable that is already set is kept.
+# Where to build and where to deploy: source this after credentials.sh. A variable that is already set is kept. What is
+# made of other variables (the registry's name, of account and region) follows them when this is sourced again.
 # Everything that is specific to AWS is in this file; another cloud needs a file like it.
 # shellcheck shell=bash
 
@@ -6,10 +7,12 @@ export AWS_REGION="${AWS_REGION:-us-east-1}"
 export AWS_ACCOUNT_ID="${AWS_ACCOUNT_ID:-}" # twelve digits; credentials.sh has it
 
 # The registry, and how to log in to it: a command that prints the password. Empty: already logged in.
-export REGISTRY="${REGISTRY:-${AWS_ACCOUNT_ID:+${AWS_ACCOUNT_ID}.dkr.ecr.${AWS_REGION}.amazonaws.com}}"
+if [ "${REGISTRY-}" = "${ACCOUNT_REGISTRY-}" ]; then REGISTRY=''; fi # not one that was set by hand
+export ACCOUNT_REGISTRY="${AWS_ACCOUNT_ID:+${AWS_ACCOUNT_ID}.dkr.ecr.${AWS_REGION}.amazonaws.com}"
+export REGISTRY="${REGISTRY:-${ACCOUNT_REGISTRY}}"
 export REPOSITORY="${REPOSITORY:-mini-vllm}"
 export REGISTRY_USER="${REGISTRY_USER-AWS}"
-export REGISTRY_PASSWORD_COMMAND="${REGISTRY_PASSWORD_COMMAND-aws ecr get-login-password --region ${AWS_REGION}}"
+export REGISTRY_PASSWORD_COMMAND="${REGISTRY_PASSWORD_COMMAND-aws ecr get-login-password --region \$AWS_REGION}"
 
 # Where the server runs. Selectors: label=value, several with commas; empty for any node.
 export NAMESPACE="${NAMESPACE:-hyperpod-ns-inference}"
@@ -22,7 +25,7 @@ export MODEL_CLAIM="${MODEL_CLAIM:-fsx-claim}"
 export MODEL_FOLDER="${MODEL_FOLDER:-/mnt/fsx/inference/models}"
 
 # The builder in the cluster; it needs no GPU.
-export BUILD_NAMESPACE="${BUILD_NAMESPACE:-${NAMESPACE}}"
+export BUILD_NAMESPACE="${BUILD_NAMESPACE-}" # empty: NAMESPACE
 export BUILD_NODE_SELECTOR="${BUILD_NODE_SELECTOR-}"
 export BUILD_CPU="${BUILD_CPU:-8}"
 export BUILD_MEMORY="${BUILD_MEMORY:-32Gi}"

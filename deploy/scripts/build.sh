@@ -73,7 +73,7 @@ else
     builder=mini-vllm
     create=(
         docker buildx create --name "$builder" --driver kubernetes
-        --driver-opt "namespace=${BUILD_NAMESPACE:?source deploy/aws/env.sh first}"
+        --driver-opt "namespace=${BUILD_NAMESPACE:-${NAMESPACE:?source deploy/aws/env.sh first}}"
         --driver-opt "requests.cpu=${BUILD_CPU:-8}" --driver-opt "requests.memory=${BUILD_MEMORY:-32Gi}"
     )
     # An option is a list separated by commas: a value that contains commas needs quotes.

@@ -107,7 +107,7 @@ def test_a_dry_run_prints_what_would_run_and_runs_nothing(workplace):
     assert workplace.calls == []
     printed = [" ".join(shlex.split(line)[1:]) for line in done.stdout.splitlines() if line.startswith("+")]
     assert printed == [
-        f"aws ecr get-login-password --region us-east-1 | {LOGIN}",
+        f"aws ecr get-login-password --region $AWS_REGION | {LOGIN}",
         CREATE,
         build_of("essentials", "--output type=cacheonly"),
         build_of("cuda", "--output type=cacheonly"),
@@ -221,6 +221,34 @@ def test_missing_settings_say_what_to_source(workplace):
     assert no_account.returncode == 1
     assert "deploy/aws/credentials.sh" in no_account.stderr
     assert workplace.calls == []
+
+
+SOURCE = "source deploy/aws/env.sh"
+
+
+@pytest.mark.parametrize("shell", ["{}", "bash -c '{}'"])
+def test_sourcing_again_with_another_account_region_or_namespace_gives_theirs(workplace, shell):
+    again = f"export AWS_ACCOUNT_ID=222222222222 AWS_REGION=eu-west-1 NAMESPACE=theirs && {SOURCE}"
+    again = shell.format(f"{again} && ./deploy/scripts/build.sh server --dry-run")
+    done = workplace.shell(f"export AWS_ACCOUNT_ID=111111111111 && {SOURCE} && {again}")
+    assert done.returncode == 0, done.stderr
+    assert "222222222222.dkr.ecr.eu-west-1.amazonaws.com/mini-vllm" in done.stdout
+    assert "111111111111" not in done.stdout
+    assert "namespace=theirs" in done.stdout
+
+
+def test_a_registry_of_ones_own_stays_whatever_the_account(workplace):
+    own = "export REGISTRY=333333333333.dkr.ecr.us-east-1.amazonaws.com AWS_ACCOUNT_ID=111111111111"
+    done = workplace.shell(f"{own} && {SOURCE} && export AWS_ACCOUNT_ID=222222222222 && {SOURCE} && printenv REGISTRY")
+    assert done.stdout.strip() == "333333333333.dkr.ecr.us-east-1.amazonaws.com"
+
+
+def test_the_password_is_asked_in_the_region_of_the_last_sourcing(workplace):
+    workplace.shell(
+        f"export AWS_ACCOUNT_ID=111111111111 && {SOURCE} && export AWS_REGION=eu-west-1 && {SOURCE} "
+        "&& ./deploy/scripts/build.sh server"
+    )
+    assert workplace.calls[0] == "aws ecr get-login-password --region eu-west-1"
 
 
 def test_help_is_not_an_error(workplace):
