@@ -3,6 +3,7 @@
 import math
 
 from sweep.store import Row
+from sweep.verdict import interval
 
 WATCHED = ("ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "tpot_p99_ms", "tokens_per_s_per_gpu")
 
@@ -29,10 +30,16 @@ def changes(old: list[Row], new: list[Row]) -> list[str]:
 
 def _change(figure: str, old: Row, new: Row) -> str | None:
     before, after = old["figures"].get(figure), new["figures"].get(figure)
-    widths = [row["intervals"].get(figure) for row in (old, new)]
-    if None in (before, after, *widths) or not before or any(math.isnan(width) for width in widths):
-        return None  # with a single repeat the noise is unknown
-    noise = math.hypot(*widths)
+    widths = [_half_width(row, figure) for row in (old, new)]
+    if not before or after is None or math.isnan(after) or None in widths:
+        return None  # with a single repeat, or with few requests, the noise is unknown
+    noise = math.hypot(*(width for width in widths if width is not None))
     if abs(after - before) <= noise:
         return None
     return f"{figure} {before:.4g} → {after:.4g} ({after / before - 1:+.1%}, noise ±{noise / before:.1%})"
+
+
+def _half_width(row: Row, figure: str) -> float | None:
+    """Half of a figure's 95 % interval; None where an end of it is unknown."""
+    low, high = interval(row, figure)
+    return None if low is None or high is None else (high - low) / 2

@@ -1,10 +1,10 @@
-"""Figures from the records of a load: of each repeat, then the mean over the repeats with its confidence interval.
+"""Figures from the records of a load: the repeats pooled, with 95 % confidence intervals, and what that says of limits.
 
 Pure functions. Latencies are in milliseconds; percentiles are numpy's, linearly interpolated.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable
 
 import numpy as np
 from scipy import stats
@@ -13,6 +13,9 @@ from sweep.load import Record, Run
 from sweep.settings import Limits
 
 Figures = dict[str, float]
+Intervals = dict[str, tuple[float, float]]  # nan: unknown; an infinite upper end: too few requests to bound it
+
+DRAWS = 200  # of the bootstrap; Efron and Tibshirani (1993, section 6.4) find 50 to 200 enough for a standard error
 
 
 def ttft(record: Record) -> float:
@@ -47,8 +50,36 @@ def meets(record: Record, limits: Limits) -> bool:
     return not any(limit is not None and value > limit for value, limit in latencies)
 
 
-def figures(run: Run, limits: Limits, gpus: int) -> Figures:
-    """One repeat's figures; nan where there are no values to compute one from."""
+def figures(runs: list[Run], limits: Limits, gpus: int) -> tuple[Figures, Intervals]:
+    """The figures of a load's repeats and their intervals.
+
+    Latencies of all repeats are pooled; `n` requests have them. Rates are means over the repeats. A figure is nan where
+    there are no values to compute one from, and a percentile also where less than one value is expected beyond it:
+    a p99 of fewer than 100 is no more than the maximum.
+    """
+    succeeded = [[record for record in run.records if not record.error] for run in runs]
+    requests = sum(len(run.records) for run in runs)
+    n = sum(map(len, succeeded))
+    values: Figures = {"requests": requests, "errors": requests - n, "n": n}
+    intervals: Intervals = {}
+    for name, percentiles, samples in (
+        ("ttft", (50, 90, 99), [np.array([ttft(record) for record in repeat]) for repeat in succeeded]),
+        ("tpot", (50, 99), [np.array([tpot(record) for record in repeat]) for repeat in succeeded]),
+        ("itl", (50, 99), [np.concatenate([[], *map(itl, repeat)]) for repeat in succeeded]),
+        ("e2e", (50, 90, 99), [np.array([e2e(record) for record in repeat]) for repeat in succeeded]),
+    ):
+        known = [sample[~np.isnan(sample)] for sample in samples]
+        latencies, ends = pooled(name, percentiles, [sample for sample in known if len(sample)])
+        values |= latencies
+        intervals |= ends
+    each = [_rates(run, limits, gpus) for run in runs]
+    for name in each[0]:
+        values[name], intervals[name] = _mean([rates[name] for rates in each])
+    return values, intervals
+
+
+def _rates(run: Run, limits: Limits, gpus: int) -> Figures:
+    """One repeat's rates, from `run.begin` to `run.end`."""
     succeeded = [record for record in run.records if not record.error]
     span = max(run.end - run.begin, 1e-9)
     inside = sum(
@@ -58,64 +89,102 @@ def figures(run: Run, limits: Limits, gpus: int) -> Figures:
         if at <= run.end
     )
     ended = [record for record in succeeded if record.arrivals[-1] <= run.end]
-    per_token = np.array([tpot(record) for record in succeeded])
-    values: Figures = {"requests": len(run.records), "errors": len(run.records) - len(succeeded)}
-    values |= _percentiles("ttft", [ttft(record) for record in succeeded], (50, 90, 99))
-    values |= _percentiles("tpot", per_token[~np.isnan(per_token)], (50, 99))
-    values |= _percentiles("itl", np.concatenate([[], *map(itl, succeeded)]), (50, 99))
-    values |= _percentiles("e2e", [e2e(record) for record in succeeded], (50, 90, 99))
-    values["tokens_per_s"] = inside / span
-    values["tokens_per_s_per_gpu"] = inside / span / gpus
-    values["tokens_per_s_per_user"] = 1e3 / values["tpot_mean_ms"] if values["tpot_mean_ms"] else math.nan
-    values["requests_per_s"] = len(ended) / span
-    values["goodput_per_s"] = sum(meets(record, limits) for record in ended) / span
-    return values
+    per_token = [each for record in succeeded if not math.isnan(each := tpot(record))]
+    return {
+        "tokens_per_s": inside / span,
+        "tokens_per_s_per_gpu": inside / span / gpus,
+        "tokens_per_s_per_user": 1e3 * len(per_token) / total if (total := sum(per_token)) else math.nan,
+        "requests_per_s": len(ended) / span,
+        "goodput_per_s": sum(meets(record, limits) for record in ended) / span,
+    }
 
 
-def _percentiles(name: str, latencies: Iterable[float], percentiles: tuple[int, ...]) -> Figures:
-    values = np.asarray(list(latencies), dtype=float)
-    if not len(values):
-        return {f"{name}_{statistic}_ms": math.nan for statistic in ("mean", *(f"p{p}" for p in percentiles))}
-    pairs = zip(percentiles, np.percentile(values, percentiles), strict=True)
-    return {f"{name}_mean_ms": float(values.mean())} | {f"{name}_p{p}_ms": float(value) for p, value in pairs}
+def _mean(repeats: list[float]) -> tuple[float, tuple[float, float]]:
+    """The mean of the repeats that have the figure, and its interval by Student's t; nan with fewer than two."""
+    values = np.array([value for value in repeats if not math.isnan(value)])
+    n = len(values)
+    if not n:
+        return math.nan, (math.nan, math.nan)
+    mean = float(values.mean())
+    half = float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+    return mean, (mean - half, mean + half)
 
 
-def over_repeats(repeats: list[Figures]) -> tuple[Figures, Figures]:
-    """Means over the repeats, and the half-widths of their 95 % confidence intervals by Student's t.
+def pooled(name: str, percentiles: tuple[int, ...], repeats: list[np.ndarray]) -> tuple[Figures, Intervals]:
+    """Mean and percentiles of a latency over the values of all repeats, none of which is empty, and their intervals."""
+    pool = np.concatenate([[], *repeats])
+    names = [f"{name}_{statistic}_ms" for statistic in ("mean", *(f"p{p}" for p in percentiles))]
+    if not len(pool):
+        return dict.fromkeys(names, math.nan), dict.fromkeys(names, (math.nan, math.nan))
 
-    Requests and errors are added up instead. A half-width is nan where fewer than two repeats have the figure.
+    def statistics(sample: np.ndarray) -> np.ndarray:
+        return np.concatenate([[sample.mean()], np.percentile(sample, percentiles)])
+
+    values = dict(zip(names, statistics(pool).tolist(), strict=True))
+    halves = dict(zip(names, _by_repeat(repeats, statistics), strict=True))
+    intervals = {key: (float(np.maximum(values[key] - half, 0.0)), values[key] + half) for key, half in halves.items()}
+    for key, p in zip(names[1:], percentiles, strict=True):
+        if name != "itl" and len(repeats) > 1:  # the tokens of a request are not independent: only repeats tell there
+            low, high = _by_order(np.sort(pool), p / 100)
+            intervals[key] = min(low, intervals[key][0]), max(high, intervals[key][1])
+        if len(pool) * (100 - p) < 100:
+            values[key] = math.nan
+    return values, intervals
+
+
+def _by_repeat(repeats: list[np.ndarray], statistics: Callable[[np.ndarray], np.ndarray]) -> list[float]:
+    """Half of each statistic's interval, by a bootstrap that draws whole repeats; nan with fewer than two.
+
+    Requests of one repeat share what happened to it, so that the repeats are the sample. With so few of them the
+    bootstrap's standard error is too small by the root of (n - 1) / n, and its distribution no normal one: Student's t,
+    as for a mean.
     """
-    means: Figures = {}
-    intervals: Figures = {}
-    for name in repeats[0]:
-        values = np.array([repeat[name] for repeat in repeats])
-        if name in ("requests", "errors"):
-            means[name] = int(values.sum())
-            continue
-        values = values[~np.isnan(values)]
-        n = len(values)
-        means[name] = float(values.mean()) if n else math.nan
-        intervals[name] = float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
-    return means, intervals
+    n = len(repeats)
+    if n < 2:
+        return [math.nan] * len(statistics(repeats[0]))
+    draws = np.random.default_rng(0).integers(0, n, (DRAWS, n))
+    errors = np.std([statistics(np.concatenate([repeats[i] for i in draw])) for draw in draws], axis=0)
+    halves: list[float] = (stats.t.ppf(0.975, n - 1) * errors * math.sqrt(n / (n - 1))).tolist()
+    return halves
 
 
-def objective(means: Figures, name: str, limits: Limits) -> float:
-    """What a sweeper minimises: infinite where a limit is broken or the figure is nan.
+def _by_order(ordered: np.ndarray, share: float) -> tuple[float, float]:
+    """The interval of a quantile between two order statistics, exact for independent values (Conover, 1999, 3.2).
+
+    Zero and infinity where no value is low or high enough: the upper end of a p99 takes 368 requests.
+    """
+    n = len(ordered)
+    low, high = (int(stats.binom.ppf(q, n, share)) for q in (0.025, 0.975))
+    return float(ordered[low - 1]) if low else 0.0, float(ordered[high]) if high < n else math.inf
+
+
+def objective(means: Figures, name: str) -> float:
+    """What a sweeper minimises: infinite where the figure is nan.
 
     `name`: a figure, after a minus where higher is better. Raises KeyError for a name that is not among the figures.
     """
     sign, name = (-1, name[1:]) if name.startswith("-") else (1, name)
-    return math.inf if broken(means, limits) or math.isnan(means[name]) else sign * means[name]
+    return math.inf if math.isnan(means[name]) else sign * means[name]
 
 
-def broken(means: Figures, limits: Limits) -> list[str]:
-    """A sentence for each limit that a load breaks."""
-    broken_limits = []
+def judge(values: Figures, intervals: Intervals, limits: Limits) -> tuple[list[str], list[str]]:
+    """A sentence for each limit that a load fails, and for each of which its requests cannot tell.
+
+    A p99 fails if its whole interval is above the limit, and passes if all of it is at most the limit.
+    """
+    fails, undecided = [], []
     for name in ("ttft", "tpot", "e2e"):
-        limit, value = getattr(limits, f"{name}_ms"), means[f"{name}_p99_ms"]
-        if limit is not None and not value <= limit:
-            broken_limits.append(f"p99 {name.upper()} {value:.4g} ms > {limit:g} ms")
-    share = means["errors"] / max(means["requests"], 1)
+        limit, key = getattr(limits, f"{name}_ms"), f"{name}_p99_ms"
+        low, high = intervals[key]
+        if limit is None or high <= limit:
+            continue
+        ends = f"{low:.4g} or more" if math.isinf(high) else f"{low:.4g} to {high:.4g}"
+        if low > limit:
+            fails.append(f"p99 {name.upper()} {ends} ms > {limit:g} ms")
+        else:
+            known = "of one repeat" if math.isnan(low) else f"{ends} ms"
+            undecided.append(f"p99 {name.upper()} {known}, the limit is {limit:g} ms ({values['n']:g} requests)")
+    share = values["errors"] / max(values["requests"], 1)
     if share > limits.error_share:
-        broken_limits.append(f"errors {share:.1%} > {limits.error_share:.1%}")
-    return broken_limits
+        fails.append(f"errors {share:.1%} > {limits.error_share:.1%}")
+    return fails, undecided

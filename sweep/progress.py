@@ -10,6 +10,7 @@ from rich.text import Text
 from sweep.store import Row
 
 SHOWN = (  # heading, figure, format
+    ("n", "n", ".0f"),
     ("TTFT p50", "ttft_p50_ms", ".0f"),
     ("p99", "ttft_p99_ms", ".0f"),
     ("TPOT p50", "tpot_p50_ms", ".2f"),
@@ -19,7 +20,7 @@ SHOWN = (  # heading, figure, format
     ("goodput/s", "goodput_per_s", ".2f"),
     ("errors", "errors", ".0f"),
 )
-STYLES = {"ok": "green", "limits": "yellow", "wrong": "red", "failed": "red"}
+STYLES = {"ok": "green", "limits": "yellow", "undecided": "yellow", "wrong": "red", "failed": "red"}
 
 
 def number(value: float | None, form: str) -> str:

@@ -1,7 +1,6 @@
 """The report: verdict and tables in Markdown, the same page as self-contained HTML, and files ready for use."""
 
 import base64
-import math
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -78,8 +77,9 @@ def markdown(
         sections += [f"![{name}]({name})", f"*{CAPTIONS[name]}*"]
     sections += [
         "## Latency and throughput",
-        "Milliseconds and tokens/s; ± is half of the 95 % interval over the repeats. TTFT counts from when a "
-        "request was due. Goodput is requests/s within the limits.",
+        "Milliseconds and tokens/s. Percentiles are of the n requests of all repeats; a p99 takes 100 of them, a p90 "
+        "10. In brackets the 95 % interval; “?”: too few requests to bound it. TTFT counts from when a request was "
+        "due. Goodput is requests/s within the limits.",
         _figures(rows),
     ]
     if faulty := [row for row in rows if row.get("reason") or row.get("error")]:
@@ -167,17 +167,20 @@ def _number(number: float | None, form: str = "#.3g") -> str:
 
 
 def _with_interval(row: Row, name: str) -> str:
-    width = row.get("intervals", {}).get(name)
-    known = width is not None and not math.isnan(width)
-    return _number(value(row, name)) + (f" ± {_number(width)}" if known else "")
+    at = value(row, name)
+    if at is None:
+        return "-"
+    low, high = verdict.interval(row, name)
+    return _number(at) + (f" ({_number(low)} to {'?' if high is None else _number(high)})" if low is not None else "")
 
 
 def _figures(rows: list[Row]) -> str:
-    before = ("ttft_p50_ms", "ttft_p90_ms", "ttft_p99_ms", "tpot_p50_ms")
+    before = ("ttft_p50_ms", "ttft_p90_ms")
     after = ("itl_p50_ms", "itl_p99_ms", "e2e_p50_ms", "e2e_p99_ms")
     heading = [
         "configuration",
         "load",
+        "n",
         "TTFT p50",
         "p90",
         "p99",
@@ -199,7 +202,10 @@ def _figures(rows: list[Row]) -> str:
         [
             names[row["configuration"]],
             row["load"],
+            _number(value(row, "n")),
             *(_number(value(row, name)) for name in before),
+            _with_interval(row, "ttft_p99_ms"),
+            _with_interval(row, "tpot_p50_ms"),
             _with_interval(row, "tpot_p99_ms"),
             *(_number(value(row, name)) for name in after),
             _number(value(row, "tokens_per_s_per_user")),

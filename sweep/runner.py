@@ -151,8 +151,9 @@ class Sweep:
                 configured, server = self._server_for(config, words, options)
                 row |= self._measure(configured, server, load, options)
                 row |= {"start": configured.start, "memory": configured.memory}
-                fault = configured.wrong or "; ".join(measure.broken(row["figures"], options.limits)) or None
-                row |= {"status": "wrong" if configured.wrong else "limits" if fault else "ok", "reason": fault}
+                fails, undecided = measure.judge(row["figures"], row["intervals"], options.limits)
+                status = "wrong" if configured.wrong else "limits" if fails else "undecided" if undecided else "ok"
+                row |= {"status": status, "reason": configured.wrong or "; ".join(fails or undecided) or None}
             except (CellFailed, ServerFailed, gate.GateFailed, ConfigError) as error:
                 row |= {"status": "failed", "reason": str(error)}
                 self._release()
@@ -191,11 +192,11 @@ class Sweep:
 
     @staticmethod
     def _objective(row: Row, options: SweepConfig) -> float:
-        if row["status"] in ("failed", "wrong"):
+        if row["status"] not in ("ok", "undecided"):
             return math.inf
         figures = {name: math.nan if value is None else value for name, value in row["figures"].items()}
         try:
-            return measure.objective(figures, options.objective, options.limits)
+            return measure.objective(figures, options.objective)
         except KeyError as error:
             raise ConfigError(f"sweep.objective: got {options.objective!r}, allowed: {', '.join(figures)}") from error
 
@@ -290,9 +291,7 @@ class Sweep:
         errors = [record.error for record in records if record.error]
         if len(errors) == len(records):
             raise CellFailed(f"no request succeeded: {errors[0]}")
-        means, intervals = measure.over_repeats(
-            [measure.figures(run, options.limits, self._gpus(current.config)) for run in runs]
-        )
+        means, intervals = measure.figures(runs, options.limits, self._gpus(current.config))
         increase = {name: value - before.get(name, 0.0) for name, value in after.items()}
         queries = increase.get(("prefix_cache_queries_total",), 0.0)
         means["prefix_hit_share"] = increase.get(("prefix_cache_hits_total",), 0.0) / queries if queries else 0.0

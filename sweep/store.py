@@ -59,18 +59,19 @@ def read_rows(folder: Path) -> list[Row]:
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:
-    """One line a row: configuration, load, status, figures and the half-widths of their intervals."""
+    """One line a row: configuration, load, status, figures and the ends of their 95 % intervals."""
     figures = list(dict.fromkeys(name for row in rows for name in row.get("figures", ())))
     with path.open("w", newline="") as file:
         out = csv.writer(file)
-        out.writerow([*COLUMNS, *figures, *(f"{name}_ci95" for name in figures), "reason"])
+        ends = [f"{name}_ci95_{end}" for name in figures for end in ("low", "high")]
+        out.writerow([*COLUMNS, *figures, *ends, "reason"])
         for row in rows:
-            values, widths = row.get("figures", {}), row.get("intervals", {})
+            values, intervals = row.get("figures", {}), row.get("intervals", {})
             out.writerow(
                 [
                     *(row[column] for column in COLUMNS),
                     *(values.get(name) for name in figures),
-                    *(widths.get(name) for name in figures),
+                    *(end for name in figures for end in intervals.get(name, (None, None))),
                     row.get("reason"),
                 ]
             )

@@ -15,7 +15,13 @@ ALIKE = 1.02  # costs within this factor count as equal: of two such rows the on
 WORTH = 1.05  # a choice that costs more has at least this factor more throughput
 
 
-def front(rows: list[Row], cost: str = "tpot_p99_ms", gain: str = "tokens_per_s_per_gpu") -> list[Row]:
+def cost_of(rows: list[Row]) -> str:
+    """The figure that is the verdict's latency: p99 TPOT, or the median if a row of status ok has too few requests."""
+    known = all(value(row, "tpot_p99_ms") is not None for row in rows if row["status"] == "ok")
+    return "tpot_p99_ms" if known else "tpot_p50_ms"
+
+
+def front(rows: list[Row], cost: str, gain: str = "tokens_per_s_per_gpu") -> list[Row]:
     """The Pareto front: rows that no other row beats in both figures, from the least cost to the greatest gain."""
     candidates = [row for row in rows if row["status"] == "ok" and None not in (value(row, cost), value(row, gain))]
     best: float = -math.inf
@@ -28,11 +34,12 @@ def front(rows: list[Row], cost: str = "tpot_p99_ms", gain: str = "tokens_per_s_
 
 
 def choices(rows: list[Row]) -> list[Row]:
-    """The rows of the front that differ enough to choose between, from the least p99 TPOT to the most throughput."""
+    """The rows of the front that differ enough to choose between, from the least TPOT to the most throughput."""
     chosen: list[Row] = []
+    latency = cost_of(rows)
     least = -math.inf  # the least cost among the last choice and the rows that it replaced
-    for row in front(rows):
-        cost, gain = figure(row, "tpot_p99_ms"), figure(row, "tokens_per_s_per_gpu")
+    for row in front(rows, latency):
+        cost, gain = figure(row, latency), figure(row, "tokens_per_s_per_gpu")
         if cost <= ALIKE * least:
             chosen[-1] = row
         elif not chosen or gain >= WORTH * figure(chosen[-1], "tokens_per_s_per_gpu"):
@@ -51,6 +58,13 @@ def value(row: Row, name: str) -> float | None:
     """A figure of the row; None if it has none, or nan."""
     number = row.get("figures", {}).get(name)
     return None if number is None or math.isnan(number) else number
+
+
+def interval(row: Row, name: str) -> tuple[float | None, float | None]:
+    """The ends of a figure's 95 % interval; None where one is unknown, or infinite."""
+    ends = row["intervals"].get(name, (None, None))
+    low, high = (None if end is None or not math.isfinite(end) else float(end) for end in ends)
+    return low, high
 
 
 def figure(row: Row, name: str) -> float:
@@ -76,11 +90,21 @@ def words(rows: list[Row]) -> list[str]:
             )
         ]
     return [
-        f"For p99 TPOT ≤ {round_up(figure(row, 'tpot_p99_ms'))} ms: `{command(row)}` with {row['load']} "
+        f"For {_named(rows)} ≤ {round_up(figure(row, cost_of(rows)))} ms: `{command(row)}` with {row['load']} "
         f"({value(row, 'tokens_per_s_per_user'):.4g} tokens/s a user, {value(row, 'tokens_per_s_per_gpu'):.4g} "
-        f"{per_gpu(row)}, p99 TTFT {round_up(figure(row, 'ttft_p99_ms'))} ms)."
+        f"{per_gpu(row)}{_ttft(row)}, {row['figures']['n']:g} requests)."
         for row in chosen
     ]
+
+
+def _named(rows: list[Row]) -> str:
+    return "p99 TPOT" if cost_of(rows) == "tpot_p99_ms" else "a median TPOT"
+
+
+def _ttft(row: Row) -> str:
+    """The greatest percentile of the time to the first token that the row's requests can show."""
+    known = ((p, value(row, f"ttft_p{p}_ms")) for p in (99, 90, 50))
+    return next((f", p{p} TTFT {round_up(at)} ms" for p, at in known if at is not None), "")
 
 
 def per_gpu(row: Row) -> str:
@@ -111,6 +135,6 @@ def kubernetes_values(row: Row) -> str:
 def about(row: Row) -> str:
     """Where the row's figures come from, for the comment at the top of a file."""
     return (
-        f"{row['load']} on {row['device']}: p99 TPOT {value(row, 'tpot_p99_ms'):.4g} ms, "
+        f"{row['load']} on {row['device']}: median TPOT {value(row, 'tpot_p50_ms'):.4g} ms, "
         f"{value(row, 'tokens_per_s_per_gpu'):.4g} tokens/s {per_gpu(row)}"
     )

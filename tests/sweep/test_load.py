@@ -50,7 +50,7 @@ def closed(fake, count, users, seconds=1e9, stall=60):
 
 
 def test_every_figure_of_a_closed_loop_is_the_truth():
-    figures = measure.figures(closed(Fake(), 12, 4), Limits(), gpus=2)
+    figures = measure.figures([closed(Fake(), 100, 4)], Limits(), gpus=2)[0]
     for name in ("ttft_mean", "ttft_p50", "ttft_p90", "ttft_p99"):
         assert figures[f"{name}_ms"] == pytest.approx(500)
     for name in ("tpot_mean", "tpot_p50", "tpot_p99", "itl_mean", "itl_p50", "itl_p99"):
@@ -61,7 +61,7 @@ def test_every_figure_of_a_closed_loop_is_the_truth():
     assert figures["tokens_per_s_per_gpu"] == pytest.approx(2 * 11 / 0.7)
     assert figures["tokens_per_s_per_user"] == pytest.approx(50)
     assert figures["requests_per_s"] == figures["goodput_per_s"] == pytest.approx(4 / 0.7)
-    assert (figures["requests"], figures["errors"]) == (12, 0)
+    assert (figures["requests"], figures["errors"], figures["n"]) == (100, 0, 100)
 
 
 def test_a_closed_loop_holds_its_concurrency_and_ends_with_its_budget():
@@ -81,7 +81,7 @@ def test_rates_leave_out_the_tail_in_which_users_have_nothing_to_do():
     ones = [Request([1], 1, seed) for seed in (0, 1, 1)]
     done = run(load.closed(send, ones, 2, 1e9, 60, lambda record: None))
     assert done.end == pytest.approx(2)
-    assert measure.figures(done, Limits(), 1)["tokens_per_s"] == pytest.approx(1)
+    assert measure.figures([done], Limits(), 1)[0]["tokens_per_s"] == pytest.approx(1)
 
 
 def test_an_open_loop_sends_on_time_and_counts_from_when_a_request_was_due():
@@ -112,7 +112,7 @@ def test_an_open_loop_ends_with_its_last_arrival_or_with_a_request_that_brought_
     two = [Request([1], 1, seed) for seed in (0, 1)]
     done = run(load.opened(send, two, [0.0, 3.0], 60, lambda record: None))
     assert done.end - done.begin == pytest.approx(3)
-    assert measure.figures(done, Limits(), 1)["requests_per_s"] == pytest.approx(1 / 3)
+    assert measure.figures([done], Limits(), 1)[0]["requests_per_s"] == pytest.approx(1 / 3)
 
 
 def test_only_the_time_without_a_token_counts_as_a_stall():
@@ -135,7 +135,7 @@ def test_tokens_that_arrive_together_share_the_time():
 
 def test_percentiles_of_uneven_requests():
     records = [load.Record(0.0, 0.0, [n / 1000, 2 * n / 1000], [1, 1]) for n in range(1, 101)]
-    figures = measure.figures(load.Run(records, 0.0, 1.0), Limits(tpot_ms=50, ttft_ms=80), 1)
+    figures = measure.figures([load.Run(records, 0.0, 1.0)], Limits(tpot_ms=50, ttft_ms=80), 1)[0]
     assert figures["ttft_p50_ms"] == pytest.approx(50.5)
     assert figures["ttft_p99_ms"] == pytest.approx(99.01)
     assert figures["e2e_p90_ms"] == pytest.approx(2 * 90.1)
@@ -163,48 +163,108 @@ def test_a_request_that_stalls_fails_or_ends_early_is_an_error_of_its_own():
         "3 tokens came, 2 were asked for",
         None,
     ]
-    figures = measure.figures(done, Limits(), 1)
+    figures = measure.figures([done], Limits(), 1)[0]
     assert (figures["requests"], figures["errors"]) == (5, 4)
 
 
-def test_intervals_are_students():
-    means, widths = measure.over_repeats([{"x": x, "requests": 2} for x in (10.0, 12.0, 14.0)])
-    assert means == {"x": 12.0, "requests": 6}
-    assert widths["x"] == pytest.approx(4.3027 * 2 / math.sqrt(3), rel=1e-4)
-    assert math.isnan(measure.over_repeats([{"x": 1.0}])[1]["x"])
+def repeat_of(first_tokens, tokens=2, span=1.0):
+    """A repeat whose requests have these times to the first token, in seconds, and 10 ms a token after it."""
+    records = [load.Record(0.0, 0.0, [at + 0.01 * i for i in range(tokens)], [1] * tokens) for at in first_tokens]
+    return load.Run(records, 0.0, span)
+
+
+def test_the_intervals_of_rates_are_students():
+    done = [repeat_of([0.1] * n, span=2.0) for n in (10, 12, 14)]
+    values, intervals = measure.figures(done, Limits(), 1)
+    half = 4.3027 * 1 / math.sqrt(3)
+    assert values["requests_per_s"] == 6
+    assert intervals["requests_per_s"] == pytest.approx((6 - half, 6 + half), rel=1e-4)
+    assert (values["requests"], values["n"]) == (36, 36)
+    once = measure.figures(done[:1], Limits(), 1)[1]
+    assert all(math.isnan(end) for interval in once.values() for end in interval)
 
 
 def test_a_repeat_without_a_figure_does_not_spoil_the_others():
-    means, widths = measure.over_repeats([{"x": x} for x in (10.0, math.nan, 14.0)])
-    assert means == {"x": 12.0}
-    assert widths["x"] == pytest.approx(12.7062 * 2.8284 / math.sqrt(2), rel=1e-4)
+    values, intervals = measure.figures([repeat_of([0.1] * 9, n) for n in (3, 1, 5)], Limits(), 1)
+    assert values["tpot_p50_ms"] == pytest.approx(10)
+    assert values["tokens_per_s_per_user"] == pytest.approx(100)
+    assert intervals["tokens_per_s_per_user"] == pytest.approx((100, 100))
+
+
+def test_repeats_are_pooled_and_no_percentile_is_shown_of_too_few_requests():
+    late = [repeat_of([1.0] * 33), repeat_of([1.0] * 33), repeat_of([1.0] * 32 + [9.0])]
+    values, _ = measure.figures(late, Limits(), 1)
+    assert math.isnan(values["ttft_p99_ms"])
+    assert values["ttft_p90_ms"] == pytest.approx(1000)
+    late[0].records += repeat_of([1.0]).records
+    values, _ = measure.figures(late, Limits(), 1)
+    assert values["n"] == 100
+    assert values["ttft_p99_ms"] == pytest.approx(1080)  # of all hundred; the mean of three maxima would be 3667
+
+
+@pytest.mark.parametrize("between", [0.0, 0.1], ids=["independent", "repeats differ"])
+def test_nineteen_of_twenty_intervals_hold_the_truth(between):
+    """Lognormal times to the first token, of which the true percentiles are known."""
+    sigma, repeats, each = 0.4, 4, 100
+    draw = np.random.default_rng(1)
+    held = {50: 0, 99: 0}
+    trials = 100
+    for _ in range(trials):
+        shifts = draw.normal(0, between, repeats)
+        done = [np.exp(shift + sigma * draw.standard_normal(each)) for shift in shifts]
+        _, intervals = measure.pooled("ttft", (50, 99), done)
+        for p, z in ((50, 0.0), (99, 2.3263)):
+            low, high = intervals[f"ttft_p{p}_ms"]
+            assert math.isfinite(high)
+            held[p] += low <= math.exp(z * math.hypot(sigma, between)) <= high
+    assert min(held.values()) >= 0.92 * trials
+
+
+def test_of_too_few_requests_a_p99_has_no_upper_end():
+    _, intervals = measure.figures([repeat_of(np.linspace(0.1, 0.2, 100)) for _ in range(3)], Limits(), 1)
+    low, high = intervals["ttft_p99_ms"]
+    assert low == pytest.approx(197.0, abs=1)
+    assert math.isinf(high)
 
 
 def test_what_ends_after_the_full_load_counts_in_no_rate():
     records = [load.Record(0.0, 0.0, [1.0, last], [1, 1]) for last in (2.0, 9.0)]
-    values = measure.figures(load.Run(records, 0.0, 2.0), Limits(), 1)
+    values = measure.figures([load.Run(records, 0.0, 2.0)], Limits(), 1)[0]
     assert (values["tokens_per_s"], values["requests_per_s"], values["goodput_per_s"]) == (1.5, 0.5, 0.5)
 
 
-def test_a_broken_limit_makes_the_objective_infinite():
-    means = {
-        "ttft_p99_ms": 100.0,
-        "tpot_p99_ms": 20.0,
-        "e2e_p99_ms": 700.0,
-        "tokens_per_s": 5.0,
-        "requests": 100,
-        "errors": 1,
-    }
-    lenient = {"error_share": 0.01}
-    assert measure.objective(means, "tpot_p99_ms", Limits(**lenient)) == 20
-    assert measure.objective(means, "-tokens_per_s", Limits(**lenient)) == -5
-    assert measure.objective(means, "tpot_p99_ms", Limits()) == math.inf
-    assert measure.objective(means, "tpot_p99_ms", Limits(ttft_ms=99, **lenient)) == math.inf
-    assert measure.broken(means, Limits(ttft_ms=99)) == ["p99 TTFT 100 ms > 99 ms", "errors 1.0% > 0.0%"]
-    assert measure.objective(means | {"tpot_p99_ms": math.nan}, "tpot_p99_ms", Limits(**lenient)) == math.inf
-    assert measure.broken(means | {"e2e_p99_ms": math.nan}, Limits(e2e_ms=1000, **lenient)) == [
-        "p99 E2E nan ms > 1000 ms"
-    ]
+def test_the_objective_is_a_figure_and_infinite_if_there_is_none():
+    figures = {"tpot_p50_ms": 20.0, "tpot_p99_ms": math.nan, "tokens_per_s": 5.0}
+    assert measure.objective(figures, "tpot_p50_ms") == 20
+    assert measure.objective(figures, "-tokens_per_s") == -5
+    assert measure.objective(figures, "tpot_p99_ms") == math.inf
+
+
+def judged(first_tokens, ttft_ms):
+    limits = Limits(ttft_ms=ttft_ms)
+    return measure.judge(*measure.figures([repeat_of(first_tokens)] * 3, limits, 1), limits)
+
+
+def test_a_limit_passes_fails_or_cannot_be_told():
+    many = np.linspace(0.1, 0.2, 200)
+    assert judged(many, 201) == ([], [])
+    assert judged(many, 190) == (["p99 TTFT 198.5 to 200 ms > 190 ms"], [])
+    fails, undecided = judged(many, 199)
+    assert not fails
+    assert undecided == ["p99 TTFT 198.5 to 200 ms, the limit is 199 ms (600 requests)"]
+
+
+def test_few_requests_show_no_p99_but_may_show_that_a_limit_is_broken():
+    assert judged([0.1] * 8, 500) == ([], ["p99 TTFT 100 or more ms, the limit is 500 ms (24 requests)"])
+    assert judged([0.6] * 8, 500) == (["p99 TTFT 600 or more ms > 500 ms"], [])
+
+
+def test_errors_are_counted_against_their_limit():
+    done = [repeat_of([0.1] * 50), repeat_of([0.1] * 50)]
+    done[0].records[0].error = "HTTP 500"
+    for share, fails in ((0.0, ["errors 1.0% > 0.0%"]), (0.01, [])):
+        limits = Limits(error_share=share)
+        assert measure.judge(*measure.figures(done, limits, 1), limits) == (fails, [])
 
 
 def config(**buckets):

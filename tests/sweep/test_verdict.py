@@ -29,6 +29,7 @@ def row(name, level=1, tpot=10.0, throughput=100.0, status="ok", spread=0.1, **m
         "tokens_per_s_per_gpu": throughput,
         "tokens_per_s_per_user": 1e3 / tpot,
         "errors": 0,
+        "n": 200,
     }
     return {
         "key": f"{name}{level}",
@@ -41,7 +42,7 @@ def row(name, level=1, tpot=10.0, throughput=100.0, status="ok", spread=0.1, **m
         "status": status,
         "reason": None,
         "figures": figures,
-        "intervals": dict.fromkeys(figures, spread),
+        "intervals": {name: (number - spread, number + spread) for name, number in figures.items()},
         "device": "H100",
         "on_gpu": True,
         "gpus": 2,
@@ -63,7 +64,7 @@ ROWS = [
 
 
 def test_the_front_is_what_nothing_without_fault_beats():
-    assert [point["key"] for point in verdict.front(ROWS)] == [
+    assert [point["key"] for point in verdict.front(ROWS, "tpot_p99_ms")] == [
         "buckets=latency1",
         "buckets=latency8",
         "buckets=balanced64",
@@ -72,7 +73,7 @@ def test_the_front_is_what_nothing_without_fault_beats():
 
 def test_of_rows_alike_in_cost_or_in_gain_only_the_better_is_on_the_front():
     rows = [row("a", 1, 2.0, 500), row("b", 1, 2.0, 600), row("c", 1, 3.0, 600), row("d", 1, 4.0, 601)]
-    assert [point["key"] for point in verdict.front(rows)] == ["b1", "d1"]
+    assert [point["key"] for point in verdict.front(rows, "tpot_p99_ms")] == ["b1", "d1"]
 
 
 def test_small_steps_in_cost_do_not_add_up_to_a_choice_that_costs_more():
@@ -82,7 +83,7 @@ def test_small_steps_in_cost_do_not_add_up_to_a_choice_that_costs_more():
 
 def test_choices_differ_by_enough_to_choose_between_them():
     rows = [row("a", 1, 2.0, 500), row("b", 1, 2.03, 510), row("a", 8, 4.0, 530), row("a", 16, 8.0, 700)]
-    assert len(verdict.front(rows)) == 4
+    assert len(verdict.front(rows, "tpot_p99_ms")) == 4
     assert [choice["key"] for choice in verdict.choices(rows)] == ["b1", "a16"]
 
 
@@ -100,6 +101,17 @@ def test_the_verdict_names_a_target_and_a_command():
 )
 def test_a_target_is_never_below_what_was_measured(number, target):
     assert verdict.round_up(number) == target
+
+
+def test_a_verdict_without_a_p99_of_every_row_is_by_the_median():
+    few = row("b", 1, 3.0, 600)
+    few["figures"] |= {"tpot_p99_ms": None, "ttft_p99_ms": None, "n": 24}
+    sentences = verdict.words([row("a", 1, 2.0, 500), few])
+    assert sentences[1].startswith("For a median TPOT ≤ 3 ms: `python serve.py b` with 1 users (")
+    assert sentences[1].endswith("p90 TTFT 6 ms, 24 requests).")
+    assert verdict.words([row("a", status="undecided", reason="p99 TTFT")]) == [
+        "No configuration can be recommended: a: p99 TTFT"
+    ]
 
 
 def test_the_knee_has_the_most_throughput_by_delay():
@@ -203,7 +215,7 @@ def test_overrides_give_the_configuration_again(hydra, given):
 
 
 def test_another_address_is_the_same_server_and_anything_else_is_not():
-    buckets = BucketsConfig([1], [64], 1, 512)
+    buckets = BucketsConfig([1], [64], prefill_sequences=1, max_context=512)
     plain = Config(model=ModelConfig("demo", Weights.demo), buckets=buckets, tp=1)
     assert identity(plain) != identity(Config(model=plain.model, buckets=buckets, tp=2))
     moved = Config(model=plain.model, buckets=buckets, tp=1)
@@ -219,7 +231,7 @@ def test_what_cannot_fit_is_known_before_it_starts():
             model=ModelConfig("x", Weights.random),
             kernels=KernelsConfig(),
             tp=tp,
-            buckets=BucketsConfig([1, 64], [2048], 16, context),
+            buckets=BucketsConfig([1, 64], [2048], prefill_sequences=16, max_context=context),
         )
         config.model.random_shape.num_local_experts = experts
         return misfit(config, [gpu] * gpus)
