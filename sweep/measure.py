@@ -78,6 +78,11 @@ def figures(runs: list[Run], limits: Limits, gpus: int) -> tuple[Figures, Interv
     return values, intervals
 
 
+def names() -> list[str]:
+    """The names of all figures."""
+    return list(figures([Run([], 0.0, 1.0)], Limits(), 1)[0])
+
+
 def _rates(run: Run, limits: Limits, gpus: int) -> Figures:
     """One repeat's rates, from `run.begin` to `run.end`."""
     succeeded = [record for record in run.records if not record.error]

@@ -22,7 +22,7 @@ from rich.markup import escape
 
 from conf import schema
 from conf.schema import Config, ConfigError, Device
-from sweep import gate, load, measure, settings
+from sweep import gate, load, measure, settings, workload
 from sweep.client import http_sender
 from sweep.command import identity, overrides
 from sweep.environment import environment
@@ -33,6 +33,7 @@ from sweep.settings import SweepConfig
 from sweep.store import Row, Store, key_of
 from sweep.workload import Workload
 
+SCRAPED = ("prefix_hit_share", "preemptions")  # figures from the server's metrics, beside those of `measure`
 START_GUESS = 30  # seconds that a start takes, for the plan's estimate
 
 
@@ -103,12 +104,14 @@ class Sweep:
     def run(self, composed: Any) -> float:
         """Run one Hydra job; returns the worst objective of its loads. Raises ConfigError for invalid `sweep` keys."""
         options = settings.load(composed)
+        _require_usable(options)
         if self._options is None:
             self._begin(options, composed)
         loads = [Load("closed", n) for n in options.concurrency] + [Load("open", rate) for rate in options.rate]
         plain = OmegaConf.create({key: value for key, value in composed.items() if key != "sweep"})
         try:
             config = schema.load(plain)
+            Workload(options, config)  # lengths that its context cannot hold are refused before its server starts
         except ConfigError as error:
             name = " ".join(o for o in HydraConfig.get().overrides.task if not o.lstrip("+").startswith("sweep"))
             return max([self._refused(name or "defaults", str(load), str(error), options) for load in loads])
@@ -172,7 +175,7 @@ class Sweep:
         return self._store.finished(key) if self._environment["commit"] and not options.fresh else None
 
     def _refused(self, name: str, load: str, reason: str, options: SweepConfig) -> float:
-        """Write the row of a configuration that `conf.schema` refuses; its objective is infinite."""
+        """Write the row of a configuration that cannot be, or not with these lengths; its objective is infinite."""
         row: Row = {
             "key": key_of(name, load),
             "identity": name,
@@ -195,10 +198,7 @@ class Sweep:
         if row["status"] not in ("ok", "undecided"):
             return math.inf
         figures = {name: math.nan if value is None else value for name, value in row["figures"].items()}
-        try:
-            return measure.objective(figures, options.objective)
-        except KeyError as error:
-            raise ConfigError(f"sweep.objective: got {options.objective!r}, allowed: {', '.join(figures)}") from error
+        return measure.objective(figures, options.objective)
 
     def _gpus(self, config: Config) -> int:
         """GPUs that a server of this configuration uses; a machine without GPUs counts as one."""
@@ -294,8 +294,9 @@ class Sweep:
         means, intervals = measure.figures(runs, options.limits, self._gpus(current.config))
         increase = {name: value - before.get(name, 0.0) for name, value in after.items()}
         queries = increase.get(("prefix_cache_queries_total",), 0.0)
-        means["prefix_hit_share"] = increase.get(("prefix_cache_hits_total",), 0.0) / queries if queries else 0.0
-        means["preemptions"] = increase.get(("num_preemptions_total",), 0.0)
+        hits = increase.get(("prefix_cache_hits_total",), 0.0)
+        scraped = hits / queries if queries else 0.0, increase.get(("num_preemptions_total",), 0.0)
+        means |= dict(zip(SCRAPED, scraped, strict=True))
         return {
             "figures": means,
             "intervals": intervals,
@@ -370,6 +371,15 @@ class Sweep:
             self._console.print(
                 f"{number:>4}  {escape(row['configuration'])} · {row['load']}{why}", highlight=False, soft_wrap=True
             )
+
+
+def _require_usable(options: SweepConfig) -> None:
+    """Refuse what no configuration could answer, before a server starts. Raises ConfigError."""
+    allowed = [*measure.names(), *SCRAPED]
+    if options.objective.removeprefix("-") not in allowed:
+        raise ConfigError(f"sweep.objective: got {options.objective!r}, allowed: {', '.join(allowed)}")
+    if options.prompts:
+        workload.read(options.prompts)
 
 
 def _measured_with(options: SweepConfig) -> dict[str, Any]:

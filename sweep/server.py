@@ -25,7 +25,7 @@ Samples = dict[tuple[str, ...], float]  # (name without prefix, values of labels
 
 
 class ServerFailed(RuntimeError):
-    """A server that did not start, or ended; the message quotes the last error of its log."""
+    """A server that did not start, or ended; the message quotes the first error of its log."""
 
 
 class Server:
@@ -61,13 +61,13 @@ class Server:
                 if httpx.get(f"{self.url}/health/ready", timeout=5).status_code == 200:
                     return time.monotonic() - begin
             time.sleep(0.1)
-        raise ServerFailed(f"not ready after {seconds:g} s; {self._last_error()}")
+        raise ServerFailed(f"not ready after {seconds:g} s; {self._first_error()}")
 
     def check(self) -> None:
         """Raises ServerFailed if the process has ended."""
         if (status := self._process.poll()) is not None:
             how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-            raise ServerFailed(f"the server ended with {how}; {self._last_error()}")
+            raise ServerFailed(f"the server ended with {how}; {self._first_error()}")
 
     def scrape(self) -> Samples:
         """The samples of /metrics. Raises ServerFailed if there is no answer."""
@@ -93,11 +93,12 @@ class Server:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
-    def _last_error(self) -> str:
-        """The last error in the log, or else its last line."""
+    def _first_error(self) -> str:
+        """The first error in the log, which those after it follow from, or else its last line."""
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         errors = [line for line in lines if re.match(r"(ERROR|CRITICAL|configuration:)|\w*(Error|Exception):", line)]
-        return f"{(errors or lines or ['its log is empty'])[-1].strip()} ({self.log.name})"
+        line = errors[0] if errors else lines[-1] if lines else "its log is empty"
+        return f"{line.strip()} ({self.log.name})"
 
 
 def _free_port() -> int:

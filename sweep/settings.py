@@ -29,7 +29,9 @@ class SweepConfig:
 
     name: str = "sweep"
     folder: str = "sweeps/${sweep.name}"
-    concurrency: Any = field(default_factory=lambda: [1, 4])  # closed loop: users, each waiting for its answer
+    concurrency: Any = (
+        None  # closed loop: users, each waiting for its answer; null: 1 and 4, or none if there are rates
+    )
     rate: Any = field(default_factory=list)  # open loop: requests a second, as a Poisson process
     prompt_tokens: int = 256  # the median, if prompt_sigma is not 0
     output_tokens: int = 64
@@ -78,8 +80,10 @@ def load(composed: Any) -> SweepConfig:
         raise ConfigError(f"{error.full_key or 'sweep'}: {str(error).splitlines()[0]}") from error
     assert isinstance(run, SweepRun)
     settings = run.sweep
-    settings.concurrency = _numbers("concurrency", settings.concurrency, int)
     settings.rate = _numbers("rate", settings.rate, float)
+    if settings.concurrency is None:
+        settings.concurrency = [] if settings.rate else [1, 4]
+    settings.concurrency = _numbers("concurrency", settings.concurrency, int)
 
     def require(holds: bool, key: str, allowed: str) -> None:
         if not holds:

@@ -36,11 +36,13 @@ class Workload:
         self._context = config.buckets.max_context
         vocab = config.model.random_shape.vocab_size if config.model.weights is Weights.random else FIRST_SPECIAL
         self.vocab = min(vocab, FIRST_SPECIAL)
-        self._lines = _read(Path(settings.prompts)) if settings.prompts else None
-        longest = settings.prompt_tokens + settings.output_tokens
-        if self._lines is None and longest > self._context:
+        self._lines = read(settings.prompts) if settings.prompts else None
+        what, longest = "prompt_tokens", settings.prompt_tokens + settings.output_tokens
+        if self._lines is not None:  # how many tokens a text has, only the server knows
+            what, longest = "prompts", max(map(self._tokens, self._lines))
+        if longest > self._context:
             raise ConfigError(
-                f"sweep.prompt_tokens + sweep.output_tokens: got {longest}, allowed: at most "
+                f"sweep.{what} + sweep.output_tokens: got {longest}, allowed: at most "
                 f"buckets.max_context = {self._context}"
             )
 
@@ -70,14 +72,19 @@ class Workload:
             now += float(draw.exponential(1 / rate))
         return times
 
+    def _tokens(self, line: dict[str, Any]) -> int:
+        prompt = 1 if isinstance(line["prompt"], str) else len(line["prompt"])
+        return prompt + int(line.get("output_tokens", self._settings.output_tokens))
+
     @staticmethod
     def _length(draw: np.random.Generator, median: int, sigma: float, most: int) -> int:
         return int(np.clip(round(median * float(np.exp(sigma * draw.standard_normal()))), 1, most)) if sigma else median
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def read(path: str) -> list[dict[str, Any]]:
+    """The lines of a prompts file. Raises ConfigError for one that is missing or has another form."""
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise ConfigError(f"sweep.prompts: {error}") from error
     if not lines or not all(isinstance(line, dict) and isinstance(line.get("prompt"), str | list) for line in lines):

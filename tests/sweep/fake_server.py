@@ -51,7 +51,8 @@ def main():
     kind = int(given.get("server.max_queue", WELL))
     if kind == DOES_NOT_START:
         time.sleep(0.2)
-        sys.exit("ERROR rank 0: cannot start: out of memory")
+        print("Traceback (most recent call last):\nERROR rank 0: cannot start: out of memory", flush=True)
+        sys.exit("ERROR the server stops\nand this is its last line")
     engine = Engine(kind)
     if kind == ANSWERS_WRONGLY:
         FakeStream._logprobs = unlikely

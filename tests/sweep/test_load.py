@@ -305,3 +305,10 @@ def test_prompts_from_a_file(tmp_path):
 def test_lengths_that_the_context_cannot_hold_are_refused():
     with pytest.raises(ConfigError, match=r"got 2049, allowed: at most buckets\.max_context = 2048"):
         Workload(SweepConfig(prompt_tokens=2000, output_tokens=49), config())
+
+
+def test_token_ids_of_a_file_that_the_context_cannot_hold_are_refused(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(f'{{"prompt": "a text"}}\n{{"prompt": {[1] * 2040}, "output_tokens": 9}}\n')
+    with pytest.raises(ConfigError, match=r"sweep\.prompts \+ sweep\.output_tokens: got 2049, allowed: at most"):
+        Workload(SweepConfig(prompts=str(file)), config())

@@ -206,10 +206,32 @@ def test_nonsense_is_refused_in_one_line(swept):
         ("sweep.concurrency=0", "sweep.concurrency: got 0, allowed: positive numbers"),
         ("sweep.objective=speed", "sweep.objective: got 'speed', allowed: requests"),
         ("sweep.seconds=0", "sweep.seconds: got 0.0, allowed: more than 0"),
+        ("sweep.prompts=nowhere.jsonl", "sweep.prompts: [Errno 2] No such file or directory: 'nowhere.jsonl'"),
     ):
-        status, output = swept.run(wrong, "sweep.gate=false")
-        assert status == 1
-        assert message in output, output
+        for dry in ("false", "true"):
+            status, output = swept.run(wrong, "sweep.gate=false", f"sweep.dry_run={dry}")
+            assert status == 1
+            assert message in output, output
+    assert not swept.started()
+
+
+@pytest.mark.parametrize("dry", ["false", "true"])
+def test_prompts_that_the_context_cannot_hold_start_no_server(swept, dry):
+    status, output = swept.run(
+        "sweep.prompt_tokens=8,100000", "sweep.concurrency=[1]", "sweep.requests=1", f"sweep.dry_run={dry}"
+    )
+    assert status == 0, output
+    assert "got 100005, allowed: at most buckets.max_context" in output
+    assert len(swept.started()) == (dry == "false")  # for the prompts that fit
+    if dry == "false":
+        assert [row["status"] for row in swept.rows()] == ["ok", "failed"]
+
+
+def test_rates_alone_are_open_loops_alone(swept):
+    _, output = swept.run("sweep.rate=2,8", "sweep.dry_run=true")
+    assert "2 rows" in output
+    assert "8 requests/s" in output
+    assert "users" not in output
 
 
 def test_the_last_row_of_a_key_counts_and_a_failure_is_measured_again(tmp_path):
