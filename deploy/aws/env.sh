@@ -24,8 +24,17 @@ export MODEL="${MODEL:-gpt-oss-20b}" # or gpt-oss-120b
 export MODEL_CLAIM="${MODEL_CLAIM:-fsx-claim}"
 export MODEL_FOLDER="${MODEL_FOLDER:-/mnt/fsx/inference/models}"
 
-# The builder in the cluster; it needs no GPU.
+# The builder in the cluster; it needs no GPU. Empty: none. After a change of these, build.sh makes a new builder.
 export BUILD_NAMESPACE="${BUILD_NAMESPACE-}" # empty: NAMESPACE
 export BUILD_NODE_SELECTOR="${BUILD_NODE_SELECTOR-}"
 export BUILD_CPU="${BUILD_CPU:-8}"
 export BUILD_MEMORY="${BUILD_MEMORY:-32Gi}"
+export BUILD_CPU_LIMIT="${BUILD_CPU_LIMIT-}"
+export BUILD_MEMORY_LIMIT="${BUILD_MEMORY_LIMIT-}"
+export BUILD_TOLERATIONS="${BUILD_TOLERATIONS-}" # key=a,value=b,effect=NoSchedule; several with semicolons
+export BUILD_SERVICE_ACCOUNT="${BUILD_SERVICE_ACCOUNT-}"
+export BUILD_ROOTLESS="${BUILD_ROOTLESS-}" # true: BuildKit's pod is not privileged
+
+# Images that come from Docker Hub unless a mirror's are named here, best with their digests: Python's, and BuildKit's.
+export BUILD_BASE_IMAGE="${BUILD_BASE_IMAGE-}" # of Python 3.11 on Debian; empty: PYTHON_IMAGE in deploy/Dockerfile
+export BUILD_BUILDKIT_IMAGE="${BUILD_BUILDKIT_IMAGE-}"

@@ -5,11 +5,13 @@ set -euo pipefail
 usage() {
     cat <<'END'
 usage: build.sh essentials|cuda|server|all [--local] [--allow-dirty] [--dry-run]
+       build.sh remove [--local] [--dry-run]
 
   essentials     Python, torch and the other dependencies, into the registry's cache
   cuda           the compiled kernels, likewise
   server         the image, tagged with the commit and pushed; the other stages come from the cache
   all            the three of them in turn
+  remove         end the builder and its pod; the caches in the registry stay
   --local        build with this machine's Docker, not in the cluster
   --allow-dirty  build with uncommitted changes; the tag then ends in -dirty- and a hash of the content
   --dry-run      print the commands, run none
@@ -38,7 +40,7 @@ run() {
 stages=() where=cluster allow_dirty='' dry_run=''
 for argument in "$@"; do
     case $argument in
-        essentials | cuda | server) stages+=("$argument") ;;
+        essentials | cuda | server | remove) stages+=("$argument") ;;
         all) stages+=(essentials cuda server) ;;
         --local) where=local ;;
         --allow-dirty) allow_dirty=1 ;;
@@ -49,7 +51,38 @@ for argument in "$@"; do
 done
 ((${#stages[@]})) || { usage >&2 && fail "which stage?"; }
 
+# The builder. Its node's name holds a checksum of its settings, by which one with other settings is noticed.
+builder=mini-vllm driver=kubernetes options=()
+if [[ $where == local ]]; then
+    builder=mini-vllm-local driver=docker-container
+else
+    while read -r option value; do
+        # An option is a list separated by commas: a value that contains commas needs the quotes.
+        [[ -z $value ]] || options+=(--driver-opt "\"$option=$value\"")
+    done <<END
+namespace ${BUILD_NAMESPACE:-${NAMESPACE:-}}
+requests.cpu ${BUILD_CPU:-8}
+requests.memory ${BUILD_MEMORY:-32Gi}
+limits.cpu ${BUILD_CPU_LIMIT:-}
+limits.memory ${BUILD_MEMORY_LIMIT:-}
+nodeselector ${BUILD_NODE_SELECTOR:-}
+tolerations ${BUILD_TOLERATIONS:-}
+serviceaccount ${BUILD_SERVICE_ACCOUNT:-}
+rootless ${BUILD_ROOTLESS:-}
+image ${BUILD_BUILDKIT_IMAGE:-}
+END
+fi
+node=$builder-$(cksum <<<"$driver ${options[*]-}" | cut -d ' ' -f 1)
+
+if [[ " ${stages[*]} " == *' remove '* ]]; then
+    ((${#stages[@]} == 1)) || { usage >&2 && fail "remove stands alone"; }
+    run docker buildx rm "$builder" || fail "the builder $builder was not removed"
+    exit
+fi
+
 [[ -n ${REPOSITORY:-} ]] || fail "REPOSITORY is not set: source deploy/aws/env.sh first"
+[[ $where == local || -n ${BUILD_NAMESPACE:-${NAMESPACE:-}} ]] ||
+    fail "NAMESPACE is not set: source deploy/aws/env.sh first"
 [[ -n ${REGISTRY:-} ]] || fail "REGISTRY is not set: fill in and source deploy/aws/credentials.sh, then deploy/aws/env.sh"
 image=$REGISTRY/$REPOSITORY
 
@@ -66,24 +99,17 @@ if [[ -n ${REGISTRY_PASSWORD_COMMAND:-} ]]; then
     [[ -n $dry_run ]] || log_in || exit
 fi
 
-if [[ $where == local ]]; then
-    builder=mini-vllm-local
-    create=(docker buildx create --name "$builder" --driver docker-container)
-else
-    builder=mini-vllm
-    create=(
-        docker buildx create --name "$builder" --driver kubernetes
-        --driver-opt "namespace=${BUILD_NAMESPACE:-${NAMESPACE:?source deploy/aws/env.sh first}}"
-        --driver-opt "requests.cpu=${BUILD_CPU:-8}" --driver-opt "requests.memory=${BUILD_MEMORY:-32Gi}"
-    )
-    # An option is a list separated by commas: a value that contains commas needs quotes.
-    [[ -z ${BUILD_NODE_SELECTOR:-} ]] || create+=(--driver-opt "\"nodeselector=$BUILD_NODE_SELECTOR\"")
-fi
+found=''
 if [[ -n $dry_run ]]; then
-    echo "# unless a builder of that name exists:"
-    run "${create[@]}"
-elif ! docker buildx inspect "$builder" >/dev/null 2>&1; then
-    run "${create[@]}" || fail "cannot create the builder $builder"
+    echo "# unless there is a builder of these settings:"
+elif ! found=$(docker buildx inspect "$builder" 2>/dev/null); then
+    found=''
+fi
+if [[ "$found " != *"$node"[!0-9]* ]]; then
+    [[ -z $found ]] || run docker buildx rm "$builder" || fail "the builder $builder of other settings was not removed"
+    # bash 3.2 treats an empty array as unset
+    run docker buildx create --name "$builder" --node "$node" --driver "$driver" ${options[@]+"${options[@]}"} ||
+        fail "cannot create the builder $builder"
 fi
 
 for stage in "${stages[@]}"; do
@@ -94,6 +120,7 @@ for stage in "${stages[@]}"; do
     done
     # Some registries accept a cache only in the form of an image.
     arguments+=(--cache-to "type=registry,ref=$image:cache-$stage,mode=max,image-manifest=true,oci-mediatypes=true")
+    [[ -z ${BUILD_BASE_IMAGE:-} ]] || arguments+=(--build-arg "PYTHON_IMAGE=$BUILD_BASE_IMAGE")
     if [[ $stage == server ]]; then
         arguments+=(--build-arg "REVISION=$tag" --build-arg "VERSION=$version" --tag "$image:$tag" --push)
     else

@@ -1,8 +1,8 @@
-# What build.sh and deploy.sh, which source this file, must agree on: the image's tag, and how to log in to its registry.
+# What build.sh and deploy.sh, which source this file, must agree on: the image's tag, and the login to its registry.
 # shellcheck shell=bash
 
-# Prints the tag: the commit, and if the image's files have uncommitted changes, a hash of their content too. These files
-# are the Dockerfile's and what .dockerignore lets in: changing a manifest or a setting does not change the image.
+# Prints the tag: the commit, and if the image's files have uncommitted changes, a hash of their content too. These
+# files are the Dockerfile and what .dockerignore lets in: a changed manifest or setting does not change the image.
 image_tag() {
     local paths=(deploy/Dockerfile .dockerignore) path commit index content
     while read -r path; do paths+=("$path"); done < <(sed -n 's/^!//p' .dockerignore)

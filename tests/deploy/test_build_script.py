@@ -13,11 +13,12 @@ from tests.deploy.standins import ROOT
 REGISTRY = "000000000000.dkr.ecr.us-east-1.amazonaws.com"
 IMAGE = f"{REGISTRY}/mini-vllm"
 LOGIN = f"docker login --username AWS --password-stdin {REGISTRY}"
+NODE = "mini-vllm-3505541137"  # the checksum of the default settings
 CREATE = (
-    "docker buildx create --name mini-vllm --driver kubernetes --driver-opt namespace=hyperpod-ns-inference "
-    "--driver-opt requests.cpu=8 --driver-opt requests.memory=32Gi"
+    f"docker buildx create --name mini-vllm --node {NODE} --driver kubernetes "
+    '--driver-opt "namespace=hyperpod-ns-inference" --driver-opt "requests.cpu=8" --driver-opt "requests.memory=32Gi"'
 )
-BEFORE = ["aws ecr get-login-password --region us-east-1", LOGIN, "docker buildx inspect mini-vllm"]
+BEFORE = ["aws ecr get-login-password --region us-east-1", LOGIN, "docker buildx inspect mini-vllm", CREATE]
 
 
 def build_of(stage, *rest, builder="mini-vllm", image=IMAGE):
@@ -77,18 +78,60 @@ def test_a_stage_alone_goes_to_the_cache_and_is_not_called_an_image(workplace, s
     assert "pushed" not in done.stdout
 
 
-def test_a_builder_that_is_not_there_is_made_in_the_cluster(workplace):
-    workplace.answer("buildx inspect", status=1)
+def builder_there(workplace, node):
+    workplace.answer("buildx inspect", output=f"Name:   mini-vllm\nDriver: kubernetes\n\nNodes:\nName:   {node}")
+
+
+def test_a_builder_of_these_settings_is_used_again(workplace):
+    builder_there(workplace, NODE)
     assert workplace.sourced("./deploy/scripts/build.sh server").returncode == 0
-    assert workplace.calls[2:4] == ["docker buildx inspect mini-vllm", CREATE]
+    assert workplace.calls[2:] == ["docker buildx inspect mini-vllm", server_of(workplace.commit)]
 
 
-def test_a_builders_nodes_are_one_option_whatever_their_number(workplace):
-    workplace.answer("buildx inspect", status=1)
-    workplace.sourced("./deploy/scripts/build.sh server", BUILD_NODE_SELECTOR="a=1,b=2", BUILD_NAMESPACE="builders")
-    create = workplace.records[3]["call"]
-    assert create[-2:] == ["--driver-opt", '"nodeselector=a=1,b=2"']
-    assert "namespace=builders" in create
+@pytest.mark.parametrize("node", ["mini-vllm0", NODE + "1"])
+def test_a_builder_of_other_settings_gives_way_to_a_new_one(workplace, node):
+    builder_there(workplace, node)
+    assert workplace.sourced("./deploy/scripts/build.sh server").returncode == 0
+    assert workplace.calls[3:5] == ["docker buildx rm mini-vllm", CREATE]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "option"),
+    [
+        ("BUILD_NAMESPACE", "builders", "namespace=builders"),
+        ("BUILD_CPU", "4", "requests.cpu=4"),
+        ("BUILD_MEMORY", "8Gi", "requests.memory=8Gi"),
+        ("BUILD_CPU_LIMIT", "16", "limits.cpu=16"),
+        ("BUILD_MEMORY_LIMIT", "64Gi", "limits.memory=64Gi"),
+        ("BUILD_NODE_SELECTOR", "a=1,b=2", "nodeselector=a=1,b=2"),
+        ("BUILD_TOLERATIONS", "key=a,value=b;key=c,operator=Exists", "tolerations=key=a,value=b;key=c,operator=Exists"),
+        ("BUILD_SERVICE_ACCOUNT", "builder", "serviceaccount=builder"),
+        ("BUILD_ROOTLESS", "true", "rootless=true"),
+        ("BUILD_BUILDKIT_IMAGE", "mirror.example.org/buildkit@sha256:0", "image=mirror.example.org/buildkit@sha256:0"),
+    ],
+)
+def test_a_changed_variable_is_one_option_of_a_new_builder(workplace, variable, value, option):
+    builder_there(workplace, NODE)
+    workplace.sourced("./deploy/scripts/build.sh server", **{variable: value})
+    create = workplace.records[4]["call"]
+    assert create[:5] == ["docker", "buildx", "create", "--name", "mini-vllm"]
+    assert create[create.index(f'"{option}"') - 1] == "--driver-opt"
+    assert create[create.index("--node") + 1] != NODE
+
+
+def test_a_mirrors_base_image_is_built_on(workplace):
+    image = "mirror.example.org/python:3.11-slim-bookworm@sha256:0"
+    workplace.sourced("./deploy/scripts/build.sh all", BUILD_BASE_IMAGE=image)
+    builds = [call for call in workplace.calls if "buildx build" in call]
+    assert len(builds) == 3
+    assert all(f"--build-arg PYTHON_IMAGE={image}" in call for call in builds)
+    assert re.search(r"^ARG PYTHON_IMAGE=", (ROOT / "deploy/Dockerfile").read_text(), re.M)
+
+
+@pytest.mark.parametrize(("option", "builder"), [("", "mini-vllm"), (" --local", "mini-vllm-local")])
+def test_remove_ends_the_builder_and_does_nothing_else(workplace, option, builder):
+    assert workplace.shell(f"./deploy/scripts/build.sh remove{option}").returncode == 0
+    assert workplace.calls == [f"docker buildx rm {builder}"]
 
 
 def test_local_builds_with_this_machines_docker(workplace):
@@ -96,7 +139,7 @@ def test_local_builds_with_this_machines_docker(workplace):
     assert workplace.sourced("./deploy/scripts/build.sh server --local").returncode == 0
     assert workplace.calls[2:] == [
         "docker buildx inspect mini-vllm-local",
-        "docker buildx create --name mini-vllm-local --driver docker-container",
+        "docker buildx create --name mini-vllm-local --node mini-vllm-local-518283666 --driver docker-container",
         server_of(workplace.commit, builder="mini-vllm-local"),
     ]
 
@@ -123,10 +166,7 @@ def test_every_setting_gives_way_to_the_environment(workplace):
         REGISTRY_PASSWORD_COMMAND="",
     )
     assert done.returncode == 0
-    assert workplace.calls == [
-        "docker buildx inspect mini-vllm",
-        server_of(workplace.commit, image="registry.example.org/ours/gptoss"),
-    ]
+    assert workplace.calls == [*BEFORE[2:], server_of(workplace.commit, image="registry.example.org/ours/gptoss")]
 
 
 @pytest.mark.parametrize("change", ["edited", "new"])
@@ -174,10 +214,12 @@ def test_credentials_do_not_make_the_tree_dirty(workplace):
     [
         (("get-login-password",), "no password for", 1),
         (("docker login",), "cannot log in", 2),
-        (("--target cuda",), "the stage cuda was not built", 5),
+        (("buildx rm",), "of other settings was not removed", 4),
+        (("--target cuda",), "the stage cuda was not built", 7),
     ],
 )
 def test_what_fails_ends_the_build_with_its_reason(workplace, words, message, calls):
+    builder_there(workplace, "mini-vllm0")
     workplace.answer(*words, status=7, output="the tool's own words")
     done = workplace.sourced("./deploy/scripts/build.sh all")
     assert done.returncode == 1
@@ -201,6 +243,7 @@ def test_a_builder_that_cannot_be_made_ends_the_build(workplace):
     [
         ("./deploy/scripts/build.sh", "which stage?"),
         ("./deploy/scripts/build.sh --dry-run", "which stage?"),
+        ("./deploy/scripts/build.sh remove server", "remove stands alone"),
         ("./deploy/scripts/build.sh serve", "unknown argument: serve"),
         ("./deploy/scripts/build.sh server --fast", "unknown argument: --fast"),
     ],
