@@ -18,6 +18,11 @@ export REGISTRY_PASSWORD_COMMAND="${REGISTRY_PASSWORD_COMMAND-aws ecr get-login-
 export NAMESPACE="${NAMESPACE:-hyperpod-ns-inference}"
 export NODE_SELECTOR="${NODE_SELECTOR-node.kubernetes.io/instance-type=ml.p5.48xlarge}"
 
+# For a cluster's queues and quotas: labels of everything that is deployed, such as kueue.x-k8s.io/queue-name=inference
+# (several with commas), and the pods' priority class. Empty: none.
+export LABELS="${LABELS-}"
+export PRIORITY_CLASS="${PRIORITY_CLASS-}"
+
 # The checkpoints: a persistent volume claim, mounted read-only at /mnt/fsx, and the folder in it that holds a folder
 # for each model. MODEL_PATH, if set, is the path of a checkpoint elsewhere.
 export MODEL="${MODEL:-gpt-oss-20b}" # or gpt-oss-120b

@@ -38,12 +38,12 @@ k() {
     kubectl --namespace "$NAMESPACE" "$@"
 }
 
-# label=value,label=value -> {"label": "value", "label": "value"}
-selector() {
+# The variable of this name, label=value,label=value, as {"label": "value", "label": "value"}.
+labels() {
     local pair out=''
-    IFS=, read -ra pairs <<<"$1"
+    IFS=, read -ra pairs <<<"${!1:-}"
     for pair in ${pairs[@]+"${pairs[@]}"}; do # bash 3.2 treats an empty array as unset
-        [[ $pair == ?*=* ]] || fail "NODE_SELECTOR: got '$pair', allowed: label=value, several with commas"
+        [[ $pair == ?*=* ]] || fail "$1: got '$pair', allowed: label=value, several with commas"
         out+="${out:+, }\"${pair%%=*}\": \"${pair#*=}\""
     done
     echo "{$out}"
@@ -51,20 +51,22 @@ selector() {
 
 # The overlay with this environment's values, to $work/manifest.yaml. Sets `tag`, the image's.
 render() {
-    local variable selected
+    local variable selected labels
     for variable in REGISTRY REPOSITORY MODEL MODEL_FOLDER MODEL_CLAIM; do
         [[ -n ${!variable:-} ]] || fail "$variable is not set: source deploy/aws/credentials.sh and deploy/aws/env.sh first"
     done
     [[ -z ${AUTOSCALE:-} || -z ${REPLICAS:-} ]] || fail "AUTOSCALE and REPLICAS: the autoscaler decides, or you"
     [[ ${REPLICAS:-1} =~ ^[0-9]+$ ]] || fail "REPLICAS: got '$REPLICAS', allowed: a number"
     tag=${IMAGE_TAG:-$(cd "$root" && image_tag)}
-    selected=$(selector "${NODE_SELECTOR:-}")
+    selected=$(labels NODE_SELECTOR)
+    labels=$(labels LABELS)
     cp -R "$root/deploy/k8s" "$work/k8s"
     cat >"$work/k8s/kustomization.yaml" <<END
 apiVersion: kustomize.config.k8s.io/v1beta1
 kind: Kustomization
 namespace: $NAMESPACE
 resources: [overlays/$overlay]
+labels: [{pairs: $labels, includeTemplates: true}]
 images: [{name: mini-vllm, newName: "$REGISTRY/$REPOSITORY", newTag: "$tag"}]
 configMapGenerator:
   - name: mini-vllm-gptoss
@@ -77,6 +79,12 @@ patches:
       [{"op": "add", "path": "/spec/template/spec/nodeSelector", "value": $selected},
        {"op": "replace", "path": "/spec/template/spec/volumes/0/persistentVolumeClaim/claimName", "value": "$MODEL_CLAIM"}]
 END
+    if [[ -n ${PRIORITY_CLASS:-} ]]; then
+        cat >>"$work/k8s/kustomization.yaml" <<END
+  - target: {kind: Deployment}
+    patch: '[{"op": "add", "path": "/spec/template/spec/priorityClassName", "value": "$PRIORITY_CLASS"}]'
+END
+    fi
     if [[ -n ${AUTOSCALE:-} ]]; then # inside the overlay, so that it gets the overlay's name and label
         echo 'components: [../../components/autoscale]' >>"$work/k8s/overlays/$overlay/kustomization.yaml"
     fi

@@ -121,6 +121,32 @@ def test_no_selector_means_any_node(workplace):
 
 
 @needs_kubectl
+def test_labels_and_priority_reach_the_pods_and_select_nothing(workplace):
+    two_pods(workplace)
+    labels = {"kueue.x-k8s.io/queue-name": "inference", "team": "a"}
+    done = workplace.sourced(
+        "./deploy/scripts/deploy.sh tp2", LABELS="kueue.x-k8s.io/queue-name=inference,team=a", PRIORITY_CLASS="serving"
+    )
+    assert done.returncode == 0, done.stderr
+    objects = applied(workplace)
+    template = objects["Deployment"]["spec"]["template"]
+    for metadata in (*(one["metadata"] for one in objects.values()), template["metadata"]):
+        assert metadata["labels"] == {"app": NAME, **labels}
+    assert template["spec"]["priorityClassName"] == "serving"
+    assert objects["Deployment"]["spec"]["selector"]["matchLabels"] == {"app": NAME}
+    assert objects["Service"]["spec"]["selector"] == {"app": NAME}
+
+
+@needs_kubectl
+def test_without_labels_and_priority_there_are_none(workplace):
+    two_pods(workplace)
+    assert workplace.sourced("./deploy/scripts/deploy.sh tp2").returncode == 0
+    objects = applied(workplace)
+    assert all(one["metadata"]["labels"] == {"app": NAME} for one in objects.values())
+    assert "priorityClassName" not in objects["Deployment"]["spec"]["template"]["spec"]
+
+
+@needs_kubectl
 def test_the_autoscaler_comes_when_asked_for(workplace):
     two_pods(workplace)
     assert workplace.sourced("./deploy/scripts/deploy.sh tp2", AUTOSCALE="1").returncode == 0
@@ -395,6 +421,7 @@ def test_a_wrong_argument_asks_nothing_of_the_cluster(workplace, line, message):
     ("environment", "message"),
     [
         ({"NODE_SELECTOR": "h100"}, "NODE_SELECTOR: got 'h100'"),
+        ({"LABELS": "queue=a,b"}, "LABELS: got 'b'"),
         ({"REPLICAS": "many"}, "REPLICAS: got 'many'"),
         ({"REPLICAS": "2", "AUTOSCALE": "1"}, "AUTOSCALE and REPLICAS"),
     ],
