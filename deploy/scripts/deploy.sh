@@ -13,8 +13,8 @@ usage: deploy.sh tp1|tp2|tp8 [apply|status|logs|delete|diff]
   diff     what apply would change, but for REPLICAS
 
 Settings come from the environment: source deploy/aws/env.sh first. Also: IMAGE_TAG, by default this tree's; REPLICAS,
-by default as many as there are, at first 1; AUTOSCALE=1 for the HorizontalPodAutoscaler; ROLLOUT_SECONDS to wait, by
-default 900.
+by default as many as there are, at first 1; AUTOSCALE=1 for the HorizontalPodAutoscaler, of at most AUTOSCALE_MAX
+pods, by default 4; ROLLOUT_SECONDS to wait, by default 900.
 END
 }
 
@@ -58,6 +58,7 @@ render() {
     [[ -z ${AUTOSCALE:-} || -z ${REPLICAS:-} ]] || fail "AUTOSCALE and REPLICAS: the autoscaler decides, or you"
     [[ ${REPLICAS:-1} =~ ^[0-9]+$ ]] || fail "REPLICAS: got '$REPLICAS', allowed: a number"
     tag=${IMAGE_TAG:-$(cd "$root" && image_tag)}
+    [[ ${AUTOSCALE_MAX:-4} =~ ^[1-9][0-9]*$ ]] || fail "AUTOSCALE_MAX: got '$AUTOSCALE_MAX', allowed: a number above 0"
     selected=$(labels NODE_SELECTOR)
     labels=$(labels LABELS)
     cp -R "$root/deploy/k8s" "$work/k8s"
@@ -87,6 +88,10 @@ END
     fi
     if [[ -n ${AUTOSCALE:-} ]]; then # inside the overlay, so that it gets the overlay's name and label
         echo 'components: [../../components/autoscale]' >>"$work/k8s/overlays/$overlay/kustomization.yaml"
+        cat >>"$work/k8s/kustomization.yaml" <<END
+  - target: {kind: HorizontalPodAutoscaler}
+    patch: '[{"op": "replace", "path": "/spec/maxReplicas", "value": ${AUTOSCALE_MAX:-4}}]'
+END
     fi
     kubectl kustomize "$work/k8s" >"$work/manifest.yaml" || fail "the manifests do not render"
 }

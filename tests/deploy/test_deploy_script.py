@@ -150,8 +150,16 @@ def test_without_labels_and_priority_there_are_none(workplace):
 def test_the_autoscaler_comes_when_asked_for(workplace):
     two_pods(workplace)
     assert workplace.sourced("./deploy/scripts/deploy.sh tp2", AUTOSCALE="1").returncode == 0
-    objects = applied(workplace)
-    assert objects["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]["name"] == NAME
+    scaler = applied(workplace)["HorizontalPodAutoscaler"]["spec"]
+    assert scaler["scaleTargetRef"]["name"] == NAME
+    assert (scaler["minReplicas"], scaler["maxReplicas"]) == (1, 4)
+
+
+@needs_kubectl
+def test_the_autoscalers_largest_number_is_a_variable(workplace):
+    two_pods(workplace)
+    assert workplace.sourced("./deploy/scripts/deploy.sh tp2", AUTOSCALE="1", AUTOSCALE_MAX="9").returncode == 0
+    assert applied(workplace)["HorizontalPodAutoscaler"]["spec"]["maxReplicas"] == 9
 
 
 @needs_kubectl
@@ -422,6 +430,7 @@ def test_a_wrong_argument_asks_nothing_of_the_cluster(workplace, line, message):
     [
         ({"NODE_SELECTOR": "h100"}, "NODE_SELECTOR: got 'h100'"),
         ({"LABELS": "queue=a,b"}, "LABELS: got 'b'"),
+        ({"AUTOSCALE": "1", "AUTOSCALE_MAX": "0"}, "AUTOSCALE_MAX: got '0'"),
         ({"REPLICAS": "many"}, "REPLICAS: got 'many'"),
         ({"REPLICAS": "2", "AUTOSCALE": "1"}, "AUTOSCALE and REPLICAS"),
     ],

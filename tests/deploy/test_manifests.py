@@ -220,13 +220,18 @@ def test_where_a_node_has_no_gpus_to_spare_the_old_pod_goes_first():
     assert overlay(2)["Deployment"]["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
 
 
-def test_the_autoscaler_scales_the_deployment_of_its_overlay_on_waiting_requests(autoscaled):
+def test_the_autoscaler_scales_the_deployment_of_its_overlay_on_waiting_requests_and_pages(autoscaled):
     scaler = autoscaled["HorizontalPodAutoscaler"]
     kubernetes_validate.validate(scaler, VERSIONS[0], strict=True)
     assert scaler["spec"]["scaleTargetRef"]["name"] == autoscaled["Deployment"]["metadata"]["name"]
     assert scaler["metadata"]["labels"] == {"app": "mini-vllm-gptoss-tp2"}
-    (metric,) = scaler["spec"]["metrics"]
-    assert metric["pods"]["metric"]["name"] == (metrics.PREFIX + "num_requests_waiting").replace(":", "_")
+    names = [metric["pods"]["metric"]["name"] for metric in scaler["spec"]["metrics"]]
+    served = [metrics.PREFIX + name for name in ("num_requests_waiting", "kv_cache_usage_perc")]
+    assert names == [name.replace(":", "_") for name in served]
+    readme = (ROOT / "deploy/README.md").read_text()  # the adapter's rules make the one of the other
+    for name, series in zip(names, served, strict=True):
+        assert f"seriesQuery: '{series}{{" in readme
+        assert f"name: {{as: {name}}}" in readme
 
 
 def test_the_example_volume_is_the_claim_that_pods_mount():
