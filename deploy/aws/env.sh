@@ -18,6 +18,9 @@ export REGISTRY_PASSWORD_COMMAND="${REGISTRY_PASSWORD_COMMAND-aws ecr get-login-
 export NAMESPACE="${NAMESPACE:-hyperpod-ns-inference}"
 export NODE_SELECTOR="${NODE_SELECTOR-node.kubernetes.io/instance-type=ml.p5.48xlarge}"
 
+# The namespaces whose pods may ask the server, several with commas: the gateway's, and the one of Prometheus. Empty: all.
+export CLIENT_NAMESPACES="${CLIENT_NAMESPACES-}"
+
 # For a cluster's queues and quotas: labels of everything that is deployed, such as kueue.x-k8s.io/queue-name=inference
 # (several with commas), and the pods' priority class. Empty: none.
 export LABELS="${LABELS-}"

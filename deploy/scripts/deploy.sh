@@ -49,9 +49,20 @@ labels() {
     echo "{$out}"
 }
 
+# CLIENT_NAMESPACES, name,name, as "name", "name".
+clients() {
+    local name out=''
+    IFS=, read -ra names <<<"$CLIENT_NAMESPACES"
+    for name in "${names[@]}"; do
+        [[ $name =~ ^[a-z0-9-]+$ ]] || fail "CLIENT_NAMESPACES: got '$name', allowed: namespaces, several with commas"
+        out+="${out:+, }\"$name\""
+    done
+    echo "$out"
+}
+
 # The overlay with this environment's values, to $work/manifest.yaml. Sets `tag`, the image's.
 render() {
-    local variable selected labels
+    local variable selected labels clients
     for variable in REGISTRY REPOSITORY MODEL MODEL_FOLDER MODEL_CLAIM; do
         [[ -n ${!variable:-} ]] || fail "$variable is not set: source deploy/aws/credentials.sh and deploy/aws/env.sh first"
     done
@@ -80,6 +91,15 @@ patches:
       [{"op": "add", "path": "/spec/template/spec/nodeSelector", "value": $selected},
        {"op": "replace", "path": "/spec/template/spec/volumes/0/persistentVolumeClaim/claimName", "value": "$MODEL_CLAIM"}]
 END
+    if [[ -n ${CLIENT_NAMESPACES:-} ]]; then
+        clients=$(clients)
+        cat >>"$work/k8s/kustomization.yaml" <<END
+  - target: {kind: NetworkPolicy}
+    patch: |-
+      [{"op": "add", "path": "/spec/ingress/0/from", "value": [{"namespaceSelector": {"matchExpressions":
+         [{"key": "kubernetes.io/metadata.name", "operator": "In", "values": [$clients]}]}}]}]
+END
+    fi
     if [[ -n ${PRIORITY_CLASS:-} ]]; then
         cat >>"$work/k8s/kustomization.yaml" <<END
   - target: {kind: Deployment}

@@ -7,6 +7,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -144,6 +145,18 @@ def test_without_labels_and_priority_there_are_none(workplace):
     objects = applied(workplace)
     assert all(one["metadata"]["labels"] == {"app": NAME} for one in objects.values())
     assert "priorityClassName" not in objects["Deployment"]["spec"]["template"]["spec"]
+
+
+@needs_kubectl
+def test_only_the_namespaces_of_clients_may_ask(workplace):
+    two_pods(workplace)
+    assert workplace.sourced("./deploy/scripts/deploy.sh tp2", CLIENT_NAMESPACES="gateway,2024").returncode == 0
+    policy = applied(workplace)["NetworkPolicy"]
+    kubernetes_validate.validate(policy, "1.29", strict=True)
+    names = {"key": "kubernetes.io/metadata.name", "operator": "In", "values": ["gateway", "2024"]}
+    assert policy["spec"]["ingress"] == [
+        {"from": [{"namespaceSelector": {"matchExpressions": [names]}}], "ports": [{"protocol": "TCP", "port": "http"}]}
+    ]
 
 
 @needs_kubectl
@@ -431,6 +444,7 @@ def test_a_wrong_argument_asks_nothing_of_the_cluster(workplace, line, message):
         ({"NODE_SELECTOR": "h100"}, "NODE_SELECTOR: got 'h100'"),
         ({"LABELS": "queue=a,b"}, "LABELS: got 'b'"),
         ({"AUTOSCALE": "1", "AUTOSCALE_MAX": "0"}, "AUTOSCALE_MAX: got '0'"),
+        ({"CLIENT_NAMESPACES": "gateway, other"}, "CLIENT_NAMESPACES: got ' other'"),
         ({"REPLICAS": "many"}, "REPLICAS: got 'many'"),
         ({"REPLICAS": "2", "AUTOSCALE": "1"}, "AUTOSCALE and REPLICAS"),
     ],
