@@ -29,9 +29,7 @@ class SweepConfig:
 
     name: str = "sweep"
     folder: str = "sweeps/${sweep.name}"
-    concurrency: Any = (
-        None  # closed loop: users, each waiting for its answer; null: 1 and 4, or none if there are rates
-    )
+    concurrency: Any = None  # closed loop: users, each waiting for its answer; null: 1 and 4, none beside rates
     rate: Any = field(default_factory=list)  # open loop: requests a second, as a Poisson process
     prompt_tokens: int = 256  # the median, if prompt_sigma is not 0
     output_tokens: int = 64
