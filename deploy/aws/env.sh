@@ -18,6 +18,8 @@ export REGISTRY_PASSWORD_COMMAND="${REGISTRY_PASSWORD_COMMAND-aws ecr get-login-
 export NAMESPACE="${NAMESPACE:-hyperpod-ns-inference}"
 export NODE_SELECTOR="${NODE_SELECTOR-node.kubernetes.io/instance-type=ml.p5.48xlarge}"
 
+export MONITORING="${MONITORING-}" # 1, where the cluster has the Prometheus operator: scraping and alerts
+
 # The namespaces whose pods may ask the server, several with commas: the gateway's, and the one of Prometheus. Empty: all.
 export CLIENT_NAMESPACES="${CLIENT_NAMESPACES-}"
 

@@ -14,7 +14,8 @@ usage: deploy.sh tp1|tp2|tp8 [apply|status|logs|delete|diff]
 
 Settings come from the environment: source deploy/aws/env.sh first. Also: IMAGE_TAG, by default this tree's; REPLICAS,
 by default as many as there are, at first 1; AUTOSCALE=1 for the HorizontalPodAutoscaler, of at most AUTOSCALE_MAX
-pods, by default 4; ROLLOUT_SECONDS to wait, by default 900.
+pods, by default 4; MONITORING=1 for the Prometheus operator's PodMonitor and alerts, which delete also needs
+to remove them; ROLLOUT_SECONDS to wait, by default 900.
 END
 }
 
@@ -106,8 +107,10 @@ END
     patch: '[{"op": "add", "path": "/spec/template/spec/priorityClassName", "value": "$PRIORITY_CLASS"}]'
 END
     fi
-    if [[ -n ${AUTOSCALE:-} ]]; then # inside the overlay, so that it gets the overlay's name and label
-        echo 'components: [../../components/autoscale]' >>"$work/k8s/overlays/$overlay/kustomization.yaml"
+    # Components come inside the overlay, so that they get its name and label.
+    echo "components: [${AUTOSCALE:+../../components/autoscale,}${MONITORING:+../../components/monitoring}]" \
+        >>"$work/k8s/overlays/$overlay/kustomization.yaml"
+    if [[ -n ${AUTOSCALE:-} ]]; then
         cat >>"$work/k8s/kustomization.yaml" <<END
   - target: {kind: HorizontalPodAutoscaler}
     patch: '[{"op": "replace", "path": "/spec/maxReplicas", "value": ${AUTOSCALE_MAX:-4}}]'
@@ -197,6 +200,8 @@ case $action in
     delete)
         k delete deployment,service,poddisruptionbudget,networkpolicy,horizontalpodautoscaler,configmap \
             --selector "app=$name"
+        # Without the operator the cluster has no such kinds.
+        [[ -z ${MONITORING:-} ]] || k delete podmonitor,prometheusrule --selector "app=$name"
         ;;
     diff)
         render

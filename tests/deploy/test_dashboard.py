@@ -1,18 +1,21 @@
-"""The dashboard asks for metrics that the server has, under labels that they carry."""
+"""The dashboard and the alerts ask for metrics that the server has, under labels that they carry."""
 
 import json
 import re
 from pathlib import Path
 
 import pytest
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.messages import BucketStats, Stats
 from serve.metrics import Metrics
 from tests.fakes import FakeEngine
 
-DASHBOARD = json.loads((Path(__file__).parents[2] / "deploy" / "grafana-dashboard.json").read_text())
-FROM_SCRAPING = {"app", "pod"}  # labels of the scrape's target, by Prometheus' usual relabelling of pods
+DEPLOY = Path(__file__).parents[2] / "deploy"
+DASHBOARD = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
+ALERTS = yaml.safe_load((DEPLOY / "k8s/components/monitoring/alerts.yaml").read_text())
+FROM_SCRAPING = {"app", "namespace", "pod"}  # labels of the scrape's target, by Prometheus' usual relabelling of pods
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,12 @@ def expressions():
     return [*panels, *(one["definition"] for one in DASHBOARD["templating"]["list"] if "definition" in one)]
 
 
-@pytest.mark.parametrize("expression", expressions())
+def alerts():
+    rules = [rule["expr"] for group in ALERTS["spec"]["groups"] for rule in group["rules"]]
+    return [expression for expression in rules if not expression.startswith("up{")]
+
+
+@pytest.mark.parametrize("expression", [*expressions(), *alerts()])
 def test_an_expression_names_what_the_server_says(served, expression):
     names = re.findall(r"mini_vllm:\w+", expression)
     assert names

@@ -169,6 +169,27 @@ def test_the_autoscaler_comes_when_asked_for(workplace):
 
 
 @needs_kubectl
+def test_monitoring_and_the_autoscaler_come_together(workplace):
+    two_pods(workplace)
+    done = workplace.sourced(
+        "./deploy/scripts/deploy.sh tp2", AUTOSCALE="1", MONITORING="1", LABELS="release=a", NAMESPACE="ours"
+    )
+    assert done.returncode == 0, done.stderr
+    objects = applied(workplace)
+    assert "HorizontalPodAutoscaler" in objects
+    for kind in ("PodMonitor", "PrometheusRule"):
+        metadata = objects[kind]["metadata"]
+        assert (metadata["name"], metadata["namespace"]) == (NAME, "ours")
+        assert metadata["labels"] == {"app": NAME, "release": "a"}
+    assert objects["PodMonitor"]["spec"]["selector"] == {"matchLabels": {"app": NAME}}
+
+
+def test_delete_takes_the_operators_objects_where_there_are_some(workplace):
+    assert workplace.sourced("./deploy/scripts/deploy.sh tp2 delete", MONITORING="1").returncode == 0
+    assert workplace.calls[1:] == [f"{K} delete podmonitor,prometheusrule --selector app={NAME}"]
+
+
+@needs_kubectl
 def test_the_autoscalers_largest_number_is_a_variable(workplace):
     two_pods(workplace)
     assert workplace.sourced("./deploy/scripts/deploy.sh tp2", AUTOSCALE="1", AUTOSCALE_MAX="9").returncode == 0

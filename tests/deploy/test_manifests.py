@@ -47,12 +47,21 @@ def arguments_of(objects):
     return dict(argument.split("=", 1) for argument in server_of(objects)["args"])
 
 
+def with_component(name, folder):
+    shutil.copytree(K8S, folder / "k8s")
+    with (folder / "k8s/overlays/tp2/kustomization.yaml").open("a") as file:
+        file.write(f"components: [../../components/{name}]\n")
+    return render(folder / "k8s/overlays/tp2")
+
+
 @pytest.fixture
 def autoscaled(tmp_path):
-    shutil.copytree(K8S, tmp_path / "k8s")
-    with (tmp_path / "k8s/overlays/tp2/kustomization.yaml").open("a") as file:
-        file.write("components: [../../components/autoscale]\n")
-    return render(tmp_path / "k8s/overlays/tp2")
+    return with_component("autoscale", tmp_path)
+
+
+@pytest.fixture
+def monitored(tmp_path):
+    return with_component("monitoring", tmp_path)
 
 
 @overlays
@@ -213,6 +222,23 @@ def test_prometheus_is_told_where_to_scrape():
         "prometheus.io/port": "8000",
         "prometheus.io/path": "/metrics",
     }
+
+
+def test_the_pod_monitor_scrapes_this_overlays_pods_in_place_of_the_annotations(monitored):
+    monitor, template = monitored["PodMonitor"]["spec"], monitored["Deployment"]["spec"]["template"]
+    assert monitor["selector"]["matchLabels"] == template["metadata"]["labels"]
+    (endpoint,) = monitor["podMetricsEndpoints"]
+    assert endpoint["port"] in [port["name"] for port in server_of(monitored)["ports"]]
+    assert endpoint["path"] == "/metrics"
+    assert "annotations" not in template["metadata"]
+
+
+def test_the_alert_of_a_pod_that_is_down_is_about_the_pod_monitors_targets(monitored):
+    (group,) = monitored["PrometheusRule"]["spec"]["groups"]
+    (down,) = [rule["expr"] for rule in group["rules"] if rule["expr"].startswith("up{")]
+    monitor = monitored["PodMonitor"]["metadata"]
+    job = f"{monitor['namespace']}/{monitor['name']}"  # the operator's name of the job
+    assert re.fullmatch(re.search(r'job=~"([^"]+)"', down)[1], job)
 
 
 def test_where_a_node_has_no_gpus_to_spare_the_old_pod_goes_first():
