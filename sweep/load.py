@@ -37,6 +37,7 @@ class Run:
     records: list[Record]
     begin: float
     end: float
+    opened: bool = False
 
 
 class OnDone(Protocol):
@@ -80,7 +81,7 @@ async def opened(send: Send, requests: list[Request], arrivals: list[float], sta
         on_done(record)
 
     await _together([one(request, begin + at) for request, at in zip(requests, arrivals, strict=True)])
-    return Run(records, begin, max((record.arrivals or [record.sent])[-1] for record in records))
+    return Run(records, begin, max(((record.arrivals or [record.sent])[-1] for record in records), default=begin), True)
 
 
 async def _together(coroutines: list[Coroutine[Any, Any, None]]) -> None:

@@ -15,6 +15,10 @@ from sweep.settings import Limits
 Figures = dict[str, float]
 Intervals = dict[str, tuple[float, float]]  # nan: unknown; an infinite upper end: too few requests to bound it
 
+# Share of the offered rate that is not served, from which on a load is overloaded. A few dozen requests of uneven lengths
+# reach half of it by chance.
+SHORT = 0.1
+GROWTH = 0.05  # seconds a second: growth of the time to the first token from which on a load is overloaded
 DRAWS = 200  # of the bootstrap; Efron and Tibshirani (1993, section 6.4) find 50 to 200 enough for a standard error
 
 
@@ -101,7 +105,30 @@ def _rates(run: Run, limits: Limits, gpus: int) -> Figures:
         "tokens_per_s_per_user": 1e3 * len(per_token) / total if (total := sum(per_token)) else math.nan,
         "requests_per_s": len(ended) / span,
         "goodput_per_s": sum(meets(record, limits) for record in ended) / span,
-    }
+    } | _keeping_up(run, succeeded)
+
+
+def _keeping_up(run: Run, succeeded: list[Record]) -> Figures:
+    """Whether an open loop's server keeps up: nan for a closed loop, and with fewer than three answers.
+
+    `offered_per_s` and `served_per_s` are taken over the middle four fifths of the requests, by when they were due and
+    by when they ended: there the answers in progress at the first and the last request do not count.
+    `ttft_growth`: seconds that the time to the first token grows in a second, the slope of a least-squares line. With a
+    server that can serve the share x of what is offered it is 1 - x.
+    """
+    values = dict.fromkeys(("offered_per_s", "served_per_s", "ttft_growth"), math.nan)
+    if not run.opened or len(succeeded) < 3:
+        return values
+    due = np.array([record.intended for record in succeeded])
+    values["offered_per_s"] = _middle_rate([record.intended for record in run.records])
+    values["served_per_s"] = _middle_rate([record.arrivals[-1] for record in succeeded])
+    values["ttft_growth"] = 1e-3 * float(np.polyfit(due - due[0], [ttft(record) for record in succeeded], 1)[0])
+    return values
+
+
+def _middle_rate(times: list[float]) -> float:
+    first, last = np.percentile(times, (10, 90))
+    return 0.8 * (len(times) - 1) / max(float(last - first), 1e-9)
 
 
 def _mean(repeats: list[float]) -> tuple[float, tuple[float, float]]:
@@ -170,6 +197,16 @@ def objective(means: Figures, name: str) -> float:
     """
     sign, name = (-1, name[1:]) if name.startswith("-") else (1, name)
     return math.inf if math.isnan(means[name]) else sign * means[name]
+
+
+def overloaded(values: Figures) -> str | None:
+    """A sentence if an open loop offered more than was served, or if its requests waited ever longer."""
+    offered, served, growth = (values[name] for name in ("offered_per_s", "served_per_s", "ttft_growth"))
+    if served < (1 - SHORT) * offered:
+        return f"overloaded: {served:.3g} of {offered:.3g} requests/s were served"
+    if growth > GROWTH:
+        return f"overloaded: the time to the first token grew by {1e3 * growth:.3g} ms each second"
+    return None
 
 
 def judge(values: Figures, intervals: Intervals, limits: Limits) -> tuple[list[str], list[str]]:

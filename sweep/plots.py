@@ -92,7 +92,7 @@ def _pareto(rows: list[Row]) -> Figure | None:
         zorder=3,
     )
     if any(row["status"] != "ok" for row in rows):
-        axes.plot([], [], "x", color="#c00000", label="breaks a limit, cannot tell, or wrong")
+        axes.plot([], [], "x", color="#c00000", label="overloaded, breaks a limit, cannot tell, or wrong")
     axes.set(xlabel="tokens/s a user", ylabel=f"tokens/s {per_gpu(rows[0])}")
     axes.set_xlim(0, 1.12 * max(figure(row, "tokens_per_s_per_user") for row in rows))
     axes.set_ylim(0, 1.12 * max(figure(row, "tokens_per_s_per_gpu") for row in rows))

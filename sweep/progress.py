@@ -17,10 +17,19 @@ SHOWN = (  # heading, figure, format
     ("p99", "tpot_p99_ms", ".2f"),
     ("tok/s/user", "tokens_per_s_per_user", ".1f"),
     ("tok/s/GPU", "tokens_per_s_per_gpu", ".1f"),
+    ("offered/s", "offered_per_s", ".3g"),
+    ("served/s", "served_per_s", ".3g"),
     ("goodput/s", "goodput_per_s", ".2f"),
     ("errors", "errors", ".0f"),
 )
-STYLES = {"ok": "green", "limits": "yellow", "undecided": "yellow", "wrong": "red", "failed": "red"}
+STYLES = {
+    "ok": "green",
+    "overloaded": "yellow",
+    "limits": "yellow",
+    "undecided": "yellow",
+    "wrong": "red",
+    "failed": "red",
+}
 
 
 def number(value: float | None, form: str) -> str:

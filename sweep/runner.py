@@ -155,8 +155,14 @@ class Sweep:
                 row |= self._measure(configured, server, load, options)
                 row |= {"start": configured.start, "memory": configured.memory}
                 fails, undecided = measure.judge(row["figures"], row["intervals"], options.limits)
-                status = "wrong" if configured.wrong else "limits" if fails else "undecided" if undecided else "ok"
-                row |= {"status": status, "reason": configured.wrong or "; ".join(fails or undecided) or None}
+                found = {
+                    "wrong": configured.wrong,
+                    "overloaded": measure.overloaded(row["figures"]),
+                    "limits": "; ".join(fails),
+                    "undecided": "; ".join(undecided),
+                }
+                status, reason = next(((name, why) for name, why in found.items() if why), ("ok", None))
+                row |= {"status": status, "reason": reason}
             except (CellFailed, ServerFailed, gate.GateFailed, ConfigError) as error:
                 row |= {"status": "failed", "reason": str(error)}
                 self._release()
@@ -289,6 +295,8 @@ class Sweep:
         after = server.scrape()
         records = [record for run in runs for record in run.records]
         errors = [record.error for record in records if record.error]
+        if not records:
+            raise CellFailed(f"no request was due within {options.seconds:g} s")
         if len(errors) == len(records):
             raise CellFailed(f"no request succeeded: {errors[0]}")
         means, intervals = measure.figures(runs, options.limits, self._gpus(current.config))

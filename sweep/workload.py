@@ -64,9 +64,10 @@ class Workload:
         return requests
 
     def arrivals(self, rate: float, *stream: int) -> list[float]:
-        """When an open loop sends, in seconds from the start: a Poisson process over `sweep.seconds`, at least once."""
-        draw, now = np.random.default_rng([self._settings.seed, 1, *stream]), 0.0
+        """When an open loop sends, in seconds from the start: a Poisson process over `sweep.seconds`."""
+        draw = np.random.default_rng([self._settings.seed, 1, *stream])
         times: list[float] = []
+        now = float(draw.exponential(1 / rate))
         while now < self._settings.seconds:
             times.append(now)
             now += float(draw.exponential(1 / rate))

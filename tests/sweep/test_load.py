@@ -288,8 +288,59 @@ def test_arrivals_are_a_poisson_process_within_the_budget():
     gaps = np.array([after - before for before, after in pairwise(times)])
     assert gaps.mean() == pytest.approx(0.2, rel=0.05)
     assert gaps.std() == pytest.approx(0.2, rel=0.05)
-    assert times[0] == 0
     assert times[-1] < 1000
+    firsts = [Workload(SweepConfig(seconds=1000), config()).arrivals(5.0, repeat)[0] for repeat in range(200)]
+    assert np.mean(firsts) == pytest.approx(0.2, rel=0.25)  # nothing is forced at the start
+
+
+@pytest.mark.parametrize(("load_share", "allowed"), [(0.5, (0, 0)), (0.8, (0, 0)), (1.2, (10, 10)), (2.0, (10, 10))])
+def test_an_open_loop_that_is_offered_more_than_is_served_is_overloaded(load_share, allowed):
+    """Ten loads of three repeats, at a server of eight places that serves 20 requests/s."""
+    flagged = 0
+    for seed in range(10):
+        work, done = Workload(SweepConfig(seconds=20, seed=seed), config()), []
+        for repeat in range(3):
+            fake = Fake(first=0.1, step=0.3)
+            fake.turn = asyncio.Semaphore(8)
+            arrivals = work.arrivals(20 * load_share, repeat)
+            few = requests(len(arrivals), 2)
+            done.append(run(load.opened(fake.send, few, arrivals, 600, lambda record: None)))
+        values = measure.figures(done, Limits(), 1)[0]
+        assert values["offered_per_s"] == pytest.approx(20 * load_share, rel=0.2)
+        assert values["served_per_s"] <= 20.5
+        flagged += measure.overloaded(values) is not None
+    assert allowed[0] <= flagged <= allowed[1]
+
+
+def test_a_few_answers_of_uneven_lengths_are_no_overload():
+    draw, flagged = np.random.default_rng(0), 0
+    for _ in range(40):
+        done = []
+        for _ in range(3):
+            due = np.cumsum(draw.exponential(0.5, 40))
+            lengths = 2 * np.exp(0.5 * draw.standard_normal(40))
+            records = [load.Record(at, at, [at + 0.1, at + e2e], [1, 1]) for at, e2e in zip(due, lengths, strict=True)]
+            done.append(load.Run(records, 0.0, 20.0, opened=True))
+        flagged += measure.overloaded(measure.figures(done, Limits(), 1)[0]) is not None
+    assert flagged <= 2
+
+
+def test_a_closed_loop_is_never_overloaded():
+    assert measure.overloaded(measure.figures([closed(Fake(serial=True), 30, 6)], Limits(), 1)[0]) is None
+
+
+def test_refused_requests_are_not_served():
+    async def send(request):
+        if request.seed % 2:
+            raise load.SendError("HTTP 429: full")
+        await asyncio.sleep(0.1)
+        yield 1
+
+    arrivals = [0.1 * n for n in range(100)]
+    done = run(load.opened(send, [Request([1], 1, n) for n in range(100)], arrivals, 60, lambda record: None))
+    values = measure.figures([done], Limits(), 1)[0]
+    assert values["offered_per_s"] == pytest.approx(10)
+    assert measure.overloaded(values) == "overloaded: 5 of 10 requests/s were served"
 
 
 def test_prompts_from_a_file(tmp_path):
