@@ -28,6 +28,7 @@ class Record:
     arrivals: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)  # number of tokens in each arrival
     error: str | None = None
+    first: bool = False  # of its user in a closed loop: the others start at about that time too
 
 
 @dataclass
@@ -46,26 +47,31 @@ class OnDone(Protocol):
     def __call__(self, record: Record) -> None: ...
 
 
-async def closed(send: Send, requests: list[Request], users: int, seconds: float, stall: float, on_done: OnDone) -> Run:
+async def closed(
+    send: Send, requests: list[Request], users: int, seconds: float, stall: float, on_done: OnDone, stagger: float = 0.0
+) -> Run:
     """Each user sends the next request as soon as the last one has ended, until none is left or `seconds` are over.
 
-    A request that brings nothing for `stall` seconds has failed.
+    Users start `stagger` seconds after each other. A request that brings nothing for `stall` seconds has failed.
     """
     now = asyncio.get_running_loop().time
     begin, remaining = now(), iter(requests)
     records: list[Record] = []
     end: float | None = None
 
-    async def user() -> None:
+    async def user(number: int) -> None:
         nonlocal end
+        await asyncio.sleep(number * stagger)
+        first = True
         while now() < begin + seconds and (request := next(remaining, None)):
-            records.append(record := Record(now(), now()))
+            records.append(record := Record(now(), now(), first=first))
+            first = False
             await _follow(send, request, record, stall)
             on_done(record)
         end = now() if end is None else end
 
-    await _together([user() for _ in range(users)])
-    return Run(records, begin, begin if end is None else end)
+    await _together([user(number) for number in range(users)])
+    return Run(records, begin + (users - 1) * stagger, begin if end is None else end)
 
 
 async def opened(send: Send, requests: list[Request], arrivals: list[float], stall: float, on_done: OnDone) -> Run:

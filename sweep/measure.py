@@ -15,8 +15,8 @@ from sweep.settings import Limits
 Figures = dict[str, float]
 Intervals = dict[str, tuple[float, float]]  # nan: unknown; an infinite upper end: too few requests to bound it
 
-# Share of the offered rate that is not served, from which on a load is overloaded. A few dozen requests of uneven lengths
-# reach half of it by chance.
+# Share of the offered rate that is not served, from which on a load is overloaded. A few dozen requests of uneven
+# lengths reach half of it by chance.
 SHORT = 0.1
 GROWTH = 0.05  # seconds a second: growth of the time to the first token from which on a load is overloaded
 DRAWS = 200  # of the bootstrap; Efron and Tibshirani (1993, section 6.4) find 50 to 200 enough for a standard error
@@ -57,14 +57,20 @@ def meets(record: Record, limits: Limits) -> bool:
 def figures(runs: list[Run], limits: Limits, gpus: int) -> tuple[Figures, Intervals]:
     """The figures of a load's repeats and their intervals.
 
-    Latencies of all repeats are pooled; `n` requests have them. Rates are means over the repeats. A figure is nan where
-    there are no values to compute one from, and a percentile also where less than one value is expected beyond it:
-    a p99 of fewer than 100 is no more than the maximum.
+    Latencies of all repeats are pooled; `n` requests have them. The first request of each user of a closed loop is not
+    among them: all users start, which is a burst. `first_ttft_mean_ms` tells that apart. Rates are means over the
+    repeats. A figure is nan where there are no values to compute one from, and a percentile also where less than one
+    value is expected beyond it: a p99 of fewer than 100 is no more than the maximum.
     """
-    succeeded = [[record for record in run.records if not record.error] for run in runs]
-    requests = sum(len(run.records) for run in runs)
-    n = sum(map(len, succeeded))
-    values: Figures = {"requests": requests, "errors": requests - n, "n": n}
+    records = [record for run in runs for record in run.records]
+    succeeded = [[record for record in run.records if not (record.error or record.first)] for run in runs]
+    firsts = [ttft(record) for record in records if record.first and not record.error]
+    values: Figures = {
+        "requests": len(records),
+        "errors": sum(record.error is not None for record in records),
+        "n": sum(map(len, succeeded)),
+        "first_ttft_mean_ms": float(np.mean(firsts)) if firsts else math.nan,
+    }
     intervals: Intervals = {}
     for name, percentiles, samples in (
         ("ttft", (50, 90, 99), [np.array([ttft(record) for record in repeat]) for repeat in succeeded]),
@@ -95,9 +101,9 @@ def _rates(run: Run, limits: Limits, gpus: int) -> Figures:
         tokens
         for record in run.records
         for at, tokens in zip(record.arrivals, record.tokens, strict=True)
-        if at <= run.end
+        if run.begin <= at <= run.end
     )
-    ended = [record for record in succeeded if record.arrivals[-1] <= run.end]
+    ended = [record for record in succeeded if run.begin <= record.arrivals[-1] <= run.end]
     per_token = [each for record in succeeded if not math.isnan(each := tpot(record))]
     return {
         "tokens_per_s": inside / span,

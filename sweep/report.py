@@ -79,7 +79,8 @@ def markdown(
         "## Latency and throughput",
         "Milliseconds and tokens/s. Percentiles are of the n requests of all repeats; a p99 takes 100 of them, a p90 "
         "10. In brackets the 95 % interval; “?”: too few requests to bound it. TTFT counts from when a request was "
-        "due. Goodput is requests/s within the limits.",
+        "due; that of each user's first request is told apart and in no other latency. Goodput is "
+        "requests/s within the limits.",
         _figures(rows),
     ]
     if faulty := [row for row in rows if row.get("reason") or row.get("error")]:
@@ -181,6 +182,7 @@ def _figures(rows: list[Row]) -> str:
         "configuration",
         "load",
         "n",
+        "first TTFT",
         "TTFT p50",
         "p90",
         "p99",
@@ -205,6 +207,7 @@ def _figures(rows: list[Row]) -> str:
             names[row["configuration"]],
             row["load"],
             _number(value(row, "n")),
+            _number(value(row, "first_ttft_mean_ms")),
             *(_number(value(row, name)) for name in before),
             _with_interval(row, "ttft_p99_ms"),
             _with_interval(row, "tpot_p50_ms"),

@@ -8,6 +8,7 @@ import asyncio
 import json
 import math
 import signal
+import statistics
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
@@ -299,6 +300,8 @@ class Sweep:
             raise CellFailed(f"no request was due within {options.seconds:g} s")
         if len(errors) == len(records):
             raise CellFailed(f"no request succeeded: {errors[0]}")
+        if load_.mode == "closed" and all(record.first for record in records):
+            raise CellFailed(f"no user sent a second request within {options.seconds:g} s")
         means, intervals = measure.figures(runs, options.limits, self._gpus(current.config))
         increase = {name: value - before.get(name, 0.0) for name, value in after.items()}
         queries = increase.get(("prefix_cache_queries_total",), 0.0)
@@ -319,6 +322,7 @@ class Sweep:
         stream = users if load_.mode == "closed" else 10**6 + int(1000 * load_.level)
         shown = f"{' '.join(current.overrides) or 'defaults'} · {load_}"
         runs: list[load.Run] = []
+        stagger = 0.0
         model = current.config.model.name
         async with http_sender(server.url, model, options.temperature) as send:
             for repeat in range(-1 if options.warmup else 0, options.repeats):
@@ -330,10 +334,15 @@ class Sweep:
                     done += 1
                     self._progress.doing(f"{shown}: {name}, {done} requests answered")
 
-                each = options.requests if repeat >= 0 else options.warmup
+                each = options.requests + 1 if repeat >= 0 else options.warmup
                 if load_.mode == "closed" or repeat < 0:
                     requests = work.requests(users * each, stream, repeat + 1)
-                    run = await load.closed(send, requests, users, options.seconds, options.stall_seconds, on_done)
+                    run = await load.closed(
+                        send, requests, users, options.seconds, options.stall_seconds, on_done, stagger
+                    )
+                    if lengths := [measure.e2e(record) for record in run.records if not record.error]:
+                        spread = min(1e-3 * statistics.median(lengths), options.seconds / 2)
+                        stagger = spread / users
                 else:
                     arrivals = work.arrivals(load_.level, stream, repeat + 1)
                     requests = work.requests(len(arrivals), stream, repeat + 1)

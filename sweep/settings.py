@@ -41,7 +41,7 @@ class SweepConfig:
     temperature: float = 1.0
     seed: int = 0
     repeats: int = 3
-    requests: int = 8  # of each user in each repeat of a closed loop, at most
+    requests: int = 8  # of each user in each repeat of a closed loop, at most, beside its first, which is left out
     seconds: float = 20.0  # of a repeat: after this no request is sent
     warmup: int = 1  # requests of each user before the first repeat, not counted
     start_seconds: float = 600.0  # within which a server must be ready

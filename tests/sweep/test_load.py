@@ -50,7 +50,7 @@ def closed(fake, count, users, seconds=1e9, stall=60):
 
 
 def test_every_figure_of_a_closed_loop_is_the_truth():
-    figures = measure.figures([closed(Fake(), 100, 4)], Limits(), gpus=2)[0]
+    figures = measure.figures([closed(Fake(), 104, 4)], Limits(), gpus=2)[0]
     for name in ("ttft_mean", "ttft_p50", "ttft_p90", "ttft_p99"):
         assert figures[f"{name}_ms"] == pytest.approx(500)
     for name in ("tpot_mean", "tpot_p50", "tpot_p99", "itl_mean", "itl_p50", "itl_p99"):
@@ -61,7 +61,7 @@ def test_every_figure_of_a_closed_loop_is_the_truth():
     assert figures["tokens_per_s_per_gpu"] == pytest.approx(2 * 11 / 0.7)
     assert figures["tokens_per_s_per_user"] == pytest.approx(50)
     assert figures["requests_per_s"] == figures["goodput_per_s"] == pytest.approx(4 / 0.7)
-    assert (figures["requests"], figures["errors"], figures["n"]) == (100, 0, 100)
+    assert (figures["requests"], figures["errors"], figures["n"]) == (104, 0, 100)
 
 
 def test_a_closed_loop_holds_its_concurrency_and_ends_with_its_budget():
@@ -82,6 +82,32 @@ def test_rates_leave_out_the_tail_in_which_users_have_nothing_to_do():
     done = run(load.closed(send, ones, 2, 1e9, 60, lambda record: None))
     assert done.end == pytest.approx(2)
     assert measure.figures([done], Limits(), 1)[0]["tokens_per_s"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("stagger", [0.0, 0.0275])
+def test_the_burst_of_a_start_is_in_no_percentile(stagger):
+    """Prompts of 20 ms, one at a time, and answers of 200 ms: a user who meets no other waits for 20 ms."""
+    turn = asyncio.Lock()
+
+    async def send(request):
+        async with turn:
+            await asyncio.sleep(0.02)
+        yield 1
+        await asyncio.sleep(0.2)
+        yield 1
+
+    done = run(load.closed(send, requests(8 * 21, 2), 8, 1e9, 60, lambda record: None, stagger))
+    figures = measure.figures([done], Limits(), 1)[0]
+    assert (figures["requests"], figures["n"]) == (168, 160)
+    assert figures["ttft_p99_ms"] == pytest.approx(20)
+    assert figures["first_ttft_mean_ms"] == pytest.approx(20 if stagger else 90)
+
+
+def test_rates_count_from_when_all_users_are_busy():
+    done = run(load.closed(Fake().send, requests(400), 4, 7.0, 60, lambda record: None, stagger=1.0))
+    assert done.begin == pytest.approx(3)
+    assert done.end == pytest.approx(7, abs=0.7)
+    assert measure.figures([done], Limits(), 1)[0]["tokens_per_s"] == pytest.approx(4 * 11 / 0.7, rel=0.1)
 
 
 def test_an_open_loop_sends_on_time_and_counts_from_when_a_request_was_due():

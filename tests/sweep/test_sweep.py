@@ -84,9 +84,9 @@ def test_a_failing_configuration_costs_its_own_rows_only_and_a_server_serves_all
     assert len(swept.started()) == 1 + 1 + 2 + 1  # only what crashed is started anew for its next load
     assert gone(swept.started())
     well = rows[1]
-    assert (well["figures"]["requests"], well["figures"]["errors"]) == (2 * 2 * 3, 0)
+    assert (well["figures"]["requests"], well["figures"]["errors"]) == (2 * 3 * 3, 0)
     assert well["figures"]["prefix_hit_share"] == 0.25
-    sent = 3 * (1 + 2 * 2)  # warm-up and two repeats
+    sent = 3 * (1 + 2 * 3)  # warm-up and two repeats, of which each has a first request
     assert well["buckets"] == [
         {"kind": "decode", "size": 4, "steps": 10 * sent, "rows_used": 30 * sent, "rows_padded": 10 * sent}
     ]
@@ -96,7 +96,8 @@ def test_a_failing_configuration_costs_its_own_rows_only_and_a_server_serves_all
     assert "server.max_queue=1028`" not in (swept.folder / "report.md").read_text()
     table = list(csv.DictReader((swept.folder / "results.csv").open()))
     assert [line["status"] for line in table] == [row["status"] for row in rows]
-    assert float(table[1]["requests"]) == 12
+    assert float(table[1]["requests"]) == 18
+    assert float(table[1]["n"]) == 12
     page = (swept.folder / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert 'src="http' not in page
