@@ -238,6 +238,7 @@ class MessagesRequest(CountRequest, kw_only=True):
     stop_sequences: Annotated[list[StopSequence], Meta(max_length=16)] | None = None
     stream: bool | None = None
     service_tier: Literal["auto", "standard_only"] | None = None  # there is one tier
+    thread: JsonObject | None = None  # refused: a server that ignored it would answer without what was said before
 
     @property
     def shows_thinking(self) -> bool:

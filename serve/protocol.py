@@ -19,6 +19,8 @@ MAX_ERROR_CHARACTERS = 1000  # of an error's message
 
 _ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _ANTHROPIC_ERROR_TYPES = {503: "overloaded_error", 504: "timeout_error", **_ERROR_TYPES}
+# An error's code that Anthropic's client acts on: it sends the whole conversation, without a thread.
+THREAD_UNSUPPORTED = "thread_unsupported_request"
 _ANTHROPIC_PATH = "/v1/messages"  # and all paths below it
 
 
@@ -59,7 +61,9 @@ class ApiError(Exception):
         """The error object as Anthropic's API has it. It has no place for the field: the message names it."""
         kind = _ANTHROPIC_ERROR_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
         named = self.param is None or self.param in self.message
-        error = {"type": kind, "message": self.message if named else f"{self.param}: {self.message}"}
+        error: JsonObject = {"type": kind, "message": self.message if named else f"{self.param}: {self.message}"}
+        if self.code == THREAD_UNSUPPORTED:
+            error["details"] = {"error_code": self.code}
         return msgspec.json.encode({"type": "error", "error": error})
 
 

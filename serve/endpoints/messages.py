@@ -22,7 +22,7 @@ from serve.harmony import Event, Function, Parser, Segment
 from serve.message import MAX_TOOL_CALLS
 from serve.openapi import EVENTS, JSON, documented
 from serve.parsing import IGNORED_HEADER, ignored_header, parse
-from serve.protocol import ApiError, JsonObject, unsupported
+from serve.protocol import THREAD_UNSUPPORTED, ApiError, JsonObject, unsupported
 from serve.sampling import check_tokens, sampling_params
 from serve.stream import EventStream, TypedEvents, TypedFormat, collected, json_response
 from serve.text import StopMatcher, StopStrings
@@ -221,6 +221,8 @@ async def create(service: Service, http_request: Request) -> Response:
     body = await http_request.body()
     service.require_ready()
     request, headers = parsed(body, MessagesRequest)
+    if request.thread is not None:
+        raise ApiError(400, "no thread is kept: send all messages, without it", "thread", THREAD_UNSUPPORTED)
     ready = service.require_ready(request.model)
     functions = request.functions
     prompt, prefilled = await prompt_of(service, request, len(body), functions, ready.max_context)

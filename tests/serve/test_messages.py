@@ -508,6 +508,26 @@ def test_what_cannot_be_answered_is_refused_by_name(serve, body, says):
     assert live.engine.submitted == []
 
 
+def test_a_thread_is_refused_so_that_the_client_sends_the_whole_conversation(serve, harmony, tokenizer):
+    """The client's own loop of tools sends only what is new in a thread, unless the server cannot keep one."""
+    call = '<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{"place": "Oslo"}<|call|>'
+    answers = iter([harmony(call), harmony("<|channel|>final<|message|>Cold.<|return|>")])
+    live = serve(FakeEngine(lambda *_: next(answers)))
+    thread = {"type": "continue", "previous_message_id": "msg_1"}
+    assert "thread" in refusal(post(live, thread=thread), 400, "invalid_request_error")
+
+    @anthropic.beta_tool
+    def weather(place: str) -> str:
+        """Weather."""
+        return f"-5 in {place}"
+
+    runner = client(live).beta.messages.tool_runner(model=MODEL, max_tokens=500, tools=[weather], messages=USER)
+    assert [[block.type for block in message.content] for message in runner] == [["tool_use"], ["text"]]
+    told = tokenizer.encoding.decode(live.engine.submitted[-1][0])
+    assert USER[0]["content"] in told
+    assert "-5 in Oslo" in told
+
+
 def test_images_in_the_answer_to_a_call_are_refused(serve):
     call = {"type": "tool_use", "id": "t1", "name": "f", "input": {}}
     result = {"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "image", "source": {}}]}
