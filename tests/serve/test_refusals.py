@@ -51,7 +51,7 @@ def error(response, status: int) -> dict:
         ("n", 17),
         ("seed", 2**63),
         ("seed", -(2**63) - 1),
-        ("seed", 1.0),
+        ("seed", 1.5),
         ("stop", ["a"] * 17),
         ("stop", "a" * 257),
         ("stop_token_ids", [1] * 18),
