@@ -37,7 +37,7 @@ sweep: $(BIN)/.sweep ## measure configurations and decide: make sweep ARGS="buck
 	$(BIN)/python sweep.py -m $(or $(ARGS),+sweep=quick)
 
 test: $(BIN)/.tests ## everything that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu" -n logical --maxprocesses 8 --dist loadfile $(ARGS)
 
 fuzz: $(BIN)/.tests ## 100,000 token streams and 20,000 request bodies through the server, the engine faked
 	$(BIN)/python -m tests.serve.fuzz $(ARGS)
