@@ -158,8 +158,9 @@ class ResponsesChoice:
             if segment.kind == "reasoning":
                 item: JsonObject = {"type": "reasoning", "id": _new_id("rs"), "summary": [], "content": []}
             else:
-                phase = _PHASES.get(segment.channel or "") if segment.kind == "content" else None
-                item = {"type": "message", "id": _new_id("msg"), "role": "assistant", "content": [], "phase": phase}
+                item = {"type": "message", "id": _new_id("msg"), "role": "assistant", "content": []}
+                if segment.kind == "content" and segment.channel in _PHASES:
+                    item["phase"] = _PHASES[segment.channel]
             self._open_item = OpenItem(segment, item)
             if segment.kind == "hidden":
                 self._add_text(self._open_item, segment.told)
@@ -343,7 +344,7 @@ def conversation(
 ) -> tuple[list[Item], int, int]:
     """(all items, number of those before this request, bytes of what was kept).
 
-    Raises ApiError 404 for what is not kept, 413 where it is more than a body could hold.
+    Raises ApiError 400 for what is not kept, 413 where it is more than a body could hold.
     """
     items: list[Item] = []
     kept_bytes = 0
@@ -364,7 +365,7 @@ def conversation(
             part = store.item(owner, item.id or "")
             if part is None:
                 message = f"there is no item {item.id!r}: {kept_are(service)}"
-                raise ApiError(404, message, f"input[{position}].id", "item_not_found")
+                raise ApiError(400, message, f"input[{position}].id", "item_not_found")
             items.append(msgspec.json.decode(counted(part), type=Item))
         else:
             items.append(item)
@@ -372,7 +373,7 @@ def conversation(
 
 
 def stored(service: Service, store: ResponseStore, owner: bytes, id: str, param: str = "id") -> Stored:
-    """The response that the client was given under this id. Raises ApiError 404."""
+    """The response that the client was given under this id. Raises ApiError as `not_stored` has it."""
     found = store.get(owner, id)
     if found is None:
         raise not_stored(service, id, param)
@@ -380,9 +381,12 @@ def stored(service: Service, store: ResponseStore, owner: bytes, id: str, param:
 
 
 def not_stored(service: Service, id: str, param: str = "id") -> ApiError:
-    """The answer to an id that is not, or no longer, known."""
-    code = "previous_response_not_found" if param == "previous_response_id" else "response_not_found"
-    return ApiError(404, f"there is no response {id!r}: {kept_are(service)}", param, code)
+    """The answer to an id that is not, or no longer, known.
+
+    404 where the path names it. In a body it is a field at fault: routers take a 404 of the route for its absence.
+    """
+    status, code = (404, "response_not_found") if param == "id" else (400, "previous_response_not_found")
+    return ApiError(status, f"there is no response {id!r}: {kept_are(service)}", param, code)
 
 
 def kept_are(service: Service) -> str:

@@ -374,6 +374,7 @@ def test_a_call_of_what_was_not_offered_is_told_as_text(serve, harmony):
         (item,) = create(live, tools=TOOLS).output
         assert whom in item.content[0].text
         assert item.content[0].text.endswith(text)
+        assert "phase" not in item.to_dict()  # it is neither commentary nor the answer; schemas have no null there
 
 
 @pytest.mark.parametrize(
@@ -485,11 +486,11 @@ def test_items_that_are_kept_may_be_named_instead_of_sent(serve, harmony, tmp_pa
     assert prompts[1] == prompts[2]
     assert prompts[3][: len(prompts[1])] == prompts[1]
     for key, id in (("two", output[0].id), ("one", "rs_0")):
-        with pytest.raises(openai.NotFoundError, match=id) as error:
+        with pytest.raises(openai.BadRequestError, match=id) as error:
             create(live, key=key, input=[*USER, {"type": "item_reference", "id": id}])
         assert (error.value.param, error.value.code) == ("input[1].id", "item_not_found")
     assert live.http.delete(f"/v1/responses/{by_name.id}", headers={"x-api-key": "one"}).status_code == 200
-    with pytest.raises(openai.NotFoundError):
+    with pytest.raises(openai.BadRequestError):
         create(live, key="one", input=[{"id": by_name.output[0].id}])
 
 
@@ -515,8 +516,8 @@ def test_a_response_that_is_kept_can_be_read_and_forgotten(serve, harmony, strea
     for forgotten in (client.retrieve, client.delete):
         with pytest.raises(openai.NotFoundError, match=whole["id"]):
             forgotten(whole["id"])
-    missing = refusal(post(live, previous_response_id=whole["id"]), 404, "previous_response_id")
-    assert missing["code"] == "previous_response_not_found"
+    missing = refusal(post(live, previous_response_id=whole["id"]), 400, "previous_response_id")
+    assert (missing["code"], missing["type"]) == ("previous_response_not_found", "invalid_request_error")
 
 
 def test_what_is_not_to_be_kept_is_not(serve, harmony):
@@ -547,7 +548,7 @@ def test_one_key_never_sees_what_another_key_stored(serve, harmony, tmp_path):
     for call in ("retrieve", "delete"):
         with pytest.raises(openai.NotFoundError):
             getattr(live.openai("two").responses, call)(id)
-    with pytest.raises(openai.NotFoundError):
+    with pytest.raises(openai.BadRequestError):
         create(live, key="two", previous_response_id=id)
     assert live.openai("one").responses.retrieve(id).id == id
     # the same key in the other header is the same client
