@@ -108,7 +108,9 @@ class ServerConfig:
     cors_origins: list[str] = field(default_factory=list)  # pages of these origins may call, such as https://a.example
     api_key_file: str | None = None  # one key a line, # begins comments; all routes but health and metrics need one
     salt_by_key: bool = True  # with API keys: requests find cached prompts of their own key alone
-    stored_responses: int = 256  # of /v1/responses, kept in memory for previous_response_id; 0 keeps none
+    # Kept in memory: of /v1/responses what previous_response_id names, of /v1/messages, as many again, the reasoning
+    # before calls that a client was not shown; 0 keeps none
+    stored_responses: int = 256
     stored_bytes: int = 64 * 2**20  # of JSON, over all of them
     stored_seconds: float = 3600.0  # each is kept at most
     require_json_type: bool = True  # bodies need the content type of JSON; without a type, those of web pages do

@@ -4,7 +4,7 @@ Knows nothing of how a request is answered (`endpoints/messages`). Types and ran
 The text of neighbouring blocks is joined by a blank line.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Literal, TypeAlias
 
 import msgspec
@@ -209,9 +209,10 @@ class CountRequest(msgspec.Struct, kw_only=True):
             names.add("messages.content.cache_control")
         return names
 
-    def turns(self) -> list[Turn]:
+    def turns(self, reasoning_before: Callable[[str], str]) -> list[Turn]:
         """The conversation as harmony takes it.
 
+        `reasoning_before(id of a call)` is what the model reasoned before it and the client was not shown, if any.
         Raises ApiError 400 for a block that is not text or does not belong to its role, and for the answer to a call
         that no earlier message contains.
         """
@@ -222,7 +223,7 @@ class CountRequest(msgspec.Struct, kw_only=True):
         for position, message in enumerate(self.messages):
             field = f"messages[{position}].content"
             if message.role == "assistant":
-                turns += _assistant_turns(message, field, function_names)
+                turns += _assistant_turns(message, field, function_names, reasoning_before)
             else:
                 turns += _other_turns(message, field, function_names)
         return turns
@@ -242,7 +243,8 @@ class MessagesRequest(CountRequest, kw_only=True):
 
     @property
     def shows_thinking(self) -> bool:
-        return not (self.thinking and self.thinking.type == "disabled")
+        """Whether the reply has blocks of thinking: clients that do not ask for them do not expect any."""
+        return self.thinking is not None and self.thinking.type != "disabled"
 
     @property
     def seals_thinking(self) -> bool:
@@ -261,7 +263,9 @@ def is_billing_header(text: str) -> bool:
     return text.startswith(_BILLING_HEADER)
 
 
-def _assistant_turns(message: Message, field: str, function_names: dict[str, str]) -> list[Turn]:
+def _assistant_turns(
+    message: Message, field: str, function_names: dict[str, str], reasoning_before: Callable[[str], str]
+) -> list[Turn]:
     """A message of the assistant as turns of reasoning, text and calls in this order: one, unless a call is followed
     by text or reasoning. Notes the calls in `function_names`."""
     turns: list[Turn] = []
@@ -286,6 +290,11 @@ def _assistant_turns(message: Message, field: str, function_names: dict[str, str
             case RedactedThinkingBlock():
                 pass
             case ToolUseBlock():
+                # A call that is sent twice has its reasoning once: what a request recalls is bounded by what is kept.
+                if block.id not in function_names and (kept := reasoning_before(block.id)):
+                    if calls:
+                        end_turn()
+                    reasoning.append(kept)
                 calls.append(Call(block.name, _arguments(block, field)))
                 function_names[block.id] = block.name
             case _:

@@ -1,11 +1,12 @@
 """POST /v1/messages and /v1/messages/count_tokens: Anthropic's API, a third writer over harmony's messages.
 
 Each message of the model becomes a block of its own, in order: analysis `thinking`, text for the user `text`, a call
-`tool_use`. A reply that is not streamed is made of the same events as a stream.
+`tool_use`. A reply that is not streamed is made of the same events as a stream. Reasoning that the client did not ask
+for is kept, within bounds, by the call that it led to, and told to the model when that call comes back.
 """
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -24,10 +25,12 @@ from serve.openapi import EVENTS, JSON, documented
 from serve.parsing import IGNORED_HEADER, ignored_header, parse
 from serve.protocol import THREAD_UNSUPPORTED, ApiError, JsonObject, unsupported
 from serve.sampling import check_tokens, sampling_params
+from serve.store import ResponseStore, Stored
 from serve.stream import EventStream, TypedEvents, TypedFormat, collected, json_response
 from serve.text import StopMatcher, StopStrings
 
 AnyRequest = TypeVar("AnyRequest", bound=CountRequest)
+PING_TOKENS = 128  # of reasoning without a delta; then an event says that the answer goes on
 SIGNATURE = "unsigned"  # of a thinking block: clients demand one and send it back, nothing here depends on it
 
 
@@ -38,7 +41,7 @@ class OpenBlock:
         self.segment, self.kind = segment, kind
         self.started = False
         self.stops = StopMatcher(stops)
-        self.sealed: list[str] = []  # reasoning that only the signature will hold
+        self.unshown: list[str] = []  # reasoning without a delta
 
 
 class MessagesChoice:
@@ -57,9 +60,13 @@ class MessagesChoice:
         stops: StopStrings,
         tokenizer: Tokenizer,
         prefilled: Sequence[int],
+        keep: Callable[[dict[str, bytes]], None],
     ) -> None:
         """`max_tokens`: what is asked for, or as much of it as the context holds. `prefilled`: tokens of the answer
-        that stand in the prompt."""
+        that stand in the prompt.
+
+        `keep` is called at the end with the reasoning before each call, by the call's id, where the client got none.
+        """
         self.completion_tokens = self.cached_tokens = self.reasoning_tokens = 0
         self._shows_thinking, self._seals_thinking = request.shows_thinking, request.seals_thinking
         self._max_calls = 1 if request.choice.disable_parallel_tool_use else MAX_TOOL_CALLS
@@ -70,6 +77,10 @@ class MessagesChoice:
         self._events: list[JsonObject] = []  # not taken yet
         self._index = 0  # of the block in progress, or the next
         self._calls = 0
+        self._silent_tokens = 0  # since the last event
+        self._keep = keep
+        self._unkept: list[str] = []  # texts of reasoning since the last call
+        self._kept: dict[str, bytes] = {}
         self._block: OpenBlock | None = None
         self._stop_sequence: str | None = None
         self._ended = False  # by a stop sequence, or before a call too many
@@ -101,6 +112,11 @@ class MessagesChoice:
             stop: JsonObject = {"stop_reason": stop_reason, "stop_sequence": self._stop_sequence, "stop_details": None}
             self._events.append({"type": "message_delta", "delta": stop, "usage": self._usage()})
             self._events.append({"type": "message_stop"})
+            if self._kept:
+                self._keep(self._kept)
+        self._silent_tokens = 0 if self._events else self._silent_tokens + len(delta.tokens)
+        if self._silent_tokens >= PING_TOKENS:
+            self._events, self._silent_tokens = [{"type": "ping"}], 0
         events, self._events = self._events, []
         return TypedEvents(events, finish_reason)
 
@@ -130,12 +146,13 @@ class MessagesChoice:
                 self._stop_sequence, self._ended = block.stops.stop_string, True
         elif block.kind == "tool_use":
             self._add("input_json_delta", "partial_json", event.text)
-        elif self._seals_thinking:
-            self._start(block, {"type": "thinking", "thinking": "", "signature": ""})
-            block.sealed.append(event.text)
-        elif self._shows_thinking:
-            self._start(block, {"type": "thinking", "thinking": "", "signature": ""})
-            self._add("thinking_delta", "thinking", event.text)
+        else:
+            if self._shows_thinking:
+                self._start(block, {"type": "thinking", "thinking": "", "signature": ""})
+            if self._shows_thinking and not self._seals_thinking:
+                self._add("thinking_delta", "thinking", event.text)
+            else:
+                block.unshown.append(event.text)
 
     def _open(self, segment: Segment) -> None:
         """Begin the block of a message; none for a call too many, which ends the answer."""
@@ -148,6 +165,9 @@ class MessagesChoice:
         if is_call:
             self._calls += 1
             id = f"toolu_{secrets.token_hex(12)}"
+            if self._unkept:
+                self._kept[id] = "\n\n".join(self._unkept).encode()
+                self._unkept = []
             self._start(block, {"type": "tool_use", "id": id, "name": segment.function, "input": {}})
         elif segment.kind == "hidden":
             self._add_text(block, segment.told)
@@ -159,10 +179,13 @@ class MessagesChoice:
             return
         if block.kind == "text":
             self._add_text(block, block.stops.finish())
+        unshown = "".join(block.unshown)
+        if unshown and not block.started:
+            self._unkept.append(unshown)
         if not block.started:
             return
         if block.kind == "thinking":
-            self._add("signature_delta", "signature", sealed("".join(block.sealed)) if block.sealed else SIGNATURE)
+            self._add("signature_delta", "signature", sealed(unshown) if unshown else SIGNATURE)
         self._events.append({"type": "content_block_stop", "index": self._index})
         self._index += 1
 
@@ -198,10 +221,12 @@ class MessagesFormat(TypedFormat):
 
 def add_routes(app: FastAPI, service: Service) -> None:
     """Add the routes of this file to `app`."""
+    server = service.server
+    store = ResponseStore(server.stored_responses, server.stored_bytes, server.stored_seconds)
 
     @app.post("/v1/messages", openapi_extra=documented(MessagesRequest, (JSON, EVENTS)))
     async def messages(request: Request) -> Response:
-        return await create(service, request)
+        return await create(service, store, request)
 
     @app.post("/v1/messages/count_tokens", openapi_extra=documented(CountRequest))
     async def count_tokens(request: Request) -> Response:
@@ -210,13 +235,12 @@ def add_routes(app: FastAPI, service: Service) -> None:
         service.require_ready()
         count, headers = parsed(body, CountRequest)
         service.require_ready(count.model)
-        prompt, prefilled = await prompt_of(
-            service, count, len(body), count.functions, limit=service.server.max_body_bytes
-        )
+        owner, limit = request.scope["key_digest"], server.max_body_bytes
+        prompt, prefilled = await prompt_of(service, store, owner, count, len(body), count.functions, limit)
         return json_response({"input_tokens": len(prompt) + len(prefilled)}, headers)
 
 
-async def create(service: Service, http_request: Request) -> Response:
+async def create(service: Service, store: ResponseStore, http_request: Request) -> Response:
     """Answers a request for a message. Raises ApiError."""
     body = await http_request.body()
     service.require_ready()
@@ -225,21 +249,29 @@ async def create(service: Service, http_request: Request) -> Response:
         raise ApiError(400, "no thread is kept: send all messages, without it", "thread", THREAD_UNSUPPORTED)
     ready = service.require_ready(request.model)
     functions = request.functions
-    prompt, prefilled = await prompt_of(service, request, len(body), functions, ready.max_context)
+    owner: bytes = http_request.scope["key_digest"]
+    prompt, prefilled = await prompt_of(service, store, owner, request, len(body), functions, ready.max_context)
     prompt += prefilled
     # As in Anthropic's API, an answer may be cut by the context: a client need not know how long its prompt is.
     max_tokens = max(1, min(request.max_tokens, ready.max_context - len(prompt)))
     sampling = sampling_params(request.sampling(max_tokens), len(prompt), ready)
     check_tokens(prompt, ready, "messages")
     stops = StopStrings(request.stop_sequences or [])
+    id = f"msg_{secrets.token_hex(12)}"
+
+    def keep(reasoning: dict[str, bytes]) -> None:
+        store.put(owner, id, Stored(b"", b"", reasoning))
+
     generation = service.submit(
         [(prompt, sampling)],
         1,
-        lambda *_: MessagesChoice(request, functions, len(prompt), max_tokens, stops, service.tokenizer, prefilled),
+        lambda *_: MessagesChoice(
+            request, functions, len(prompt), max_tokens, stops, service.tokenizer, prefilled, keep
+        ),
         cache_salt(http_request.scope, None),
     )
     message: JsonObject = {
-        "id": f"msg_{secrets.token_hex(12)}",
+        "id": id,
         "type": "message",
         "role": "assistant",
         "model": service.model_name,
@@ -268,23 +300,37 @@ def parsed(body: bytes, kind: type[AnyRequest]) -> tuple[AnyRequest, dict[str, s
 
 
 async def prompt_of(
-    service: Service, request: CountRequest, body_bytes: int, functions: list[Function], limit: int
+    service: Service,
+    store: ResponseStore,
+    owner: bytes,
+    request: CountRequest,
+    body_bytes: int,
+    functions: list[Function],
+    limit: int,
 ) -> tuple[list[int], list[int]]:
     """The prompt up to `<|start|>assistant`, and the tokens of the answer that follow it there: the header of a
     demanded call, or the text of a last message of the assistant, which the model is to go on with.
 
     Encoding stops soon after `limit` tokens. Raises ApiError 400.
     """
-    turns, tokenizer = request.turns(), service.tokenizer
+    size, tokenizer = body_bytes, service.tokenizer
+
+    def reasoning_before(call_id: str) -> str:
+        nonlocal size
+        kept = store.item(owner, call_id) or b""
+        size += len(kept)
+        return kept.decode()
+
+    turns = request.turns(reasoning_before)
     prefilled: list[int] = []
     last = turns[-1] if turns else None
     if request.choice.type in ("any", "tool"):
         names = [request.choice.name] if request.choice.name else [function.name for function in functions]
         prefilled = demanded_call(tokenizer, names)
     elif last and last.role == "assistant" and last.content and not last.calls:
-        turns, prefilled = await continued(body_bytes, turns, tokenizer, limit)
+        turns, prefilled = await continued(size, turns, tokenizer, limit)
     places = [f"tools[{i}].input_schema" for i, tool in enumerate(request.tools or []) if tool.is_function]
-    return await rendered(service, body_bytes, turns, functions, request.effort, limit, places), prefilled
+    return await rendered(service, size, turns, functions, request.effort, limit, places), prefilled
 
 
 def whole_message(message: JsonObject, events: list[JsonObject]) -> JsonObject:

@@ -272,6 +272,7 @@ MESSAGES = Route(
     [
         {"messages": USER, "max_tokens": 500},
         {"messages": BLOCKS, "max_tokens": 500, "tools": ANTHROPIC_TOOLS, "stop_sequences": ["te", "json"]},
+        {"messages": USER, "max_tokens": 500, "tools": ANTHROPIC_TOOLS, "thinking": {"type": "enabled"}},
         {"messages": USER, "max_tokens": 9, "tools": ANTHROPIC_TOOLS, "tool_choice": {"type": "any"}},
         {"messages": USER, "max_tokens": 500, "tools": ANTHROPIC_TOOLS, "tool_choice": {"type": "tool", "name": "now"}},
         {"messages": USER, "max_tokens": 500, "thinking": {"type": "adaptive", "display": "omitted"}},

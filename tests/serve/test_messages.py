@@ -1,6 +1,7 @@
 """Anthropic's Messages API through its official client: create, stream, tools, thinking sent back, counts, refusals."""
 
 import contextlib
+import itertools
 import json
 
 import anthropic
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
+from conf.limits import CHANNEL
 from serve.conversation import sealed
 from serve.harmony import Call, Function, Turn, any_call_header, call_header, render
 from tests.fakes import FakeEngine
@@ -24,6 +26,8 @@ TOOLS = [
     {"name": "now", "input_schema": {"type": "object", "properties": {}}},
 ]
 FUNCTIONS = [Function("get_weather", "Weather.", SCHEMA), Function("now", "", {"type": "object", "properties": {}})]
+
+THINKING = {"type": "adaptive"}
 
 EVENT, ERROR, MESSAGE = TypeAdapter(RawMessageStreamEvent), TypeAdapter(ErrorResponse), TypeAdapter(Message)
 
@@ -107,7 +111,7 @@ def anonymous(message: dict) -> dict:
 
 
 def test_a_message_has_its_thinking_and_its_text_as_blocks(serve, harmony):
-    message = create(serve(FakeEngine(harmony(ANSWER))))
+    message = create(serve(FakeEngine(harmony(ANSWER))), thinking=THINKING)
     thinking, text = message.content
     assert (thinking.type, thinking.thinking) == ("thinking", "Look it up.")
     assert thinking.signature
@@ -136,8 +140,8 @@ def test_a_stream_through_the_client_is_the_whole_message(serve, harmony, step):
     engine = FakeEngine(harmony(THINKS + PREAMBLE + CALLS))
     engine.step = step
     live = serve(engine)
-    whole = create(live, tools=TOOLS)
-    body = {"model": MODEL, "max_tokens": 500, "messages": USER, "tools": TOOLS}
+    whole = create(live, tools=TOOLS, thinking=THINKING)
+    body = {"model": MODEL, "max_tokens": 500, "messages": USER, "tools": TOOLS, "thinking": THINKING}
     with client(live).messages.stream(**body) as stream:
         streamed = stream.get_final_message()
     assert anonymous(streamed.to_dict(mode="json")) | {"usage": 0} == anonymous(whole.to_dict(mode="json")) | {
@@ -150,7 +154,7 @@ def test_a_stream_through_the_client_is_the_whole_message(serve, harmony, step):
 
 def test_a_stream_has_the_events_of_the_api_in_order(serve, harmony):
     live = serve(FakeEngine(harmony(ANSWER)))
-    response = post(live, stream=True)
+    response = post(live, thinking=THINKING, stream=True)
     assert response.headers["content-type"].startswith("text/event-stream")
     kinds = [line.removeprefix("event: ") for line in response.text.splitlines() if line.startswith("event: ")]
     assert kinds[:2] == ["message_start", "ping"]
@@ -165,7 +169,7 @@ def test_every_message_of_the_model_is_a_block_in_its_order(serve, harmony):
     second = f"<|channel|>analysis<|message|>And the time.{NEXT}"
     time = "<|channel|>commentary to=functions.now<|message|>{}<|call|>"
     live = serve(FakeEngine(harmony(THINKS + PREAMBLE + second + CALLS.replace("<|call|>", NEXT) + time)))
-    message = create(live, tools=TOOLS)
+    message = create(live, tools=TOOLS, thinking=THINKING)
     assert [block.type for block in message.content] == ["thinking", "text", "thinking", "tool_use", "tool_use"]
     assert [block.input for block in message.content[3:]] == [{"place": "Oslo"}, {}]
     assert len({block.id for block in message.content[3:]}) == 2
@@ -173,7 +177,7 @@ def test_every_message_of_the_model_is_a_block_in_its_order(serve, harmony):
 
 
 def test_an_answer_cut_by_max_tokens_says_so(serve, harmony):
-    message = create(serve(FakeEngine(harmony(ANSWER))), max_tokens=5)
+    message = create(serve(FakeEngine(harmony(ANSWER))), max_tokens=5, thinking=THINKING)
     assert [block.type for block in message.content] == ["thinking"]
     assert message.stop_reason == "max_tokens"
 
@@ -194,11 +198,11 @@ def test_a_stop_sequence_ends_the_answer_and_is_named(serve, harmony, step):
     engine = FakeEngine(harmony(ANSWER.replace("Look it up", "It is cold")))
     engine.step = step
     live = serve(engine)
-    whole = create(live, stop_sequences=["warm", "cold"])
+    whole = create(live, stop_sequences=["warm", "cold"], thinking=THINKING)
     assert whole.content[0].thinking == "It is cold."  # not looked for in reasoning
     assert whole.content[1].text == "It is "
     assert (whole.stop_reason, whole.stop_sequence) == ("stop_sequence", "cold")
-    message = assembled(events(post(live, stop_sequences=["warm", "cold"], stream=True)))
+    message = assembled(events(post(live, stop_sequences=["warm", "cold"], thinking=THINKING, stream=True)))
     assert message["content"][1]["text"] == "It is "
     assert (message["stop_reason"], message["stop_sequence"]) == ("stop_sequence", "cold")
 
@@ -210,13 +214,22 @@ def test_text_that_only_begins_a_stop_sequence_is_shown(serve, harmony):
     assert message.stop_reason == "end_turn"
 
 
-def test_with_thinking_disabled_no_thinking_is_shown(serve, harmony):
+@pytest.mark.parametrize("thinking", [{}, {"thinking": {"type": "disabled"}}])
+def test_thinking_that_was_not_asked_for_is_not_shown(serve, harmony, thinking):
     live = serve(FakeEngine(harmony(ANSWER)))
-    message = create(live, thinking={"type": "disabled"})
+    message = create(live, **thinking)
     assert [block.type for block in message.content] == ["text"]
     assert message.usage.output_tokens_details.thinking_tokens == 4
-    streamed = assembled(events(post(live, thinking={"type": "disabled"}, stream=True)))
+    streamed = assembled(events(post(live, **thinking, stream=True)))
     assert [block["type"] for block in streamed["content"]] == ["text"]
+
+
+def test_a_stream_says_now_and_then_that_the_model_is_still_thinking(serve, harmony):
+    live = serve(FakeEngine(harmony(THINKS.replace("it", "it " * 500) + "<|channel|>final<|message|>Cold.<|return|>")))
+    for thinking in (None, THINKING | {"display": "omitted"}):
+        text = post(live, max_tokens=900, thinking=thinking, stream=True).text
+        assert 3 <= text.count("event: ping") <= 5
+    assert post(live, max_tokens=900, thinking=THINKING, stream=True).text.count("event: ping") == 1
 
 
 # --- tools ---
@@ -225,12 +238,12 @@ def test_with_thinking_disabled_no_thinking_is_shown(serve, harmony):
 def test_a_call_of_several_turns_with_thinking_sent_back(serve, harmony, tokenizer):
     replies = iter([THINKS + PREAMBLE + CALLS, ANSWER])
     live = serve(FakeEngine(lambda prompt, sampling: harmony(next(replies))))
-    first = create(live, system="Be brief.", tools=TOOLS)
+    first = create(live, system="Be brief.", tools=TOOLS, thinking=THINKING)
     assert first.stop_reason == "tool_use"
     call = first.content[-1]
     result = {"type": "tool_result", "tool_use_id": call.id, "content": [{"type": "text", "text": "-5"}]}
     history = [*USER, {"role": "assistant", "content": first.content}, {"role": "user", "content": [result]}]
-    second = create(live, system="Be brief.", tools=TOOLS, messages=history)
+    second = create(live, system="Be brief.", tools=TOOLS, messages=history, thinking=THINKING)
     assert second.content[-1].text == "It is cold, say they."
     turns = [
         Turn("system", "Be brief."),
@@ -242,10 +255,77 @@ def test_a_call_of_several_turns_with_thinking_sent_back(serve, harmony, tokeniz
     assert "Look it up." in tokenizer.decode(live.engine.submitted[1][0], False)
 
 
+TIME = "<|channel|>commentary to=functions.now<|message|>{}<|call|>"
+AGAIN = f"<|channel|>analysis<|message|>And the time.{NEXT}"
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        THINKS + CALLS,
+        THINKS + PREAMBLE + CALLS,
+        PREAMBLE + THINKS + AGAIN + CALLS,
+        THINKS + PREAMBLE + AGAIN + CALLS,
+        THINKS + CALLS.replace("<|call|>", NEXT) + TIME,
+        THINKS + CALLS.replace("<|call|>", NEXT) + AGAIN + TIME,
+        THINKS + CALLS.replace("<|call|>", NEXT) + PREAMBLE + AGAIN + TIME,
+        CALLS,
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_thinking_that_was_not_shown_is_told_to_the_model_as_if_it_had_come_back(serve, harmony, written, stream):
+    live = serve(FakeEngine(harmony(written)))
+    prompts = []
+    for thinking in (None, {"type": "disabled"}, THINKING):
+        effort = {"output_config": {"effort": "low"}, "thinking": thinking}
+        response = post(live, tools=TOOLS, stream=stream, **effort)
+        content = with_inputs(assembled(events(response)))["content"] if stream else response.json()["content"]
+        assert (thinking is THINKING and "analysis" in written) == ("thinking" in {block["type"] for block in content})
+        calls = [block for block in content if block["type"] == "tool_use"]
+        results = [{"type": "tool_result", "tool_use_id": call["id"], "content": "-5"} for call in calls]
+        history = [*USER, {"role": "assistant", "content": content}, {"role": "user", "content": results}]
+        assert post(live, tools=TOOLS, messages=history, **effort).status_code == 200
+        prompt = live.engine.submitted[-1][0]
+        prompts.append(prompt)
+        count = {"tools": TOOLS, "messages": history, **effort}
+        assert live.http.post("/v1/messages/count_tokens", json=count).json() == {"input_tokens": len(prompt)}
+        # Only while the loop of calls goes on, which a final answer ends.
+        ended = [*history, {"role": "assistant", "content": "Cold."}, *USER]
+        post(live, tools=TOOLS, messages=ended, **effort)
+        assert harmony("analysis<|message|>")[0] not in [
+            after for before, after in itertools.pairwise(live.engine.submitted[-1][0]) if before == CHANNEL
+        ]
+    assert prompts[0] == prompts[1] == prompts[2]
+
+
+def test_thinking_that_was_not_shown_is_kept_within_bounds_and_for_its_owner(serve, harmony, tokenizer, tmp_path):
+    (tmp_path / "keys").write_text("one\ntwo\n")
+
+    def told(live, key, call, repeat=1) -> int:
+        result = {"type": "tool_result", "tool_use_id": call.id, "content": "-5"}
+        turn = [{"role": "assistant", "content": [call] * repeat}, {"role": "user", "content": [result]}]
+        client(live, key).messages.create(model=MODEL, max_tokens=5, messages=[*USER, *turn], tools=TOOLS)
+        return tokenizer.decode(live.engine.submitted[-1][0], False).count("Look it up.")
+
+    def call_of(live):
+        return client(live, "one").messages.create(model=MODEL, max_tokens=500, messages=USER, tools=TOOLS).content[-1]
+
+    live = serve(FakeEngine(harmony(THINKS + CALLS)), api_key_file=str(tmp_path / "keys"), stored_responses=2)
+    first = call_of(live)
+    assert told(live, "one", first) == 1
+    assert told(live, "one", first, repeat=3) == 1
+    assert told(live, "two", first) == 0
+    for _ in range(2):
+        call_of(live)
+    assert told(live, "one", first) == 0  # the oldest went
+    off = serve(FakeEngine(harmony(THINKS + CALLS)), api_key_file=str(tmp_path / "keys"), stored_responses=0)
+    assert told(off, "one", call_of(off)) == 0
+
+
 def test_the_thinking_of_a_finished_turn_is_not_told_again(serve, harmony, tokenizer):
     replies = iter([ANSWER, ANSWER])
     live = serve(FakeEngine(lambda prompt, sampling: harmony(next(replies))))
-    first = create(live)
+    first = create(live, thinking=THINKING)
     create(live, messages=[*USER, {"role": "assistant", "content": first.content}, *USER])
     assert "Look it up." not in tokenizer.decode(live.engine.submitted[1][0], False)
 
@@ -608,7 +688,7 @@ def test_a_key_may_come_in_either_header(serve, harmony, tmp_path):
     for headers in ({"x-api-key": "first"}, {"Authorization": "Bearer second"}):
         response = live.http.post("/v1/messages", json={"max_tokens": 5, "messages": USER}, headers=headers)
         assert response.status_code == 200
-    assert client(live, "second").messages.create(model=MODEL, max_tokens=5, messages=USER).content
+    assert client(live, "second").messages.create(model=MODEL, max_tokens=50, messages=USER).content
     with pytest.raises(anthropic.AuthenticationError):
         client(live, "third").messages.create(model=MODEL, max_tokens=5, messages=USER)
 
@@ -633,7 +713,7 @@ def test_whatever_the_model_writes_a_stream_is_the_whole_message(serve, harmony)
         pieces=PIECES,
         step=st.integers(1, 9),
         parallel=st.booleans(),
-        thinking=st.sampled_from([None, {"type": "disabled"}, {"type": "adaptive", "display": "omitted"}]),
+        thinking=st.sampled_from([None, {"type": "disabled"}, THINKING, THINKING | {"display": "omitted"}]),
         choice=st.sampled_from(["auto", "any", "none"]),
         most=st.integers(1, 200),
     )
