@@ -50,9 +50,13 @@ _ERRORS: JsonObject = {
 }
 
 
-def documented(request: type[msgspec.Struct] | None = None, answers: Sequence[str] = (JSON,)) -> dict[str, Any]:
-    """A route's `openapi_extra`: the type of its body, and the media types of its answers."""
-    return {"request": request, "answers": answers}
+def documented(
+    request: type[msgspec.Struct] | None = None,
+    answers: Sequence[str] = (JSON,),
+    query: type[msgspec.Struct] | None = None,
+) -> dict[str, Any]:
+    """A route's `openapi_extra`: the type of its body, the media types of its answers, and the type of its query."""
+    return {"request": request, "answers": answers, "query": query}
 
 
 def document(routes: Iterable[BaseRoute], version: str, keys: bool) -> JsonObject:
@@ -69,10 +73,16 @@ def document(routes: Iterable[BaseRoute], version: str, keys: bool) -> JsonObjec
         operation: JsonObject = {"operationId": route.name}
         if route.description:
             operation["description"] = route.description
-        if names := list(route.param_convertors):
-            operation["parameters"] = [
-                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
-            ]
+        parameters: list[JsonObject] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+            for name in route.param_convertors
+        ]
+        if extra["query"]:
+            _, components = msgspec.json.schema_components([extra["query"]])
+            properties = components[extra["query"].__name__]["properties"]
+            parameters += [{"name": name, "in": "query", "schema": schema} for name, schema in properties.items()]
+        if parameters:
+            operation["parameters"] = parameters
         if extra["request"]:
             content = {JSON: {"schema": reference_of[extra["request"]]}}
             operation["requestBody"] = {"required": True, "content": content}

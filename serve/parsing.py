@@ -4,7 +4,7 @@ Knows field names and values; types and ranges are those of the request types in
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 import msgspec
@@ -89,16 +89,32 @@ def parse(body: bytes, kind: type[Request]) -> tuple[Request, dict[str, str]]:
     except RecursionError:
         raise ApiError(400, "the JSON body is nested too deeply") from None
     except msgspec.ValidationError as error:
-        message = str(error)
-        path = re.search(r"\$\.([^`]*)`", message)
-        missing = re.search(r"required field `(\w+)`", message)
-        param = ".".join(match[1].replace("[...]", "") for match in (path, missing) if match)
-        if path and message.startswith("Invalid enum value"):
-            message += allowed_values(kind, path[1])
-        raise ApiError(400, message.replace("$.", ""), param or None) from None
+        raise _does_not_fit(error, kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ApiError(400, f"the body is not valid JSON: {error}") from None
     return request, ignored_header(ignored)
+
+
+def parse_query(query: Mapping[str, str], kind: type[Request]) -> Request:
+    """The query of a URL -> the request; parameters that `kind` does not know change nothing.
+
+    Raises ApiError 400 naming the parameter.
+    """
+    try:
+        return msgspec.convert(dict(query), kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise _does_not_fit(error, kind) from None
+
+
+def _does_not_fit(error: msgspec.ValidationError, kind: type[msgspec.Struct]) -> ApiError:
+    """The answer to what is no `kind`."""
+    message = str(error)
+    path = re.search(r"\$\.([^`]*)`", message)
+    missing = re.search(r"required field `(\w+)`", message)
+    param = ".".join(match[1].replace("[...]", "") for match in (path, missing) if match)
+    if path and message.startswith("Invalid enum value"):
+        message += allowed_values(kind, path[1])
+    return ApiError(400, message.replace("$.", ""), param or None)
 
 
 def ignored_header(fields: Iterable[str]) -> dict[str, str]:

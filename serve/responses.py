@@ -73,6 +73,50 @@ class Item(msgspec.Struct, omit_defaults=True):
         return "".join(part.text or "" for part in parts) or unsealed(self.encrypted_content or "")
 
 
+def listed(items: Sequence[Item]) -> list[JsonObject]:
+    """The items of a conversation as the API lists them; those that came without an id are named by their position."""
+    return [_listed(item, item.id or f"item_{position}") for position, item in enumerate(items)]
+
+
+def _listed(item: Item, id: str) -> JsonObject:
+    told: JsonObject = msgspec.to_builtins(item) | {"id": id, "type": item.kind, "status": "completed"}
+    if item.kind == "reasoning":
+        return told | {"summary": []}
+    if item.kind == "message":
+        parts = [Part("text", item.content)] if isinstance(item.content, str) else item.content or []
+        told["content"] = [_listed_part(part, item.role == "assistant") for part in parts]
+    return told
+
+
+def _listed_part(part: Part, is_answer: bool) -> JsonObject:
+    if part.type == "refusal":
+        return {"type": "refusal", "refusal": part.refusal}
+    if is_answer:
+        return {"type": "output_text", "text": part.text, "annotations": [], "logprobs": []}
+    return {"type": "input_text", "text": part.text}
+
+
+class Page(msgspec.Struct):
+    """Which of the items in a list a client wants: the query of a GET."""
+
+    after: str | None = None  # the id of an item: those that follow it
+    limit: Annotated[int, Meta(ge=1, le=100)] = 20
+    order: Literal["asc", "desc"] = "desc"
+
+    def of(self, items: list[JsonObject]) -> JsonObject:
+        """The page as the API writes it. Raises ApiError 400 where there is no such item."""
+        items = items if self.order == "asc" else items[::-1]
+        if self.after is not None:
+            positions = [position for position, item in enumerate(items) if item["id"] == self.after]
+            if not positions:
+                raise ApiError(400, f"after: there is no item {self.after!r}", "after")
+            items = items[positions[-1] + 1 :]
+        page = items[: self.limit]
+        first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
+        has_more = len(items) > len(page)
+        return {"object": "list", "data": page, "first_id": first, "last_id": last, "has_more": has_more}
+
+
 class CustomFormat(msgspec.Struct, omit_defaults=True):
     """What a custom tool takes: any text, or what a grammar allows, which is told to the model."""
 

@@ -1,4 +1,4 @@
-"""POST /v1/responses, GET and DELETE /v1/responses/{id}: OpenAI's Responses API, a writer over harmony's messages.
+"""/v1/responses and what lies below it: OpenAI's Responses API, a writer over harmony's messages.
 
 Each message of the model becomes an item of its own, in order: analysis `reasoning`, text for the user `message`, a
 call `function_call` or `custom_tool_call`. A reply that is not streamed is what the last event of a stream holds.
@@ -7,6 +7,7 @@ call `function_call` or `custom_tool_call`. A reply that is not streamed is what
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -20,9 +21,9 @@ from serve.guard import cache_salt
 from serve.harmony import Event, Parser, Segment
 from serve.message import MAX_TOOL_CALLS, Logprob, LogprobReader
 from serve.openapi import EVENTS, JSON, documented
-from serve.parsing import IGNORED_HEADER, ignored_header, parse
+from serve.parsing import IGNORED_HEADER, ignored_header, parse, parse_query
 from serve.protocol import ApiError, JsonObject, unsupported
-from serve.responses import REFERENCE, Item, Offered, ResponsesRequest, custom_input
+from serve.responses import REFERENCE, Item, Offered, Page, ResponsesRequest, custom_input, listed
 from serve.sampling import check_tokens, sampling_params
 from serve.store import ResponseStore, Stored
 from serve.stream import EventStream, TypedEvents, TypedFormat, collected, json_response
@@ -286,9 +287,43 @@ def add_routes(app: FastAPI, service: Service) -> None:
             raise not_stored(service, id)
         return json_response({"id": id, "object": "response", "deleted": True})
 
+    @app.get("/v1/responses/{id}/input_items", openapi_extra=documented(query=Page))
+    async def input_items(request: Request, id: str) -> Response:
+        """What a response that is kept was the answer to: the conversation before it, page by page."""
+        kept = stored(service, store, request.scope["key_digest"], id)
+        items = msgspec.json.decode(kept.conversation, type=list[Item])
+        page = parse_query(request.query_params, Page)
+        return json_response(page.of(listed(items[: len(items) - len(kept.items)])))
 
-async def create(service: Service, store: ResponseStore, http_request: Request) -> Response:
-    """Answers a request for a response. Raises ApiError."""
+    @app.post("/v1/responses/{id}/cancel")
+    async def cancel(request: Request, id: str) -> Response:
+        """Refused: only responses that are made in the background are cancelled, and here none is."""
+        stored(service, store, request.scope["key_digest"], id)
+        raise ApiError(
+            400, f"{id!r} was not made in the background: a client ends such an answer by closing its connection", "id"
+        )
+
+    @app.post("/v1/responses/input_tokens", openapi_extra=documented(ResponsesRequest))
+    async def input_tokens(request: Request) -> Response:
+        """How many tokens the prompt of a response would have, also where that is more than the context holds."""
+        asked = await prepared(service, store, request, service.server.max_body_bytes)
+        return json_response({"object": "response.input_tokens", "input_tokens": len(asked.prompt)}, asked.headers)
+
+
+class Prepared(NamedTuple):
+    """A request, and what follows from it."""
+
+    request: ResponsesRequest
+    headers: dict[str, str]  # of the reply
+    is_stored: bool
+    items: list[Item]  # of the whole conversation
+    offered: dict[str, Offered]
+    prompt: list[int]
+    prefilled: list[int]  # the end of the prompt, which belongs to the answer
+
+
+async def prepared(service: Service, store: ResponseStore, http_request: Request, limit: int | None = None) -> Prepared:
+    """Reads a request. Encoding stops soon after `limit` tokens, by default those of the context. Raises ApiError."""
     body = await http_request.body()
     service.require_ready()
     request, headers = parse(body, ResponsesRequest)
@@ -297,15 +332,21 @@ async def create(service: Service, store: ResponseStore, http_request: Request) 
     is_stored = request.store is not False and service.server.stored_responses > 0
     unknown = headers.get(IGNORED_HEADER, "").split(", ") if headers else []
     headers = ignored_header({*unknown, *request.ignored(is_stored)})
-    owner: bytes = http_request.scope["key_digest"]
-    items, earlier, item_bytes = conversation(service, store, owner, request)
+    items, earlier, item_bytes = conversation(service, store, http_request.scope["key_digest"], request)
     offered = request.offered()
     prefilled = demanded_call(service.tokenizer, names) if (names := request.demanded(offered)) else []
     functions = [tool.function for tool in offered.values()]
     turns = request.turns(items, earlier)
     places = [tool.place for tool in offered.values()]
-    size, limit = len(body) + item_bytes, ready.max_context
-    prompt = await rendered(service, size, turns, functions, request.effort, limit, places) + prefilled
+    limit = ready.max_context if limit is None else limit
+    prompt = await rendered(service, len(body) + item_bytes, turns, functions, request.effort, limit, places)
+    return Prepared(request, headers, is_stored, items, offered, prompt + prefilled, prefilled)
+
+
+async def create(service: Service, store: ResponseStore, http_request: Request) -> Response:
+    """Answers a request for a response. Raises ApiError."""
+    request, headers, is_stored, items, offered, prompt, prefilled = await prepared(service, store, http_request)
+    ready = service.require_ready()
     sampling = sampling_params(request.sampling(ready.max_context - len(prompt)), len(prompt), ready)
     check_tokens(prompt, ready, "input")
     id = _new_id("resp")
@@ -318,6 +359,7 @@ async def create(service: Service, store: ResponseStore, http_request: Request) 
         "store": is_stored,
         **request.echo(),
     }
+    owner: bytes = http_request.scope["key_digest"]
 
     def keep(whole: JsonObject) -> None:
         if is_stored and isinstance(whole["output"], list):

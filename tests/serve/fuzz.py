@@ -300,6 +300,7 @@ GENERATING = (COMPLETIONS, CHAT, MESSAGES, RESPONSES)  # a new endpoint joins he
 ROUTES = (
     *GENERATING,
     Route("/v1/messages/count_tokens", CountRequest, [{"messages": BLOCKS, "tools": ANTHROPIC_TOOLS}]),
+    Route("/v1/responses/input_tokens", ResponsesRequest, RESPONSES.bodies),
     Route("/tokenize", TokenizeRequest, [{"prompt": "Hello"}, {"messages": HISTORY, "tools": TOOLS}]),
     Route("/detokenize", DetokenizeRequest, [{"tokens": [1, 2, 200002]}]),
 )

@@ -19,6 +19,7 @@ BODIES = {
     "/v1/messages": {"messages": USER, "max_tokens": 5, "system": [{"type": "text", "text": "x"}]},
     "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]},
     "/v1/responses": {"input": [{"role": "user", "content": "x"}], "tools": [{"type": "custom", "name": "f"}]},
+    "/v1/responses/input_tokens": {"input": "x", "instructions": "y"},
     "/tokenize": {"prompt": "Hello"},
     "/detokenize": {"tokens": [1, 2]},
 }
@@ -66,7 +67,10 @@ def test_the_document_is_valid(live):
     identifiers = [operation["operationId"] for _, _, operation in operations(described)]
     assert len(set(identifiers)) == len(identifiers)
     for path, _, operation in operations(described):
-        assert re.findall(r"{(\w+)}", path) == [parameter["name"] for parameter in operation.get("parameters", [])]
+        parameters = operation.get("parameters", [])
+        assert re.findall(r"{(\w+)}", path) == [entry["name"] for entry in parameters if entry["in"] == "path"]
+        for parameter in parameters:
+            Draft202012Validator.check_schema(parameter["schema"])
 
 
 def test_every_route_is_described(live):
@@ -78,7 +82,13 @@ def test_every_route_is_described(live):
     }
     described = operations(document(live))
     assert {(path, method) for path, method, _ in described} == routes
-    assert all("requestBody" in operation for _, method, operation in described if method == "post")
+    assert all("requestBody" in of for path, method, of in described if method == "post" and "cancel" not in path)
+
+
+def test_a_query_is_described(live):
+    (_, *query) = document(live)["paths"]["/v1/responses/{id}/input_items"]["get"]["parameters"]
+    assert [(entry["name"], entry["in"]) for entry in query] == [(n, "query") for n in ("after", "limit", "order")]
+    assert query[2]["schema"]["enum"] == ["asc", "desc"]
 
 
 def test_there_is_no_page_of_documentation(live):

@@ -169,7 +169,11 @@ def test_n_times_prompts_is_capped(live):
     ],
 )
 @pytest.mark.parametrize(
-    "path", ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize"]
+    "path",
+    [
+        *("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/responses/input_tokens"),
+        *("/tokenize", "/detokenize"),
+    ],
 )
 def test_a_body_that_is_no_json_object_is_refused(live, path, body):
     assert error(live.http.post(path, content=body), 400)["type"] == "invalid_request_error"

@@ -7,7 +7,7 @@ import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from openai.types.responses import Response, ResponseStreamEvent
+from openai.types.responses import Response, ResponseItem, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
 from serve.conversation import sealed
@@ -41,6 +41,7 @@ PATCHES = '<|channel|>commentary to=functions.patch <|constrain|>json<|message|>
 FINDS = '<|channel|>commentary to=functions.crm.find <|constrain|>json<|message|>{"place": "Oslo"}<|call|>'
 
 EVENT, RESPONSE = TypeAdapter(ResponseStreamEvent), TypeAdapter(Response)
+LISTED = TypeAdapter(list[ResponseItem])
 DELTAS = {
     "response.output_text.delta": ("message", "text"),
     "response.reasoning_text.delta": ("reasoning", "text"),
@@ -518,6 +519,79 @@ def test_a_response_that_is_kept_can_be_read_and_forgotten(serve, harmony, strea
             forgotten(whole["id"])
     missing = refusal(post(live, previous_response_id=whole["id"]), 400, "previous_response_id")
     assert (missing["code"], missing["type"]) == ("previous_response_not_found", "invalid_request_error")
+
+
+def test_what_a_response_was_the_answer_to_is_listed_page_by_page(serve, harmony):
+    replies = iter([THINKS + PREAMBLE + CALLS, PATCHES, ANSWER, ANSWER])
+    live = serve(FakeEngine(lambda prompt, sampling: harmony(next(replies))))
+    client = live.openai().responses
+    refused = {"type": "message", "role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}
+    first = create(live, tools=TOOLS, input=[refused, *USER])
+    answers = [
+        {"type": "function_call_output", "call_id": first.output[-1].call_id, "output": "-5"},
+        {"role": "user", "content": [{"type": "input_text", "text": "Patch"}, {"type": "input_text", "text": " it"}]},
+    ]
+    second = create(live, tools=TOOLS, input=answers, previous_response_id=first.id)
+    answers.append({"type": "custom_tool_call_output", "call_id": second.output[-1].call_id, "output": "done"})
+    third = create(live, tools=TOOLS, input=answers[-1:], previous_response_id=second.id)
+
+    def listed(id, **query) -> list[dict]:
+        pages = client.input_items.list(id, **query)
+        return [item.to_dict(mode="json") for item in pages]  # of all pages
+
+    items = listed(third.id, order="asc")
+    LISTED.validate_python(items, strict=True)
+    assert [item["type"] for item in items] == [
+        *("message", "message", "reasoning", "message", "function_call"),
+        *("function_call_output", "message", "custom_tool_call", "custom_tool_call_output"),
+    ]
+    assert [item["content"][0].get("text") for item in items if item["type"] == "message"] == [
+        *(None, QUESTION, "One moment.", "Patch")
+    ]
+    assert items[2]["content"][0]["text"] == "Look it up."
+    assert items[4]["id"] == first.output[-1].id
+    for size in (1, 2, 4, 9, 100):
+        assert listed(third.id, order="asc", limit=size) == items
+        assert listed(third.id, limit=size) == items[::-1]
+    assert listed(first.id, order="asc") == items[:2]
+    page = live.http.get(f"/v1/responses/{third.id}/input_items?limit=2").json()
+    assert (page["first_id"], page["last_id"], page["has_more"]) == (items[-1]["id"], items[-2]["id"], True)
+    after = live.http.get(f"/v1/responses/{third.id}/input_items?after={items[0]['id']}").json()
+    assert (after["data"], after["first_id"], after["has_more"]) == ([], None, False)
+    create(live, tools=TOOLS, input=items)  # they may be sent back
+    assert live.engine.submitted[-1][0] == live.engine.submitted[-2][0]
+
+
+@pytest.mark.parametrize(
+    ("query", "param"), [("limit=0", "limit"), ("limit=x", "limit"), ("order=up", "order"), ("after=none", "after")]
+)
+def test_a_page_that_cannot_be_is_refused_by_name(serve, harmony, query, param):
+    live = serve(FakeEngine(harmony(ANSWER)))
+    id = create(live).id
+    refusal(live.http.get(f"/v1/responses/{id}/input_items?{query}"), 400, param)
+    refusal(live.http.get("/v1/responses/resp_0/input_items"), 404, "id")
+
+
+def test_a_response_cannot_be_cancelled_since_none_is_made_in_the_background(serve, harmony):
+    live = serve(FakeEngine(harmony(ANSWER)))
+    client = live.openai().responses
+    with pytest.raises(openai.BadRequestError, match="background"):
+        client.cancel(create(live).id)
+    with pytest.raises(openai.NotFoundError, match="resp_0"):
+        client.cancel("resp_0")
+
+
+@pytest.mark.parametrize("extra", [{}, {"tools": TOOLS}, {"tools": TOOLS, "tool_choice": "required"}])
+def test_input_tokens_are_those_that_the_response_is_charged(serve, harmony, extra):
+    live = serve(FakeEngine(harmony(ANSWER)))
+    first = create(live)
+    body = {"input": "And now?", "previous_response_id": first.id, "instructions": "Be brief.", **extra}
+    count = live.openai().responses.input_tokens.count(model=MODEL, **body)
+    assert count.object == "response.input_tokens"
+    assert len(live.engine.submitted) == 1
+    assert create(live, **body).usage.input_tokens == count.input_tokens
+    # also beyond the context
+    assert live.openai().responses.input_tokens.count(input="word " * 3000).input_tokens > 3000
 
 
 def test_what_is_not_to_be_kept_is_not(serve, harmony):
