@@ -531,6 +531,8 @@ class Fuzz:
             assert answer is None, "it should have been refused"
             return False
         whole = await self._ask(draw, route, json.dumps(fields | {"stream": False}).encode())
+        if route in (COMPLETIONS, CHAT) and fields.get("prompt_logprobs") is not None:
+            return whole is not None  # which has no stream
         if route is not MESSAGES:
             fields.setdefault("stream_options", {"include_usage": True})
         streamed = await self._ask(draw, route, json.dumps(fields | {"stream": True}).encode())
