@@ -234,7 +234,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
         body = await request.body()
         service.require_ready()
         count, headers = parsed(body, CountRequest)
-        service.require_ready(count.model)
+        service.require_ready(count.model or None)
         owner, limit = request.scope["key_digest"], server.max_body_bytes
         prompt, prefilled = await prompt_of(service, store, owner, count, len(body), count.functions, limit)
         return json_response({"input_tokens": len(prompt) + len(prefilled)}, headers)
@@ -247,7 +247,7 @@ async def create(service: Service, store: ResponseStore, http_request: Request) 
     request, headers = parsed(body, MessagesRequest)
     if request.thread is not None:
         raise ApiError(400, "no thread is kept: send all messages, without it", "thread", THREAD_UNSUPPORTED)
-    ready = service.require_ready(request.model)
+    ready = service.require_ready(request.model or None)
     functions = request.functions
     owner: bytes = http_request.scope["key_digest"]
     prompt, prefilled = await prompt_of(service, store, owner, request, len(body), functions, ready.max_context)

@@ -516,6 +516,13 @@ def test_count_tokens_counts_what_the_message_is_charged(serve, harmony, extra):
     assert count.input_tokens == usage.input_tokens + usage.cache_read_input_tokens
 
 
+def test_an_empty_model_is_the_one_that_is_served(serve, harmony):
+    live = serve(FakeEngine(harmony(ANSWER)))
+    assert post(live, model="").json()["model"] == MODEL
+    count = {"model": "", "messages": USER}
+    assert live.http.post("/v1/messages/count_tokens", json=count).status_code == 200
+
+
 def test_count_tokens_counts_beyond_the_context(serve, harmony):
     live = serve(FakeEngine([]))
     long = [{"role": "user", "content": "word " * 3000}]
@@ -732,6 +739,12 @@ def test_whatever_the_model_writes_a_stream_is_the_whole_message(serve, harmony)
         MESSAGE.validate_json(whole.content, strict=True)
         streamed = assembled(events(post(live, **body, stream=True)))
         assert anonymous(with_inputs(streamed)) == anonymous(whole.json())
+        content = whole.json()["content"]
+        calls = [block["id"] for block in content if block["type"] == "tool_use"]
+        results = [{"type": "tool_result", "tool_use_id": id, "content": "x"} for id in calls]
+        history = [*USER, {"role": "assistant", "content": content}, {"role": "user", "content": results}]
+        sent_back = post(live, messages=history)
+        assert sent_back.status_code == 200, sent_back.text
 
     holds()
 
