@@ -14,7 +14,6 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import hydra
 import uvicorn
@@ -26,16 +25,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf.limits import PAGE_TOKENS
 from conf.schema import Config, ConfigError, load, one_line, register
-from engine.lifetime import RankProcess
+from engine.lifetime import Child, rank_process
 from engine.messages import Ready
 from engine.run_folder import RunFolder
 from serve.app import create_app
 from serve.client import EngineClient
 from serve.connection import RESERVED, protocol_of
 from serve.logs import RateLimit
+from serve.workers import Workers
 
 OWN_FILES = 64  # sockets, pipes and logs beside connections
-ENCODERS = 2  # threads that encode large prompts
 SWITCH_SECONDS = 0.001  # a thread keeps the interpreter's lock; five times as long by default
 BACKLOG = 2048  # connections that wait to be accepted
 FLUSH_SECONDS = 3  # for answers that say why, once the engine is lost
@@ -64,10 +63,10 @@ async def serve(config: Config) -> int:
     """Serve until a signal or a dead rank; the process's exit status. Raises ConfigError."""
     allow_files(config.server.max_connections)
     listener = listen(config.server.host, config.server.port)
-    run_folder = RunFolder()
+    run_folder, workers = RunFolder(), Workers()
     client = EngineClient(run_folder.path, config.server.step_deadline, summarize(config))
     try:
-        app = create_app(client, config.server, config.model.name)
+        app = create_app(client, config.server, config.model.name, workers)
     except (OSError, ValueError) as error:
         run_folder.remove()
         raise ConfigError(f"server.api_key_file: {error}") from error
@@ -85,15 +84,15 @@ async def serve(config: Config) -> int:
     )
     loop = asyncio.get_running_loop()
     # The loop waits for the interpreter's lock at most as long as each thread that wants it may keep it.
-    loop.set_default_executor(ThreadPoolExecutor(ENCODERS))
     sys.setswitchinterval(SWITCH_SECONDS)
-    stop = Stop(app, client, server, config.server.drain_seconds, run_folder)
+    stop = Stop(app, client, server, config.server.drain_seconds, workers, run_folder)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
         loop.add_signal_handler(number, stop.signalled, number)
     loop.add_signal_handler(signal.SIGHUP, stop.hung_up, config.server.api_key_file)
     try:
+        workers.start()
         for rank in range(config.tp):
-            stop.watch(RankProcess(config, rank, run_folder.path))
+            stop.watch(rank_process(config, rank, run_folder.path))
         log.info("starting %s on http://%s:%d", config.model.name, config.server.host, config.server.port)
         delivery = loop.create_task(client.run())
         delivery.add_done_callback(lambda _: stop.engine_failed())
@@ -143,18 +142,25 @@ class Stop:
     """The ways a server ends: drained, stopped at once, or lost with its engine. `status` is the exit status."""
 
     def __init__(
-        self, app: FastAPI, client: EngineClient, server: Server, drain_seconds: float, run_folder: RunFolder
+        self,
+        app: FastAPI,
+        client: EngineClient,
+        server: Server,
+        drain_seconds: float,
+        workers: Workers,
+        run_folder: RunFolder,
     ) -> None:
         self.status = 0
         self._app = app
         self._client = client
         self._server = server
         self._drain_seconds = drain_seconds
+        self._workers = workers
         self._run_folder = run_folder
-        self._ranks: list[RankProcess] = []
+        self._ranks: list[Child] = []
         self._draining: asyncio.Task[None] | None = None
 
-    def watch(self, rank: RankProcess) -> None:
+    def watch(self, rank: Child) -> None:
         """A rank has started: its end is the server's."""
         self._ranks.append(rank)
         asyncio.get_running_loop().add_reader(rank.exited, self._rank_ended, rank)
@@ -165,6 +171,7 @@ class Stop:
             asyncio.get_running_loop().remove_reader(rank.exited)
             rank.kill()
         self._ranks.clear()
+        self._workers.close()
         self._run_folder.remove()
 
     def signalled(self, number: int) -> None:
@@ -199,7 +206,7 @@ class Stop:
             await asyncio.sleep(0.2)
         self._exit()
 
-    def _rank_ended(self, rank: RankProcess) -> None:
+    def _rank_ended(self, rank: Child) -> None:
         asyncio.get_running_loop().remove_reader(rank.exited)
         self._client.fail(rank.ending or f"{rank.name} ended")
         for other in self._ranks:  # now: they wait for a dead one, or notice it with an error that names none

@@ -1,16 +1,17 @@
-"""Processes that never outlive their parent: those of ranks, and any that is started with `dying_with_parent`.
+"""Processes that never outlive their parent: `Child`, and any that is started with `dying_with_parent`.
 
-Knows how the kernel ends a process; nothing of engines. Imports nothing slow: a rank's process asks to die with its
+Knows how the kernel ends a process, and by name where a rank begins. Imports nothing slow: a child asks to die with its
 parent before it does anything else.
 """
 
 import ctypes
+import importlib
 import os
 import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ PR_SET_PDEATHSIG = 1  # of prctl(2)
 # A signal that a terminal or a service manager sends to all processes of a server: its parent decides when to stop.
 PARENTS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 # The child's first words; its modules are found where the parent finds them.
-_CHILD = "import sys; sys.path[:] = {path!r}; from engine.lifetime import run_child; run_child({parent})"
+_CHILD = "import sys; sys.path[:] = {path!r}; from engine.lifetime import run; run({parent}, {function!r})"
 
 
 def dying_with_parent() -> Callable[[], None]:
@@ -44,17 +45,19 @@ def _die_with(parent: int, prctl: Callable[[int, int], object]) -> None:
         os._exit(1)
 
 
-class RankProcess:
-    """`engine.rank.run_rank(config, rank, run_folder)` in a process of its own, which never outlives this one."""
+class Child:
+    """A function in a Python process of its own, which never outlives this one."""
 
-    def __init__(self, config: "Config", rank: int, run_folder: str) -> None:
-        """Starts it. The thread that does must live as long as the rank shall."""
-        self.name = f"rank {rank}"
-        code = _CHILD.format(path=[path or os.getcwd() for path in sys.path], parent=os.getpid())
-        self._process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    def __init__(self, name: str, function: str, *arguments: object, files: Sequence[int] = ()) -> None:
+        """Starts `function`, as `module:function`, with picklable arguments. The process inherits the descriptors
+        `files`. The thread that calls this must live as long as the process shall.
+        """
+        self.name = name
+        code = _CHILD.format(path=[path or os.getcwd() for path in sys.path], parent=os.getpid(), function=function)
+        self._process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, pass_fds=files)
         assert self._process.stdin is not None
         with suppress(BrokenPipeError), self._process.stdin as stdin:  # it has ended already, which `ending` tells
-            pickle.dump((config, rank, run_folder), stdin)
+            pickle.dump(arguments, stdin)
         self.exited = os.pidfd_open(self._process.pid)  # a file that is readable once the process has ended
 
     @property
@@ -66,21 +69,29 @@ class RankProcess:
         how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
         return f"{self.name} ended with {how}"
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def kill(self) -> None:
         """End it, and wait until it has ended. A second time does nothing."""
         self._process.kill()
         self._process.wait()
-        if self.exited >= 0:
-            os.close(self.exited)
-            self.exited = -1
+        exited, self.exited = self.exited, -1  # two threads may come here
+        if exited >= 0:
+            os.close(exited)
 
 
-def run_child(parent: int) -> None:
-    """What a RankProcess runs; `parent` is the process that started it."""
+def rank_process(config: "Config", rank: int, run_folder: str) -> Child:
+    """Starts a rank. By name, since its module imports torch."""
+    return Child(f"rank {rank}", "engine.rank:run_rank", config, rank, run_folder)
+
+
+def run(parent: int, function: str) -> None:
+    """What a Child's process runs; `parent` is the process that started it."""
     _die_with(parent, ctypes.CDLL(None).prctl)
     for number in PARENTS_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    config, rank, run_folder = pickle.load(sys.stdin.buffer)
-    from engine.rank import run_rank  # here: it imports torch, and is slow
-
-    run_rank(config, rank, run_folder)
+    arguments = pickle.load(sys.stdin.buffer)
+    module, _, name = function.partition(":")
+    getattr(importlib.import_module(module), name)(*arguments)  # here: the module may be slow to import

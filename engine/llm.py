@@ -24,7 +24,7 @@ from conf.schema import Config, ConfigError, ServerConfig, compose
 from demo.bundle import with_demo_folder
 from engine.channel import StepChannel
 from engine.core import Core
-from engine.lifetime import RankProcess
+from engine.lifetime import rank_process
 from engine.messages import Abort, Delta, FinishReason, FromEngine, PromptLogprobs, StepReport, Submit, TokenLogprobs
 from engine.parallel import Ranks
 from engine.run_folder import RunFolder
@@ -70,7 +70,7 @@ class LLM:
             raise ConfigError("server: got keys that have no effect offline, allowed: server.log_level")
         config = with_demo_folder(config)
         self._folder = RunFolder()
-        self._others = [RankProcess(config, rank, self._folder.path) for rank in range(1, config.tp)]
+        self._others = [rank_process(config, rank, self._folder.path) for rank in range(1, config.tp)]
         self._ranks: Ranks | None = None
         self._ids = itertools.count()
         self._deltas: dict[int, list[Delta]] = {}  # of the requests of the current call

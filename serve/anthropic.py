@@ -4,7 +4,7 @@ Knows nothing of how a request is answered (`endpoints/messages`). Types and ran
 The text of neighbouring blocks is joined by a blank line.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal, TypeAlias
 
 import msgspec
@@ -209,10 +209,16 @@ class CountRequest(msgspec.Struct, kw_only=True):
             names.add("messages.content.cache_control")
         return names
 
-    def turns(self, reasoning_before: Callable[[str], str]) -> list[Turn]:
+    @property
+    def call_ids(self) -> list[str]:
+        """Of the calls in the conversation."""
+        blocks = (block for message in self.messages for block in message.blocks)
+        return [block.id for block in blocks if isinstance(block, ToolUseBlock)]
+
+    def turns(self, reasoning_before: Mapping[str, str]) -> list[Turn]:
         """The conversation as harmony takes it.
 
-        `reasoning_before(id of a call)` is what the model reasoned before it and the client was not shown, if any.
+        `reasoning_before[id of a call]` is what the model reasoned before it and the client was not shown, if any.
         Raises ApiError 400 for a block that is not text or does not belong to its role, and for the answer to a call
         that no earlier message contains.
         """
@@ -264,7 +270,7 @@ def is_billing_header(text: str) -> bool:
 
 
 def _assistant_turns(
-    message: Message, field: str, function_names: dict[str, str], reasoning_before: Callable[[str], str]
+    message: Message, field: str, function_names: dict[str, str], reasoning_before: Mapping[str, str]
 ) -> list[Turn]:
     """A message of the assistant as turns of reasoning, text and calls in this order: one, unless a call is followed
     by text or reasoning. Notes the calls in `function_names`."""
@@ -291,7 +297,7 @@ def _assistant_turns(
                 pass
             case ToolUseBlock():
                 # A call that is sent twice has its reasoning once: what a request recalls is bounded by what is kept.
-                if block.id not in function_names and (kept := reasoning_before(block.id)):
+                if block.id not in function_names and (kept := reasoning_before.get(block.id)):
                     if calls:
                         end_turn()
                     reasoning.append(kept)

@@ -17,6 +17,7 @@ from serve.guard import Guard, Keys
 from serve.metrics import Metrics
 from serve.parsing import IGNORED_HEADER
 from serve.protocol import ApiError
+from serve.workers import Workers
 
 
 def utc_today() -> datetime.date:
@@ -25,7 +26,11 @@ def utc_today() -> datetime.date:
 
 
 def create_app(
-    engine: Engine, server: ServerConfig, model_name: str, today: Callable[[], datetime.date] = utc_today
+    engine: Engine,
+    server: ServerConfig,
+    model_name: str,
+    workers: Workers,
+    today: Callable[[], datetime.date] = utc_today,
 ) -> FastAPI:
     """The ASGI application. Its owner sets `app.state.draining` to True to have it refuse new requests, and
     calls `app.state.keys.read()` to have the API keys read again.
@@ -52,7 +57,7 @@ def create_app(
         )
     app.add_exception_handler(HTTPException, no_such_route)
     metrics = Metrics(engine, model_name)
-    service = Service(engine, server, model_name, Tokenizer(), metrics, lambda: app.state.draining, today)
+    service = Service(engine, server, model_name, Tokenizer(), metrics, workers, lambda: app.state.draining, today)
     completions.add_routes(app, service)
     chat.add_routes(app, service)
     messages.add_routes(app, service)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from conf.limits import CHANNEL, MESSAGE
 from engine.tokenizer import Tokenizer
-from serve.generation import Service, in_thread_if_large
+from serve.generation import Serving
 from serve.harmony import Call, Function, Turn, any_call_header, call_header, render
 from serve.protocol import ApiError, ChatMessage, ChatRequest, NamedTool, Tool, unsupported
 from serve.schema import SchemaError
@@ -17,38 +17,24 @@ _SCHEMA = ".function.parameters"  # of a tool in a chat request
 _SEALED = "sealed:"  # before reasoning that a client keeps without reading it
 
 
-async def chat_prompt(
-    service: Service, body_bytes: int, turns: list[Turn], tools: list[Tool] | None, effort: str
-) -> list[int]:
-    """The prompt of a request whose body has `body_bytes`. Encoding stops soon after the context's length.
-
-    Raises ApiError 400.
-    """
+def chat_prompt(serving: Serving, turns: list[Turn], tools: list[Tool] | None, effort: str) -> list[int]:
+    """The prompt of a conversation. Encoding stops soon after the context's length. Raises ApiError 400."""
     functions = [
         Function(tool.function.name, tool.function.description or "", tool.function.parameters) for tool in tools or []
     ]
-    limit = service.require_ready().max_context
-    return await rendered(service, body_bytes, turns, functions, effort, limit)
+    return rendered(serving, turns, functions, effort, serving.ready.max_context)
 
 
-async def rendered(
-    service: Service,
-    body_bytes: int,
-    turns: list[Turn],
-    functions: list[Function],
-    effort: str,
-    limit: int,
-    places: Sequence[str] = (),
+def rendered(
+    serving: Serving, turns: list[Turn], functions: list[Function], effort: str, limit: int, places: Sequence[str] = ()
 ) -> list[int]:
-    """The prompt of `turns`, from a body of `body_bytes`. Encoding stops soon after `limit` tokens.
+    """The prompt of `turns`. Encoding stops soon after `limit` tokens.
 
     `places`: where the schema of each function stands in the request, if not where it stands in a chat request. Raises
     ApiError 400 for functions that cannot be described.
     """
     try:
-        return await in_thread_if_large(
-            body_bytes, render, turns, effort, service.today(), service.tokenizer, limit, functions
-        )
+        return render(turns, effort, serving.today, serving.tokenizer, limit, functions)
     except SchemaError as error:
         function, _, inner = error.place.partition(_SCHEMA)
         place = places[int(function.strip("tols[]"))] + inner if places else error.place
@@ -83,13 +69,11 @@ def unsealed(text: str) -> str:
         return ""
 
 
-async def continued(
-    body_bytes: int, turns: list[Turn], tokenizer: Tokenizer, limit: int
-) -> tuple[list[Turn], list[int]]:
+def continued(turns: list[Turn], tokenizer: Tokenizer, limit: int) -> tuple[list[Turn], list[int]]:
     """The answer is to go on with the text of the last turn, an assistant's: the turns without that text, and its
     tokens with their header, to put at the prompt's end. Encoding stops soon after `limit` tokens."""
     *earlier, last = turns
-    text = await in_thread_if_large(body_bytes, tokenizer.encode, last.content, limit)
+    text = tokenizer.encode(last.content, limit)
     return [*earlier, replace(last, content="")], [CHANNEL, *tokenizer.encode("final"), MESSAGE, *text]
 
 

@@ -5,12 +5,14 @@ Knows neither text nor the reply's format: a `Choice` turns the engine's Deltas 
 
 import asyncio
 import datetime
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Generic, ParamSpec, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import msgspec
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Receive
 
 from conf.schema import ServerConfig
 from engine.messages import Delta, Ready
@@ -19,8 +21,11 @@ from graphs.plan import SamplingParams
 from serve.client import DeltaStream, Engine, EngineFailed, ServerStopped
 from serve.metrics import Meter, Metrics
 from serve.protocol import SEEDS, ApiError, JsonObject
+from serve.workers import Workers
 
-INLINE_BYTES = 32768  # bodies up to this encode in well under 10 ms; larger ones are encoded in a thread
+INLINE_BYTES = 4096  # requests up to this are prepared by the event loop, in a few milliseconds at most
+# In a body: tools, which cost much where their schemas refer to each other, and escapes, which could spell "tools".
+HEAVY = (b"tools", b"\\u")
 RETRY = {"Retry-After": "1"}
 
 
@@ -37,7 +42,6 @@ class ChoiceDelta(Protocol):
 
 
 Result = TypeVar("Result")
-Arguments = ParamSpec("Arguments")
 AnyDelta = TypeVar("AnyDelta", bound=ChoiceDelta)
 AnyDelta_co = TypeVar("AnyDelta_co", bound=ChoiceDelta, covariant=True)
 
@@ -54,6 +58,24 @@ class Choice(Protocol[AnyDelta_co]):
 
 
 @dataclass(frozen=True)
+class Serving:
+    """What is served: all that a request is checked and rendered with. Picklable."""
+
+    ready: Ready
+    server: ServerConfig
+    model_name: str
+    today: datetime.date
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer()
+
+    def require_model(self, model: str | None) -> None:
+        """Raises ApiError 404 for a model that is not served; None is any."""
+        require_model(model, self.model_name, self.server)
+
+
+@dataclass(frozen=True)
 class Service:
     """The objects that endpoints share, and the admission of requests."""
 
@@ -62,27 +84,38 @@ class Service:
     model_name: str
     tokenizer: Tokenizer
     metrics: Metrics
+    workers: Workers
     draining: Callable[[], bool]
     today: Callable[[], datetime.date]
 
-    def require_ready(self, model: str | None = None) -> Ready:
-        """The engine's figures. Raises ApiError 503 while no request can be taken, 404 for a `model` not served."""
+    async def prepared(
+        self, request: Request, prepare: Callable[[bytes, Serving], Result], more_bytes: int = 0
+    ) -> Result:
+        """`prepare(body, what is served)`: all that is done with a request before the engine gets it.
+
+        A large body, or one that may cost much, goes to a worker, so that the event loop goes on; then `prepare` and
+        its result are pickled. `more_bytes`: what `prepare` reads beside the body. Raises ApiError, and
+        ClientDisconnect when the client goes away.
+        """
+        body = await request.body()
+        serving = self.serving()
+        if len(body) + more_bytes <= INLINE_BYTES and not any(part in body for part in HEAVY):
+            return prepare(body, serving)
+        return await unless_gone(request.receive, self.workers.run(prepare, body, serving))
+
+    def serving(self) -> Serving:
+        """What is served now. Raises ApiError 503 while no request can be taken."""
+        return Serving(self.require_ready(), self.server, self.model_name, self.today())
+
+    def require_ready(self) -> Ready:
+        """The engine's figures. Raises ApiError 503 while no request can be taken."""
         if self.engine.failure is not None:
             raise engine_failed(self.engine.failure)
         if self.draining():
             raise ApiError(503, "the server is shutting down", code="draining", headers=RETRY)
         if self.engine.ready is None:
             raise ApiError(503, "the engine is still starting", code="not_ready", headers=RETRY)
-        if model is not None:
-            self.require_model(model)
         return self.engine.ready
-
-    def require_model(self, model: str) -> None:
-        """Raises ApiError 404 for a model that is not served."""
-        if model != self.model_name and model not in self.server.also_named:
-            raise ApiError(
-                404, f"the model {model!r} is not served here; {self.model_name!r} is", "model", "model_not_found"
-            )
 
     def submit(
         self,
@@ -118,11 +151,30 @@ class Service:
         return generation
 
 
-async def in_thread_if_large(
-    body_bytes: int, work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
-) -> Result:
-    """`work(*args, **kwargs)`, which encodes a body of `body_bytes`; a large one does not hold up the event loop."""
-    return work(*args, **kwargs) if body_bytes <= INLINE_BYTES else await asyncio.to_thread(work, *args, **kwargs)
+def require_model(model: str | None, model_name: str, server: ServerConfig) -> None:
+    """Raises ApiError 404 for a model that is not served; None is any."""
+    if model not in (None, model_name, *server.also_named):
+        message = f"the model {model!r} is not served here; {model_name!r} is"
+        raise ApiError(404, message, "model", "model_not_found")
+
+
+async def unless_gone(receive: Receive, work: Coroutine[object, object, Result]) -> Result:
+    """The result of `work`. Raises ClientDisconnect when the client goes away first, which cancels `work`."""
+
+    async def client_gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    result, gone = asyncio.create_task(work), asyncio.create_task(client_gone())
+    try:
+        await asyncio.wait([result, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not result.done():
+            raise ClientDisconnect
+        return result.result()
+    finally:
+        result.cancel()
+        gone.cancel()
+        await asyncio.gather(result, gone, return_exceptions=True)
 
 
 def engine_failed(reason: object) -> ApiError:

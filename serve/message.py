@@ -83,12 +83,14 @@ class ChatChoice:
         self,
         index: int,
         request: ChatRequest,
+        functions: Sequence[str],
         stops: StopStrings,
         tokenizer: Tokenizer,
         prefilled: Sequence[int],
         prompt: PromptReader | None = None,
     ) -> None:
-        """`prefilled`: tokens of the answer that stand in the prompt: the header of a demanded call, or a text.
+        """`functions`: names of those that may be called. `prefilled`: tokens of the answer that stand in the prompt:
+        the header of a demanded call, or a text.
 
         `prompt` reads the prompt's log probabilities.
         """
@@ -97,8 +99,7 @@ class ChatChoice:
         self._include_reasoning = request.include_reasoning is not False
         self._return_token_ids = bool(request.return_token_ids)
         self._min_tokens = request.min_tokens or 0
-        tools = request.tools if request.tools and request.tool_choice != "none" else []
-        self._parser = Parser(tokenizer, prefilled, [tool.function.name for tool in tools])
+        self._parser = Parser(tokenizer, prefilled, functions)
         self._calls = ToolCalls(1 if request.parallel_tool_calls is False else MAX_TOOL_CALLS, self._parser.segment)
         self._hidden = Hidden()
         self._has_content = False

@@ -49,6 +49,9 @@ class ApiError(Exception):
         self.status, self.code, self.headers = status, code, headers or {}
         self.message, self.param = shortened(message), None if param is None else shortened(param)
 
+    def __reduce__(self) -> tuple[object, ...]:  # to be pickled: an exception's own is for its message alone
+        return ApiError, (self.status, self.message, self.param, self.code, self.headers)
+
     def body(self, path: str = "") -> bytes:
         """The error object as JSON, in the shape of the API that `path` belongs to: Anthropic's or OpenAI's."""
         if is_anthropic(path):

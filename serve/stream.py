@@ -5,43 +5,29 @@ Knows ASGI and JSON, nothing of what a choice's deltas mean.
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import aclosing
 from typing import Generic, Protocol, TypeVar
 
 import msgspec
-from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from serve.generation import AnyDelta, ChoiceDelta, Generation
+from serve.generation import AnyDelta, ChoiceDelta, Generation, unless_gone
 from serve.protocol import ApiError, JsonObject, SamplingRequest
 
 log = logging.getLogger(__name__)
-Result = TypeVar("Result")
 AnyDelta_contra = TypeVar("AnyDelta_contra", bound=ChoiceDelta, contravariant=True)
 
 
 def json_response(body: JsonObject, headers: dict[str, str] | None = None) -> Response:
     """A reply with the status 200."""
-    return Response(msgspec.json.encode(body), media_type="application/json", headers=headers)
+    return encoded_response(msgspec.json.encode(body), headers)
 
 
-async def unless_gone(receive: Receive, work: Coroutine[object, object, Result]) -> Result | None:
-    """The result of `work`; None when the client goes away first, which cancels `work`."""
-
-    async def client_gone() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    result, gone = asyncio.create_task(work), asyncio.create_task(client_gone())
-    try:
-        await asyncio.wait([result, gone], return_when=asyncio.FIRST_COMPLETED)
-        return result.result() if result.done() else None
-    finally:
-        result.cancel()
-        gone.cancel()
-        await asyncio.gather(result, gone, return_exceptions=True)
+def encoded_response(body: bytes, headers: dict[str, str] | None = None) -> Response:
+    """A reply with the status 200, of what is JSON already."""
+    return Response(body, media_type="application/json", headers=headers)
 
 
 async def collected(generation: Generation[AnyDelta], seconds: float, receive: Receive) -> list[list[AnyDelta]]:
@@ -55,14 +41,11 @@ async def collected(generation: Generation[AnyDelta], seconds: float, receive: R
         return by_choice
 
     try:
-        by_choice = await unless_gone(receive, collect())
+        return await unless_gone(receive, collect())
     except TimeoutError:
         raise timed_out(seconds) from None
     finally:
         await generation.aclose()
-    if by_choice is None:
-        raise ClientDisconnect
-    return by_choice
 
 
 def timed_out(seconds: float) -> ApiError:

@@ -17,6 +17,7 @@ import uvicorn
 from conf.schema import ServerConfig
 from serve.app import create_app
 from serve.connection import protocol_of
+from serve.workers import Workers
 from sweep import load
 from sweep.client import http_sender
 from sweep.workload import Request
@@ -33,7 +34,7 @@ def serve(listener: socket.socket, step: int) -> None:
     script += [2000 + i for i in range(TOKENS - len(script))]
     engine = FakeEngine(script, max_context=4096)
     engine.step = step
-    app = create_app(engine, ServerConfig(), "bench")
+    app = create_app(engine, ServerConfig(), "bench", Workers())
     config = uvicorn.Config(app, loop="uvloop", http=protocol_of(ServerConfig()), log_level="warning", access_log=False)
     uvicorn.Server(config).run(sockets=[listener])
 

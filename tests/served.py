@@ -59,7 +59,7 @@ class Served:
     def ranks(self):
         """The rank processes, in order."""
         children = psutil.Process(self.process.pid).children()
-        return [child for child in children if "run_child" in " ".join(child.cmdline())]
+        return [child for child in children if "run_rank" in " ".join(child.cmdline())]
 
     def complete(self, **body):
         body = GREEDY | {"max_tokens": 8, "return_token_ids": True} | body

@@ -2,12 +2,15 @@
 
 import secrets
 import time
+from typing import NamedTuple
 
+import msgspec
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
+from graphs.plan import SamplingParams
 from serve.conversation import DEFAULT_EFFORT, chat_prompt, continued, conversation_turns, prefilled_call
-from serve.generation import Service
+from serve.generation import Service, Serving
 from serve.guard import cache_salt
 from serve.message import ChatChoice, ChatDelta, MessageDelta, whole_choice
 from serve.openapi import EVENTS, JSON, documented
@@ -29,21 +32,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
 async def create(service: Service, http_request: Request) -> Response:
     """Answers a chat request. Raises ApiError."""
-    body = await http_request.body()
-    service.require_ready()
-    request, headers = parse(body, ChatRequest)
-    ready = service.require_ready(request.model)
-    check(request)
-    turns = conversation_turns(request.messages)
-    if request.continue_final_message:
-        turns, prefilled = await continued(len(body), turns, service.tokenizer, ready.max_context)
-    else:
-        prefilled = prefilled_call(request, service.tokenizer)
-    tools = None if request.tool_choice == "none" else request.tools
-    effort = request.effort or DEFAULT_EFFORT
-    prompt = await chat_prompt(service, len(body), turns, tools, effort) + prefilled
-    sampling = sampling_params(request, len(prompt), ready)
-    check_tokens(prompt, ready, "messages")
+    request, headers, names, prompt, prefilled, sampling = await service.prepared(http_request, prepared)
     stops = StopStrings(request.stop_strings)
     n = request.n or 1
     reader = None
@@ -53,7 +42,7 @@ async def create(service: Service, http_request: Request) -> Response:
         [(prompt, sampling)],
         n,
         lambda _, index: ChatChoice(
-            index, request, stops, service.tokenizer, prefilled, reader if index == 0 else None
+            index, request, names, stops, service.tokenizer, prefilled, reader if index == 0 else None
         ),
         cache_salt(http_request.scope, request.cache_salt),
     )
@@ -80,6 +69,36 @@ async def create(service: Service, http_request: Request) -> Response:
     if reader:
         reply["prompt_logprobs"] = reader.entries
     return json_response(reply, headers)
+
+
+class PreparedChat(NamedTuple):
+    """What a chat request's body becomes."""
+
+    request: ChatRequest  # without messages and tools
+    headers: dict[str, str]
+    functions: list[str]  # names of those that may be called
+    prompt: list[int]
+    prefilled: list[int]  # tokens of the answer at the prompt's end
+    sampling: SamplingParams
+
+
+def prepared(body: bytes, serving: Serving) -> PreparedChat:
+    """Raises ApiError."""
+    request, headers = parse(body, ChatRequest)
+    serving.require_model(request.model)
+    check(request)
+    turns, ready, tokenizer = conversation_turns(request.messages), serving.ready, serving.tokenizer
+    if request.continue_final_message:
+        turns, prefilled = continued(turns, tokenizer, ready.max_context)
+    else:
+        prefilled = prefilled_call(request, tokenizer)
+    tools = [] if request.tool_choice == "none" else request.tools or []
+    prompt = chat_prompt(serving, turns, tools, request.effort or DEFAULT_EFFORT) + prefilled
+    sampling = sampling_params(request, len(prompt), ready)
+    check_tokens(prompt, ready, "messages")
+    names = [tool.function.name for tool in tools]
+    lean = msgspec.structs.replace(request, messages=[], tools=None)
+    return PreparedChat(lean, headers, names, prompt, prefilled, sampling)
 
 
 def check(request: ChatRequest) -> None:

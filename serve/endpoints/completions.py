@@ -5,7 +5,9 @@ Knows nothing of chat. Control tokens spelled out in a prompt's text are text; a
 
 import secrets
 import time
+from array import array
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -14,7 +16,8 @@ from starlette.responses import Response
 from conf.limits import FIRST_SPECIAL
 from engine.messages import Delta, FinishReason, Ready, TokenLogprobs
 from engine.tokenizer import Tokenizer
-from serve.generation import Service, in_thread_if_large
+from graphs.plan import SamplingParams
+from serve.generation import Service, Serving
 from serve.guard import cache_salt
 from serve.openapi import EVENTS, JSON, documented
 from serve.parsing import parse
@@ -51,15 +54,22 @@ class TextChoice:
     """
 
     def __init__(
-        self, index: int, request: CompletionRequest, prompt: list[int], stops: StopStrings, tokenizer: Tokenizer
+        self,
+        index: int,
+        request: CompletionRequest,
+        prompt: list[int],
+        echo: str,
+        stops: StopStrings,
+        tokenizer: Tokenizer,
     ) -> None:
+        """`echo`: the text before the answer's own."""
         self.completion_tokens = self.cached_tokens = self.reasoning_tokens = 0
         self._index, self._tokenizer = index, tokenizer
         self._skip_special = request.skip_special_tokens is not False
         self._min_tokens = request.min_tokens or 0
         self._return_token_ids = bool(request.return_token_ids)
         self._prompt: list[int] | None = prompt  # None once the first delta is out
-        self._echo = bool(request.echo)
+        self._echo = echo
         self._name = token_names(tokenizer, request.return_tokens_as_token_ids)
         self._top = request.logprobs or 0
         # Of the prompt's tokens: those that get log probabilities as the answer's do, and have not yet, with offsets.
@@ -77,7 +87,7 @@ class TextChoice:
         """What `delta` adds that the client may see."""
         self.cached_tokens += delta.cached_tokens or 0
         prompt, self._prompt = self._prompt, None
-        text = self._tokenizer.decode(prompt, self._skip_special) if prompt is not None and self._echo else ""
+        text, self._echo = self._echo, ""
         self._characters += len(text)
         offsets = []
         stop_position = len(delta.tokens) - 1 if delta.finish_reason == "stop" else None
@@ -147,21 +157,13 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
 async def create(service: Service, http_request: Request) -> Response:
     """Answers a completion request. Raises ApiError."""
-    body = await http_request.body()
-    service.require_ready()
-    request, headers = parse(body, CompletionRequest)
-    ready = service.require_ready(request.model)
-    prompts = separate_prompts(request)
-    n = request.n or 1
-    if n * len(prompts) > MAX_CHOICES:
-        raise ApiError(400, f"n x prompts is {n} x {len(prompts)}, at most {MAX_CHOICES} are allowed", "n")
-    encoded = await in_thread_if_large(len(body), encode, prompts, ready, service.tokenizer)
-    jobs = [(ids, sampling_params(request, len(ids), ready)) for ids in encoded]
+    request, headers, prompts = await service.prepared(http_request, prepared)
+    jobs = [(prompt.tokens.tolist(), prompt.sampling) for prompt in prompts]
     stops = StopStrings(request.stop_strings)
     generation = service.submit(
         jobs,
-        n,
-        lambda job, index: TextChoice(index, request, encoded[job], stops, service.tokenizer),
+        request.n or 1,
+        lambda job, index: TextChoice(index, request, jobs[job][0], prompts[job].echo, stops, service.tokenizer),
         cache_salt(http_request.scope, request.cache_salt),
     )
     constant: JsonObject = {
@@ -176,6 +178,30 @@ async def create(service: Service, http_request: Request) -> Response:
     by_choice = await collected(generation, seconds, http_request.receive)
     choices = [whole_choice(deltas) for deltas in by_choice]
     return json_response({**constant, "choices": choices, "usage": generation.usage()}, headers)
+
+
+class Prompt(NamedTuple):
+    """One of the prompts of a request."""
+
+    tokens: "array[int]"  # of 4 bytes each: there may be many
+    echo: str  # the text with which the answer begins
+    sampling: SamplingParams
+
+
+def prepared(body: bytes, serving: Serving) -> tuple[CompletionRequest, dict[str, str], list[Prompt]]:
+    """The request without its prompts, the headers of its answer, and the prompts. Raises ApiError."""
+    request, headers = parse(body, CompletionRequest)
+    serving.require_model(request.model)
+    prompts, n, tokenizer = separate_prompts(request), request.n or 1, serving.tokenizer
+    if n * len(prompts) > MAX_CHOICES:
+        raise ApiError(400, f"n x prompts is {n} x {len(prompts)}, at most {MAX_CHOICES} are allowed", "n")
+    encoded = encode(prompts, serving.ready, tokenizer)
+    skip_special = request.skip_special_tokens is not False
+    made = []
+    for ids in encoded:
+        echo = tokenizer.decode(ids, skip_special) if request.echo else ""
+        made.append(Prompt(array("i", ids), echo, sampling_params(request, len(ids), serving.ready)))
+    return msgspec.structs.replace(request, prompt=""), headers, made
 
 
 def separate_prompts(request: CompletionRequest) -> list[str | list[int]]:

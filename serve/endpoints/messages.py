@@ -6,8 +6,9 @@ for is kept, within bounds, by the call that it led to, and told to the model wh
 """
 
 import secrets
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -15,9 +16,10 @@ from starlette.responses import Response
 
 from engine.messages import Delta
 from engine.tokenizer import Tokenizer
+from graphs.plan import SamplingParams
 from serve.anthropic import INVALID_JSON, CountRequest, MessagesRequest
 from serve.conversation import continued, demanded_call, rendered, sealed
-from serve.generation import Service
+from serve.generation import Service, Serving
 from serve.guard import cache_salt
 from serve.harmony import Event, Function, Parser, Segment
 from serve.message import MAX_TOOL_CALLS
@@ -30,6 +32,7 @@ from serve.stream import EventStream, TypedEvents, TypedFormat, collected, json_
 from serve.text import StopMatcher, StopStrings
 
 AnyRequest = TypeVar("AnyRequest", bound=CountRequest)
+Prepared = TypeVar("Prepared")
 PING_TOKENS = 128  # of reasoning without a delta; then an event says that the answer goes on
 SIGNATURE = "unsigned"  # of a thinking block: clients demand one and send it back, nothing here depends on it
 
@@ -54,7 +57,7 @@ class MessagesChoice:
     def __init__(
         self,
         request: MessagesRequest,
-        functions: list[Function],
+        functions: Sequence[str],
         prompt_tokens: int,
         max_tokens: int,
         stops: StopStrings,
@@ -62,8 +65,8 @@ class MessagesChoice:
         prefilled: Sequence[int],
         keep: Callable[[dict[str, bytes]], None],
     ) -> None:
-        """`max_tokens`: what is asked for, or as much of it as the context holds. `prefilled`: tokens of the answer
-        that stand in the prompt.
+        """`functions`: names of those that may be called. `max_tokens`: what is asked for, or as much of it as the
+        context holds. `prefilled`: tokens of the answer that stand in the prompt.
 
         `keep` is called at the end with the reasoning before each call, by the call's id, where the client got none.
         """
@@ -73,7 +76,7 @@ class MessagesChoice:
         self._length_reason = "max_tokens" if max_tokens == request.max_tokens else "model_context_window_exceeded"
         self._prompt_tokens = prompt_tokens
         self._stops = stops
-        self._parser = Parser(tokenizer, prefilled, [function.name for function in functions])
+        self._parser = Parser(tokenizer, prefilled, functions)
         self._events: list[JsonObject] = []  # not taken yet
         self._index = 0  # of the block in progress, or the next
         self._calls = 0
@@ -231,42 +234,25 @@ def add_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/messages/count_tokens", openapi_extra=documented(CountRequest))
     async def count_tokens(request: Request) -> Response:
         """How many tokens the prompt of a message would have, also where that is more than the context holds."""
-        body = await request.body()
-        service.require_ready()
-        count, headers = parsed(body, CountRequest)
-        service.require_ready(count.model or None)
-        owner, limit = request.scope["key_digest"], server.max_body_bytes
-        prompt, prefilled = await prompt_of(service, store, owner, count, len(body), count.functions, limit)
-        return json_response({"input_tokens": len(prompt) + len(prefilled)}, headers)
+        count, headers = await with_reasoning(service, store, request, counted)
+        return json_response({"input_tokens": count}, headers)
 
 
 async def create(service: Service, store: ResponseStore, http_request: Request) -> Response:
     """Answers a request for a message. Raises ApiError."""
-    body = await http_request.body()
-    service.require_ready()
-    request, headers = parsed(body, MessagesRequest)
-    if request.thread is not None:
-        raise ApiError(400, "no thread is kept: send all messages, without it", "thread", THREAD_UNSUPPORTED)
-    ready = service.require_ready(request.model or None)
-    functions = request.functions
-    owner: bytes = http_request.scope["key_digest"]
-    prompt, prefilled = await prompt_of(service, store, owner, request, len(body), functions, ready.max_context)
-    prompt += prefilled
-    # As in Anthropic's API, an answer may be cut by the context: a client need not know how long its prompt is.
-    max_tokens = max(1, min(request.max_tokens, ready.max_context - len(prompt)))
-    sampling = sampling_params(request.sampling(max_tokens), len(prompt), ready)
-    check_tokens(prompt, ready, "messages")
+    made = await with_reasoning(service, store, http_request, prepared)
+    request, headers, names, prompt, prefilled, sampling = made
     stops = StopStrings(request.stop_sequences or [])
     id = f"msg_{secrets.token_hex(12)}"
 
     def keep(reasoning: dict[str, bytes]) -> None:
-        store.put(owner, id, Stored(b"", b"", reasoning))
+        store.put(http_request.scope["key_digest"], id, Stored(b"", b"", reasoning))
 
     generation = service.submit(
         [(prompt, sampling)],
         1,
         lambda *_: MessagesChoice(
-            request, functions, len(prompt), max_tokens, stops, service.tokenizer, prefilled, keep
+            request, names, len(prompt), sampling.max_tokens, stops, service.tokenizer, prefilled, keep
         ),
         cache_salt(http_request.scope, None),
     )
@@ -290,6 +276,71 @@ async def create(service: Service, store: ResponseStore, http_request: Request) 
     return json_response(whole_message(message, [event for delta in deltas for event in delta.events]), headers)
 
 
+class Calls(NamedTuple):
+    """The request holds calls, before which there may be reasoning that this server keeps."""
+
+    ids: list[str]
+
+
+async def with_reasoning(
+    service: Service,
+    store: ResponseStore,
+    http_request: Request,
+    prepare: Callable[[Mapping[str, str] | None, bytes, Serving], Prepared | Calls],
+) -> Prepared:
+    """What `prepare(reasoning by the id of the call after it, body, what is served)` makes of a request; without the
+    reasoning it may answer with the calls, to be given what is kept of them. Raises ApiError."""
+    first = await service.prepared(http_request, partial(prepare, None if len(store) else {}))
+    if not isinstance(first, Calls):
+        return first
+    owner: bytes = http_request.scope["key_digest"]
+    kept = {id: part.decode() for id in first.ids if (part := store.item(owner, id))}
+    made = await service.prepared(http_request, partial(prepare, kept), sum(map(len, kept.values())))
+    assert not isinstance(made, Calls)
+    return made
+
+
+class PreparedMessage(NamedTuple):
+    """What the body of a request becomes."""
+
+    request: MessagesRequest  # without messages, system prompt and tools
+    headers: dict[str, str]
+    functions: list[str]  # names of those that may be called
+    prompt: list[int]
+    prefilled: list[int]  # tokens of the answer at the prompt's end
+    sampling: SamplingParams
+
+
+def prepared(reasoning: Mapping[str, str] | None, body: bytes, serving: Serving) -> PreparedMessage | Calls:
+    """What becomes of a request, as `with_reasoning` asks. Raises ApiError."""
+    request, headers = parsed(body, MessagesRequest)
+    if request.thread is not None:
+        raise ApiError(400, "no thread is kept: send all messages, without it", "thread", THREAD_UNSUPPORTED)
+    serving.require_model(request.model or None)
+    if reasoning is None and (ids := request.call_ids):
+        return Calls(ids)
+    ready, functions = serving.ready, request.functions
+    prompt, prefilled = prompt_of(serving, request, functions, ready.max_context, reasoning or {})
+    prompt += prefilled
+    # As in Anthropic's API, an answer may be cut by the context: a client need not know how long its prompt is.
+    max_tokens = max(1, min(request.max_tokens, ready.max_context - len(prompt)))
+    sampling = sampling_params(request.sampling(max_tokens), len(prompt), ready)
+    check_tokens(prompt, ready, "messages")
+    names = [function.name for function in functions]
+    lean = msgspec.structs.replace(request, messages=[], system=None, tools=None)
+    return PreparedMessage(lean, headers, names, prompt, prefilled, sampling)
+
+
+def counted(reasoning: Mapping[str, str] | None, body: bytes, serving: Serving) -> tuple[int, dict[str, str]] | Calls:
+    """The number of a prompt's tokens, and the headers of the answer. Raises ApiError."""
+    request, headers = parsed(body, CountRequest)
+    serving.require_model(request.model or None)
+    if reasoning is None and (ids := request.call_ids):
+        return Calls(ids)
+    prompt, prefilled = prompt_of(serving, request, request.functions, serving.server.max_body_bytes, reasoning or {})
+    return len(prompt) + len(prefilled), headers
+
+
 def parsed(body: bytes, kind: type[AnyRequest]) -> tuple[AnyRequest, dict[str, str]]:
     """The request, and the header that names all that has no effect. Raises ApiError 400."""
     request, headers = parse(body, kind)
@@ -299,38 +350,24 @@ def parsed(body: bytes, kind: type[AnyRequest]) -> tuple[AnyRequest, dict[str, s
     return request, ignored_header({*unknown, *request.ignored})
 
 
-async def prompt_of(
-    service: Service,
-    store: ResponseStore,
-    owner: bytes,
-    request: CountRequest,
-    body_bytes: int,
-    functions: list[Function],
-    limit: int,
+def prompt_of(
+    serving: Serving, request: CountRequest, functions: list[Function], limit: int, reasoning: Mapping[str, str]
 ) -> tuple[list[int], list[int]]:
     """The prompt up to `<|start|>assistant`, and the tokens of the answer that follow it there: the header of a
     demanded call, or the text of a last message of the assistant, which the model is to go on with.
 
-    Encoding stops soon after `limit` tokens. Raises ApiError 400.
+    `reasoning`: by the id of the call after it. Encoding stops soon after `limit` tokens. Raises ApiError 400.
     """
-    size, tokenizer = body_bytes, service.tokenizer
-
-    def reasoning_before(call_id: str) -> str:
-        nonlocal size
-        kept = store.item(owner, call_id) or b""
-        size += len(kept)
-        return kept.decode()
-
-    turns = request.turns(reasoning_before)
+    turns, tokenizer = request.turns(reasoning), serving.tokenizer
     prefilled: list[int] = []
     last = turns[-1] if turns else None
     if request.choice.type in ("any", "tool"):
         names = [request.choice.name] if request.choice.name else [function.name for function in functions]
         prefilled = demanded_call(tokenizer, names)
     elif last and last.role == "assistant" and last.content and not last.calls:
-        turns, prefilled = await continued(size, turns, tokenizer, limit)
+        turns, prefilled = continued(turns, tokenizer, limit)
     places = [f"tools[{i}].input_schema" for i, tool in enumerate(request.tools or []) if tool.is_function]
-    return await rendered(service, size, turns, functions, request.effort, limit, places), prefilled
+    return rendered(serving, turns, functions, request.effort, limit, places), prefilled
 
 
 def whole_message(message: JsonObject, events: list[JsonObject]) -> JsonObject:

@@ -7,7 +7,8 @@ call `function_call` or `custom_tool_call`. A reply that is not streamed is what
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -15,10 +16,11 @@ from starlette.responses import Response
 
 from engine.messages import Delta
 from engine.tokenizer import Tokenizer
+from graphs.plan import SamplingParams
 from serve.conversation import demanded_call, rendered, sealed
-from serve.generation import Service
+from serve.generation import Service, Serving
 from serve.guard import cache_salt
-from serve.harmony import Event, Parser, Segment
+from serve.harmony import Event, Function, Parser, Segment
 from serve.message import MAX_TOOL_CALLS, Logprob, LogprobReader
 from serve.openapi import EVENTS, JSON, documented
 from serve.parsing import IGNORED_HEADER, ignored_header, parse, parse_query
@@ -28,6 +30,7 @@ from serve.sampling import check_tokens, sampling_params
 from serve.store import ResponseStore, Stored
 from serve.stream import EventStream, TypedEvents, TypedFormat, collected, json_response
 
+Prepared = TypeVar("Prepared")
 _PHASES = {"commentary": "commentary", "final": "final_answer"}
 
 
@@ -306,49 +309,15 @@ def add_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/responses/input_tokens", openapi_extra=documented(ResponsesRequest))
     async def input_tokens(request: Request) -> Response:
         """How many tokens the prompt of a response would have, also where that is more than the context holds."""
-        asked = await prepared(service, store, request, service.server.max_body_bytes)
-        return json_response({"object": "response.input_tokens", "input_tokens": len(asked.prompt)}, asked.headers)
-
-
-class Prepared(NamedTuple):
-    """A request, and what follows from it."""
-
-    request: ResponsesRequest
-    headers: dict[str, str]  # of the reply
-    is_stored: bool
-    items: list[Item]  # of the whole conversation
-    offered: dict[str, Offered]
-    prompt: list[int]
-    prefilled: list[int]  # the end of the prompt, which belongs to the answer
-
-
-async def prepared(service: Service, store: ResponseStore, http_request: Request, limit: int | None = None) -> Prepared:
-    """Reads a request. Encoding stops soon after `limit` tokens, by default those of the context. Raises ApiError."""
-    body = await http_request.body()
-    service.require_ready()
-    request, headers = parse(body, ResponsesRequest)
-    ready = service.require_ready(request.model or None)
-    request.check()
-    is_stored = request.store is not False and service.server.stored_responses > 0
-    unknown = headers.get(IGNORED_HEADER, "").split(", ") if headers else []
-    headers = ignored_header({*unknown, *request.ignored(is_stored)})
-    items, earlier, item_bytes = conversation(service, store, http_request.scope["key_digest"], request)
-    offered = request.offered()
-    prefilled = demanded_call(service.tokenizer, names) if (names := request.demanded(offered)) else []
-    functions = [tool.function for tool in offered.values()]
-    turns = request.turns(items, earlier)
-    places = [tool.place for tool in offered.values()]
-    limit = ready.max_context if limit is None else limit
-    prompt = await rendered(service, len(body) + item_bytes, turns, functions, request.effort, limit, places)
-    return Prepared(request, headers, is_stored, items, offered, prompt + prefilled, prefilled)
+        count, headers = await with_kept(service, store, request, counted)
+        return json_response({"object": "response.input_tokens", "input_tokens": count}, headers)
 
 
 async def create(service: Service, store: ResponseStore, http_request: Request) -> Response:
     """Answers a request for a response. Raises ApiError."""
-    request, headers, is_stored, items, offered, prompt, prefilled = await prepared(service, store, http_request)
-    ready = service.require_ready()
-    sampling = sampling_params(request.sampling(ready.max_context - len(prompt)), len(prompt), ready)
-    check_tokens(prompt, ready, "input")
+    owner: bytes = http_request.scope["key_digest"]
+    made = await with_kept(service, store, http_request, prepared)
+    request, prompt, is_stored = made.request, made.prompt, made.is_stored
     id = _new_id("resp")
     response: JsonObject = {
         "id": id,
@@ -357,61 +326,184 @@ async def create(service: Service, store: ResponseStore, http_request: Request) 
         "model": service.model_name,
         "error": None,
         "store": is_stored,
-        **request.echo(),
+        **made.echo,
     }
-    owner: bytes = http_request.scope["key_digest"]
 
     def keep(whole: JsonObject) -> None:
         if is_stored and isinstance(whole["output"], list):
             parts = {str(part["id"]): msgspec.json.encode(part) for part in whole["output"]}
             answer = [msgspec.json.decode(part, type=Item) for part in parts.values()]
-            store.put(owner, id, Stored(msgspec.json.encode(whole), msgspec.json.encode([*items, *answer]), parts))
+            conversation = made.conversation
+            if answer:
+                conversation = conversation[:-1] + b"," + msgspec.json.encode(answer)[1:]
+            store.put(owner, id, Stored(msgspec.json.encode(whole), conversation, parts))
 
-    choice = ResponsesChoice(request, response, offered, len(prompt), service.tokenizer, prefilled, keep)
+    choice = ResponsesChoice(request, response, made.offered, len(prompt), service.tokenizer, made.prefilled, keep)
     generation = service.submit(
-        [(prompt, sampling)], 1, lambda *_: choice, cache_salt(http_request.scope, request.cache_salt)
+        [(prompt, made.sampling)], 1, lambda *_: choice, cache_salt(http_request.scope, request.cache_salt)
     )
     seconds = service.server.request_timeout
     if request.stream:
         form = ResponsesFormat(choice)
-        return EventStream(generation, form, form.event(choice.opening), seconds, headers)
+        return EventStream(generation, form, form.event(choice.opening), seconds, made.headers)
     (deltas,) = await collected(generation, seconds, http_request.receive)
     whole = deltas[-1].events[-1]["response"]
     assert isinstance(whole, dict)
-    return json_response(whole, headers)
+    return json_response(whole, made.headers)
 
 
-def conversation(
-    service: Service, store: ResponseStore, owner: bytes, request: ResponsesRequest
-) -> tuple[list[Item], int, int]:
-    """(all items, number of those before this request, bytes of what was kept).
+class Named(NamedTuple):
+    """The request names what this server may keep, by ids."""
 
-    Raises ApiError 400 for what is not kept, 413 where it is more than a body could hold.
+    response: str | None
+    items: list[tuple[str, str]]  # (where the id stands, id)
+
+
+class Kept(NamedTuple):
+    """What is kept of what a request names, as JSON."""
+
+    conversation: bytes | None
+    items: list[bytes]  # in the order of the request
+
+    @property
+    def bytes(self) -> int:
+        return len(self.conversation or b"") + sum(map(len, self.items))
+
+
+async def with_kept(
+    service: Service,
+    store: ResponseStore,
+    http_request: Request,
+    prepare: Callable[[Kept | None, bytes, Serving], Prepared | Named],
+) -> Prepared:
+    """What `prepare(what is kept, body, what is served)` makes of a request; without what is kept it may answer with
+    what the request names. Raises ApiError."""
+    first = await service.prepared(http_request, partial(prepare, None))
+    if not isinstance(first, Named):
+        return first
+    kept = kept_of(service, store, http_request.scope["key_digest"], first)
+    made = await service.prepared(http_request, partial(prepare, kept), kept.bytes)
+    assert not isinstance(made, Named)
+    return made
+
+
+class PreparedResponse(NamedTuple):
+    """What the body of a request becomes."""
+
+    request: ResponsesRequest  # without input, instructions and tools
+    headers: dict[str, str]
+    is_stored: bool
+    conversation: bytes  # JSON of all its items
+    offered: dict[str, Offered]  # without descriptions
+    echo: JsonObject
+    prompt: list[int]
+    prefilled: list[int]  # tokens of the answer at the prompt's end
+    sampling: SamplingParams
+
+
+def prepared(kept: Kept | None, body: bytes, serving: Serving) -> PreparedResponse | Named:
+    """What becomes of a request, as `with_kept` asks. Raises ApiError."""
+    request, headers = parsed(body, serving)
+    if kept is None and (named := named_in(request)):
+        return named
+    items, earlier = conversation(request, kept)
+    offered = request.offered()
+    ready = serving.ready
+    prompt, prefilled = prompt_of(serving, request, items, earlier, offered, ready.max_context)
+    sampling = sampling_params(request.sampling(ready.max_context - len(prompt)), len(prompt), ready)
+    check_tokens(prompt, ready, "input")
+    echo = request.echo()
+    for name in ("instructions", "tools"):  # may be large, and stand in three events
+        echo[name] = msgspec.Raw(msgspec.json.encode(echo[name]))
+    return PreparedResponse(
+        msgspec.structs.replace(request, input="", instructions=None, tools=None),
+        headers,
+        is_to_be_kept(request, serving),
+        msgspec.json.encode(items),
+        {name: tool._replace(function=Function(name, "", None)) for name, tool in offered.items()},
+        echo,
+        prompt,
+        prefilled,
+        sampling,
+    )
+
+
+def counted(kept: Kept | None, body: bytes, serving: Serving) -> tuple[int, dict[str, str]] | Named:
+    """The number of a prompt's tokens, and the headers of the answer. Raises ApiError."""
+    request, headers = parsed(body, serving)
+    if kept is None and (named := named_in(request)):
+        return named
+    items, earlier = conversation(request, kept)
+    prompt, _ = prompt_of(serving, request, items, earlier, request.offered(), serving.server.max_body_bytes)
+    return len(prompt), headers
+
+
+def parsed(body: bytes, serving: Serving) -> tuple[ResponsesRequest, dict[str, str]]:
+    """The request, and the header that names all that has no effect. Raises ApiError."""
+    request, headers = parse(body, ResponsesRequest)
+    serving.require_model(request.model or None)
+    request.check()
+    unknown = headers.get(IGNORED_HEADER, "").split(", ") if headers else []
+    return request, ignored_header({*unknown, *request.ignored(is_to_be_kept(request, serving))})
+
+
+def is_to_be_kept(request: ResponsesRequest, serving: Serving) -> bool:
+    """Whether the answer will be kept."""
+    return request.store is not False and serving.server.stored_responses > 0
+
+
+def prompt_of(
+    serving: Serving,
+    request: ResponsesRequest,
+    items: list[Item],
+    earlier: int,
+    offered: dict[str, Offered],
+    limit: int,
+) -> tuple[list[int], list[int]]:
+    """The prompt, and its end that belongs to the answer: the header of a demanded call.
+
+    `items`: of the whole conversation, the first `earlier` of them from before the request. Encoding stops soon after
+    `limit` tokens. Raises ApiError 400.
     """
-    items: list[Item] = []
-    kept_bytes = 0
+    prefilled = demanded_call(serving.tokenizer, names) if (names := request.demanded(offered)) else []
+    functions, places = [tool.function for tool in offered.values()], [tool.place for tool in offered.values()]
+    turns = request.turns(items, earlier)
+    return rendered(serving, turns, functions, request.effort, limit, places) + prefilled, prefilled
 
-    def counted(kept: bytes) -> bytes:
-        nonlocal kept_bytes
-        kept_bytes += len(kept)
-        if kept_bytes > (most := service.server.max_body_bytes):
-            raise ApiError(413, f"the conversation that is kept exceeds {most} bytes", "input", "body_too_large")
-        return kept
 
-    if request.previous_response_id is not None:
-        previous = stored(service, store, owner, request.previous_response_id, "previous_response_id")
-        items = msgspec.json.decode(counted(previous.conversation), type=list[Item])
-    earlier = len(items)
-    for position, item in enumerate(request.items):
-        if item.kind == REFERENCE:
-            part = store.item(owner, item.id or "")
-            if part is None:
-                message = f"there is no item {item.id!r}: {kept_are(service)}"
-                raise ApiError(400, message, f"input[{position}].id", "item_not_found")
-            items.append(msgspec.json.decode(counted(part), type=Item))
-        else:
-            items.append(item)
-    return items, earlier, kept_bytes
+def named_in(request: ResponsesRequest) -> Named | None:
+    """What the request names; None where it names nothing."""
+    items = [(f"input[{i}].id", item.id or "") for i, item in enumerate(request.items) if item.kind == REFERENCE]
+    return Named(request.previous_response_id, items) if items or request.previous_response_id is not None else None
+
+
+def kept_of(service: Service, store: ResponseStore, owner: bytes, named: Named) -> Kept:
+    """What is kept of it. Raises ApiError 400 for what is not kept, 413 where it is more than a body could hold."""
+    most = service.server.max_body_bytes
+    kept = Kept(None, [])
+    if named.response is not None:
+        kept = Kept(stored(service, store, owner, named.response, "previous_response_id").conversation, [])
+    size = kept.bytes
+    for place, id in named.items:
+        part = store.item(owner, id)
+        if part is None:
+            raise ApiError(400, f"there is no item {id!r}: {kept_are(service)}", place, "item_not_found")
+        kept.items.append(part)
+        size += len(part)
+        if size > most:
+            break
+    if size > most:
+        raise ApiError(413, f"the conversation that is kept exceeds {most} bytes", "input", "body_too_large")
+    return kept
+
+
+def conversation(request: ResponsesRequest, kept: Kept | None) -> tuple[list[Item], int]:
+    """(all items, number of those before this request)."""
+    kept = kept or Kept(None, [])
+    earlier = [] if kept.conversation is None else msgspec.json.decode(kept.conversation, type=list[Item])
+    parts = iter(kept.items)
+    items = [msgspec.json.decode(next(parts), type=Item) if item.kind == REFERENCE else item for item in request.items]
+    return [*earlier, *items], len(earlier)
 
 
 def stored(service: Service, store: ResponseStore, owner: bytes, id: str, param: str = "id") -> Stored:

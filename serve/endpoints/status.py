@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from fastapi import FastAPI
 from starlette.responses import Response
 
-from serve.generation import Service
+from serve.generation import Service, require_model
 from serve.openapi import TEXT, document, documented
 from serve.protocol import ApiError, JsonObject
 from serve.stream import json_response
@@ -32,7 +32,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
-        service.require_model(name)
+        require_model(name, service.model_name, service.server)
         return json_response(described(name))
 
     @app.get("/health")

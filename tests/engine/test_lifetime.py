@@ -18,9 +18,9 @@ from tests.served import ROOT
 RANK = """
 import os, signal
 from conf.schema import compose
-from engine.lifetime import RankProcess
-rank = RankProcess(compose(["kernels.device=cpu"]), 0, "/nowhere")
-print(rank._process.pid, flush=True)
+from engine.lifetime import rank_process
+rank = rank_process(compose(["kernels.device=cpu"]), 0, "/nowhere")
+print(rank.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 

@@ -20,6 +20,7 @@ from engine.tokenizer import Tokenizer
 from serve.app import create_app
 from serve.connection import protocol_of
 from serve.harmony import Parser, Segment
+from serve.workers import Workers
 from tests.fakes import FakeEngine
 
 # A busy machine makes no example wrong.
@@ -70,14 +71,21 @@ def parse(tokens: Iterable[int], tokenizer: Tokenizer, functions: Iterable[str] 
 Serve = Callable[..., Live]
 
 
+@pytest.fixture(scope="session")
+def workers() -> Iterator[Workers]:
+    workers = Workers(1)
+    yield workers
+    workers.close()
+
+
 @pytest.fixture
-def serve() -> Iterator[Serve]:
+def serve(workers: Workers) -> Iterator[Serve]:
     """serve(engine, **server configuration) -> a running server."""
     with contextlib.ExitStack() as running:
 
         def start(engine: FakeEngine, **server: object) -> Live:
             configured = ServerConfig(**server)
-            app = create_app(engine, configured, MODEL, today=lambda: TODAY)
+            app = create_app(engine, configured, MODEL, workers, today=lambda: TODAY)
             listener = socket.create_server(("127.0.0.1", 0))
             runner = uvicorn.Server(
                 uvicorn.Config(app, http=protocol_of(configured), log_level="critical", timeout_graceful_shutdown=1)
@@ -85,7 +93,7 @@ def serve() -> Iterator[Serve]:
             thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]}, daemon=True)
             thread.start()
             port = listener.getsockname()[1]
-            http = running.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20))
+            http = running.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60))
 
             def stop() -> None:
                 runner.should_exit = True

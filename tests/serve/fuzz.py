@@ -26,6 +26,7 @@ from serve.app import create_app
 from serve.parsing import ACCEPTED, LEGACY, NEUTRAL, WISHES
 from serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from serve.responses import ResponsesRequest
+from serve.workers import Workers
 from tests.fakes import FakeEngine
 
 SECONDS = 10  # that one answer may take
@@ -500,7 +501,7 @@ class Fuzz:
         self._tokens: list[int] = []
         encoding = Tokenizer().encoding
         self._encode = lambda text: encoding.encode(text, allowed_special="all")
-        self._app = create_app(self._engine, ServerConfig(), "fuzzed")
+        self._app = create_app(self._engine, ServerConfig(), "fuzzed", Workers())
 
     async def stream_case(self, number: int) -> bool:
         """A stream of tokens through one route. True: it was answered, not refused."""

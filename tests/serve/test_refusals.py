@@ -11,6 +11,7 @@ from conf.limits import BIAS_ENTRIES, END_OF_TURN, MAX_LOGIT_BIAS, MAX_STOP_TOKE
 from conf.schema import ServerConfig
 from serve.app import create_app
 from serve.guard import Guard, Keys
+from serve.workers import Workers
 from tests.fakes import FakeEngine
 from tests.serve.conftest import MODEL
 
@@ -401,7 +402,7 @@ def test_with_a_key_file_every_route_but_health_and_metrics_needs_a_key(serve, t
 def test_a_key_file_without_a_key_stops_the_start(tmp_path):
     (tmp_path / "keys").write_text("\n")
     with pytest.raises(ValueError, match="holds no key"):
-        create_app(FakeEngine([]), ServerConfig(api_key_file=str(tmp_path / "keys")), MODEL)
+        create_app(FakeEngine([]), ServerConfig(api_key_file=str(tmp_path / "keys")), MODEL, Workers())
 
 
 def test_an_exception_after_the_response_has_begun_sends_no_second_one(caplog):

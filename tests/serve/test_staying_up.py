@@ -6,12 +6,9 @@ import logging
 import socket
 import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from engine.tokenizer import Tokenizer
 from serve.client import EngineFailed
 from tests.fakes import FakeEngine
 from tests.serve.conftest import Live
@@ -187,30 +184,3 @@ def test_a_client_that_goes_away_with_half_its_body_sent_leaves_no_trace(serve, 
         client.close()
         assert live.complete().status_code == 200
     assert caplog.text == ""
-
-
-@pytest.mark.parametrize("path", ROUTES)
-def test_while_a_long_prompt_is_encoded_the_others_are_served(serve, monkeypatch, path):
-    started, others_served = threading.Event(), threading.Event()
-    encode = Tokenizer.encode
-
-    def slow(self, text, limit=None):
-        if text.startswith("long"):
-            started.set()
-            assert others_served.wait(5)
-        return encode(self, text, limit)
-
-    monkeypatch.setattr(Tokenizer, "encode", slow)
-    live = serve(FakeEngine([1, 200002], max_context=100_000))
-    text = "long " * 10_000
-    body = {
-        "/v1/completions": {"prompt": text},
-        "/v1/chat/completions": {"messages": [{"role": "user", "content": text}]},
-        "/v1/responses": {"input": text},
-    }[path]
-    with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(live.http.post, path, json=body)
-        assert started.wait(5)
-        assert live.complete().status_code == 200
-        others_served.set()
-        assert answer.result().status_code == 200

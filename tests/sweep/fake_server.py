@@ -10,6 +10,7 @@ import uvicorn
 from conf.schema import ServerConfig
 from engine.messages import BucketStats, Stats
 from serve.app import create_app
+from serve.workers import Workers
 from tests.fakes import FakeEngine, FakeStream
 
 WELL, DOES_NOT_START, CRASHES, HANGS, ANSWERS_WRONGLY, IS_SLOW = range(1024, 1030)
@@ -56,7 +57,7 @@ def main():
     engine = Engine(kind)
     if kind == ANSWERS_WRONGLY:
         FakeStream._logprobs = unlikely
-    app = create_app(engine, ServerConfig(), "demo")
+    app = create_app(engine, ServerConfig(), "demo", Workers())
     uvicorn.run(app, host="127.0.0.1", port=int(given["server.port"]), log_level="error")
 
 
