@@ -25,6 +25,8 @@ _HEADERS: JsonObject = {
         "schema": {"type": "string"},
     },
 }
+# A stream of events has no schema: some readers take one for each event's, some for that of the whole text.
+_CONTENT: dict[str, JsonObject] = {JSON: {"schema": {"type": "object"}}, TEXT: {"schema": {"type": "string"}}}
 _SCHEMES: JsonObject = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
@@ -111,7 +113,7 @@ def _any_value(_: type) -> JsonObject:
 
 def _responses(answers: Sequence[str], error: str) -> JsonObject:
     headers = {name: {"$ref": f"{_COMPONENTS}headers/{name}"} for name in _HEADERS}
-    content = {media: {"schema": {"type": "object" if media == JSON else "string"}} for media in answers}
+    content = {media: _CONTENT.get(media, {}) for media in answers}
     refusal = {JSON: {"schema": {"$ref": f"{_COMPONENTS}schemas/{error}"}}}
     return {
         "200": {"description": "The answer.", "headers": headers, "content": content},
