@@ -14,7 +14,7 @@ class Stored(NamedTuple):
 
     response: bytes  # as the client got it
     conversation: bytes  # all that was said until then, the answer included
-    items: dict[str, bytes]  # the answer's parts by their ids
+    items: dict[str, bytes]  # what belongs to the answer's parts, by their ids
 
 
 class ResponseStore:
