@@ -70,6 +70,7 @@ def units(shape: Architecture, rank: int, tp: int) -> set[Unit]:
     top = min(MAX_TOP_LOGPROBS, shape.vocab)
     unit("sampler/sampler.cu", sampler.defines(torch.bfloat16, top, BIAS_ENTRIES, tp, -(-shape.vocab // tp) % 2 == 0))
     unit("scorer/scorer.cu", scorer.defines(top, tp))
+    unit("step/install.cu", step.install_defines(BIAS_ENTRIES))
     unit("step/advance.cu", step.advance_defines(PAGE_TOKENS))
     unit("step/emit.cu", step.emit_defines())
     return needed

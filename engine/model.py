@@ -17,6 +17,7 @@ from graphs.buckets import Bucket
 from graphs.buffers import Buffers, DecodeInputs, PrefillInputs
 from kernels.ops import (
     AttentionParameters,
+    Chunks,
     KernelSet,
     KvPages,
     Norm,
@@ -77,13 +78,19 @@ class Model:
         self.sample(buffers, self.logits(hidden), TokenPlaces(next_positions, inputs.slots))
 
     def _prefill(self, buffers: Buffers, inputs: PrefillInputs[Tensor], scores: bool) -> None:
-        buffers.install(inputs)
         places = TokenPlaces(inputs.positions, inputs.slots)
+        next_positions = self.install(buffers, inputs, places)  # [sequences]
         hidden = self.forward("prefill", buffers, inputs.tokens, places)  # [tokens, H]
         if scores:
             self.score(buffers, hidden, inputs.targets)
-        logits = self.logits(hidden[inputs.last])  # [sequences, V / ranks]
-        self.sample(buffers, logits, TokenPlaces(inputs.positions[inputs.last] + 1, inputs.sample_slots))
+        logits = self.logits(hidden.index_select(0, inputs.last))  # [sequences, V / ranks]
+        self.sample(buffers, logits, TokenPlaces(next_positions, inputs.sample_slots))
+
+    def install(self, buffers: Buffers, inputs: PrefillInputs[Tensor], places: TokenPlaces) -> Tensor:
+        """Notes a prefill step's chunks in their slots -> the positions [sequences] of the tokens it draws."""
+        chunks = Chunks(inputs.sequence_slots, inputs.starts, inputs.last, inputs.page_table, inputs.sampling)
+        counts = TokenCounts(buffers.output_counts, buffers.in_prompt)
+        return self.kernels.install(chunks, inputs.tokens, places, buffers.page_table, buffers.sampling, counts)
 
     def advance(self, buffers: Buffers, places: TokenPlaces, new_pages: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens [T] that a decode step computes at `places`, and the positions [T] of those it draws."""

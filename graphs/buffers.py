@@ -267,20 +267,6 @@ class Buffers:
 
     # On the device, inside the captured step -------------------------------------------------------------------------
 
-    def install(self, inputs: PrefillInputs[Tensor]) -> None:
-        """Prefill: write each chunk's page table row, sampling parameters and token counts to its slot."""
-        rows = inputs.sequence_slots
-        self.page_table[rows] = inputs.page_table
-        for name in SAMPLING_FIELDS:
-            getattr(self.sampling, name)[rows] = getattr(inputs.sampling, name)
-        fresh = (inputs.starts == 0).unsqueeze(1)  # the first chunk forgets who had the slot before
-        self.output_counts[rows] = self.output_counts[rows].masked_fill(fresh, 0)
-        self.in_prompt[rows] = self.in_prompt[rows].masked_fill(fresh, 0)
-        prompt = inputs.positions < self.sampling.prompt_tokens[inputs.slots]
-        at = inputs.slots.long() * self.in_prompt.shape[1] + inputs.tokens
-        self.in_prompt.view(-1).scatter_reduce_(0, at, prompt.byte(), "amax")
-        self.output_counts.view(-1).scatter_add_(0, at, (~prompt).int())
-
     def put_scores(self, first: int, scored: Scored) -> None:
         """Scores of the step's tokens from `first` on to where the host reads them."""
         rows, top = scored.top_ids.shape

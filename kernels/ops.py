@@ -177,10 +177,20 @@ class SamplingState(Generic[Array]):
 
 
 class TokenCounts(NamedTuple):
-    """What penalties need to know of the tokens so far, by slot."""
+    """What penalties need to know of the tokens so far, by slot; of a slot without penalties anything."""
 
     output: Tensor  # [slots, V] int32: times each token was generated
     in_prompt: Tensor  # [slots, V] uint8
+
+
+class Chunks(NamedTuple):
+    """What a prefill step computes of each request: a row a chunk; S of them. Rows to spare name the padding slot."""
+
+    slots: Tensor  # [S] int32
+    starts: Tensor  # [S] int32, position of the chunk's first token; 0: the slot has a new request
+    last: Tensor  # [S] int32, index of the chunk's last token in the step, where its tokens stand together
+    page_table: Tensor  # [S, P] int32
+    sampling: SamplingState[Tensor]  # a row a chunk; rows to spare have no penalties
 
 
 class Sampled(NamedTuple):
@@ -290,6 +300,21 @@ class KernelSet(Protocol):
         log probabilities it computes.
 
         Raises UnsupportedError where the ranks cannot exchange what they add up.
+        """
+
+    def install(
+        self,
+        chunks: Chunks,
+        tokens: Tensor,
+        places: TokenPlaces,
+        table: Tensor,
+        state: SamplingState[Tensor],
+        counts: TokenCounts,
+    ) -> Tensor:
+        """The start of a prefill step: page table [slots, P] int32, sampling parameters and token counts by slot.
+
+        tokens [T] int32. Counts are kept for chunks with penalties alone; a request's first forgets who had the slot
+        before. -> the positions [S] int32 of the tokens to be drawn after each chunk.
         """
 
     def advance(

@@ -9,6 +9,7 @@ sees one shape whatever the batch, and attention reads keys in blocks that begin
 """
 
 import math
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from kernels import ops
 from kernels.ops import (
     AttentionParameters,
+    Chunks,
     KvPages,
     Norm,
     PackedExperts,
@@ -105,6 +107,31 @@ def join(
     if ranks.size > 1 and device.type == "cuda":
         raise UnsupportedError("ranks", ranks.size, "1 with reference kernels on a GPU, which cannot exchange")
     return Peers(ranks)
+
+
+def install(
+    chunks: Chunks,
+    tokens: Tensor,
+    places: TokenPlaces,
+    table: Tensor,
+    state: SamplingState[Tensor],
+    counts: TokenCounts,
+) -> Tensor:
+    """See `kernels.ops.KernelSet.install`."""
+    table[chunks.slots] = chunks.page_table
+    for field in fields(state):
+        getattr(state, field.name)[chunks.slots] = getattr(chunks.sampling, field.name)
+    repetition = state.repetition_penalty
+    penalized = (repetition > 0) & (repetition != 1)  # the padding slot's is 0
+    penalized |= (state.frequency_penalty != 0) | (state.presence_penalty != 0)  # [slots]
+    forgotten = (penalized[chunks.slots] & (chunks.starts == 0)).unsqueeze(1)
+    for count in counts:
+        count[chunks.slots] = count[chunks.slots].masked_fill(forgotten, 0)
+    counted, prompt = penalized[places.slots], places.positions < state.prompt_tokens[places.slots]  # [T]
+    at = places.slots.long() * counts.output.shape[1] + tokens
+    counts.in_prompt.view(-1).scatter_reduce_(0, at, (counted & prompt).byte(), "amax")
+    counts.output.view(-1).scatter_add_(0, at, (counted & ~prompt).int())
+    return places.positions[chunks.last] + 1
 
 
 def advance(tokens: TokenPlaces, new_pages: Tensor, pages: KvPages, last_token: Tensor) -> tuple[Tensor, Tensor]:

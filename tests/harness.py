@@ -136,8 +136,8 @@ class InProcess:
             words = self.buffers.words_of(bucket)
             self.buffers.words[:words] = staging.words[:words]
             inputs = self.buffers.inputs[bucket]
-            self.buffers.install(inputs)
             places = TokenPlaces(inputs.positions, inputs.slots)
+            self.model.install(self.buffers, inputs, places)
             hidden = self.model.forward("prefill", self.buffers, inputs.tokens, places)
             out.append(self.model.logits(hidden)[: len(tokens)].float())
         return torch.cat(out)

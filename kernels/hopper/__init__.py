@@ -10,8 +10,20 @@ from kernels.hopper.linear import pack as pack_linear
 from kernels.hopper.peers import join
 from kernels.hopper.sampler import sample
 from kernels.hopper.scorer import score
-from kernels.hopper.step import advance, emit
+from kernels.hopper.step import advance, emit, install
 
 name = "hopper"
 
-__all__ = ["advance", "decode", "emit", "join", "name", "pack_experts", "pack_linear", "prefill", "sample", "score"]
+__all__ = [
+    "advance",
+    "decode",
+    "emit",
+    "install",
+    "join",
+    "name",
+    "pack_experts",
+    "pack_linear",
+    "prefill",
+    "sample",
+    "score",
+]

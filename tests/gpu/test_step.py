@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from kernels import reference
-from kernels.hopper.step import advance, emit
-from kernels.ops import KvPages, Sampled, TokenCounts, TokenPlaces
+from kernels.hopper.step import advance, emit, install
+from kernels.ops import Chunks, KvPages, Sampled, SamplingState, TokenCounts, TokenPlaces
 
 pytestmark = pytest.mark.gpu
-SLOTS, PAGES, VOCAB = 300, 40, 1000
+SLOTS, PAGES, VOCAB, ENTRIES = 300, 40, 1000, 320
 
 
 def integers(*shape, high=1000, seed=0):
@@ -18,6 +18,58 @@ def integers(*shape, high=1000, seed=0):
 
 def rows_of(count):
     return torch.randperm(SLOTS - 1, device="cuda")[:count].int()
+
+
+def sampling_of(rows, seed):
+    """Parameters of which every third row has no penalties, and every seventh is as the padding slot's."""
+    numbers = integers(rows, 5 + 2 * ENTRIES, high=2**31 - 1, seed=seed)
+    state = SamplingState(
+        temperature=torch.rand(rows, device="cuda"),
+        top_k=numbers[:, 1].contiguous(),
+        top_p=torch.rand(rows, device="cuda"),
+        min_p=torch.rand(rows, device="cuda"),
+        repetition_penalty=torch.full((rows,), 1.5, device="cuda"),
+        frequency_penalty=torch.zeros(rows, device="cuda"),
+        presence_penalty=torch.zeros(rows, device="cuda"),
+        seed=numbers[:, 2:4].contiguous(),
+        prompt_tokens=integers(rows, high=200, seed=seed),
+        bias_ids=numbers[:, 5 : 5 + ENTRIES].contiguous(),
+        bias_values=torch.rand(rows, ENTRIES, device="cuda"),
+        bias_until=numbers[:, -ENTRIES:].contiguous(),
+        logprobs=numbers[:, 4].contiguous(),
+    )
+    state.repetition_penalty[::3], state.repetition_penalty[::7] = 1, 0
+    state.frequency_penalty[1::12], state.presence_penalty[9::12] = -0.5, 0.5
+    return state
+
+
+@pytest.mark.parametrize("sequences", [1, 3, 16, 256])
+@pytest.mark.parametrize("vocab", [1000, 201088])
+def test_install(sequences, vocab):
+    slots, lengths = rows_of(sequences), 1 + integers(sequences, high=50, seed=1)
+    last = lengths.cumsum(0).int() - 1
+    starts = torch.where(integers(sequences, high=2, seed=2) == 0, 0, integers(sequences, high=180, seed=3))
+    of_token = torch.repeat_interleave(torch.arange(sequences, device="cuda"), lengths)
+    index = torch.arange(len(of_token), device="cuda")
+    positions = (index - (last - lengths + 1)[of_token] + starts[of_token]).int()
+    spare = torch.full((5,), SLOTS - 1, dtype=torch.int32, device="cuda")  # tokens and chunks of the padding slot
+    places = TokenPlaces(torch.cat((positions, spare * 0)), torch.cat((slots[of_token], spare)))
+    tokens = integers(len(of_token) + 5, high=min(vocab, 20), seed=4) * (vocab // 20)
+    given = sampling_of(sequences + 5, seed=5)
+    for name in vars(given):
+        getattr(given, name)[sequences:] = 0
+    rows = (
+        torch.cat((column, padding)) for column, padding in ((slots, spare), (starts, spare * 0), (last, spare * 0))
+    )
+    chunks = Chunks(*rows, integers(sequences + 5, PAGES, seed=6), given)
+    chunks.page_table[sequences:] = 0
+    outs = []
+    for function in (reference.install, install):
+        table, state = integers(SLOTS, PAGES, seed=7), sampling_of(SLOTS, seed=8)
+        counts = TokenCounts(integers(SLOTS, vocab, seed=9), integers(SLOTS, vocab, high=2, seed=10).byte())
+        positions = function(chunks, tokens, places, table, state, counts)
+        outs.append([positions, table, *counts, *vars(state).values()])
+    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(*outs, strict=True))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 64, 256])

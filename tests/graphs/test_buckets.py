@@ -2,16 +2,24 @@
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from graphs.buckets import Bucket, Buckets
 from graphs.buffers import Buffers
 from graphs.plan import NO_PAGE, NO_TARGET, Chunk, DecodeStep, PrefillStep, SamplingParams
 from kernels import reference
-from kernels.ops import KvPages, TokenPlaces
+from kernels.ops import Chunks, KvPages, TokenCounts, TokenPlaces
 
 BUCKETS = Buckets.of([1, 4, 16], [64, 256], 3, [64, 128])
 SAMPLING = SamplingParams(
-    max_tokens=4, seed=2**63 - 1, temperature=0.5, min_tokens=2, stop_token_ids=(7, 8), logit_bias={3: 1.5}, logprobs=2
+    max_tokens=4,
+    seed=2**63 - 1,
+    temperature=0.5,
+    min_tokens=2,
+    presence_penalty=0.5,
+    stop_token_ids=(7, 8),
+    logit_bias={3: 1.5},
+    logprobs=2,
 )
 
 
@@ -28,6 +36,15 @@ def buffers():
         device=torch.device("cpu"),
         dtype=torch.float32,
     )
+
+
+def install(buffers, bucket):
+    """What a prefill step of `bucket` does to the state by slot -> the positions that it draws for."""
+    inputs = buffers.inputs[bucket]
+    chunks = Chunks(inputs.sequence_slots, inputs.starts, inputs.last, inputs.page_table, inputs.sampling)
+    places = TokenPlaces(inputs.positions, inputs.slots)
+    counts = TokenCounts(buffers.output_counts, buffers.in_prompt)
+    return reference.install(chunks, inputs.tokens, places, buffers.page_table, buffers.sampling, counts)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +98,7 @@ def test_prefill_packs_chunks_and_installs_them_in_their_slots(buffers):
     assert inputs.last.tolist() == [2, 4, 0]
 
     buffers.words.copy_(staging.words)
-    buffers.install(buffers.inputs[bucket])
+    assert install(buffers, bucket).tolist() == [67, 2, 65]
     assert buffers.page_table[3, :3].tolist() == [4, 5, 0]
     assert buffers.sampling.temperature[3] == 0.5
     assert buffers.sampling.seed[3].tolist() == [-1, 2**31 - 1]
@@ -90,7 +107,8 @@ def test_prefill_packs_chunks_and_installs_them_in_their_slots(buffers):
     assert buffers.sampling.bias_until[3, :4].tolist() == [2**31 - 1, 68, 68, 0]
     assert buffers.in_prompt[3].nonzero().flatten().tolist() == [10, 11]
     assert buffers.output_counts[3].nonzero().flatten().tolist() == [12]
-    assert buffers.in_prompt[1].nonzero().flatten().tolist() == [20, 21]
+    assert not buffers.in_prompt[[1, 16]].any()  # no penalties
+    assert not buffers.output_counts[[1, 16]].any()
 
 
 def test_targets_are_packed_beside_their_tokens_where_the_bucket_scores(buffers):
@@ -108,14 +126,29 @@ def test_targets_are_packed_beside_their_tokens_where_the_bucket_scores(buffers)
     assert len(staging.inputs[BUCKETS.prefill[0]].targets) == 0
 
 
-def test_a_slots_counts_are_forgotten_by_the_first_chunk_only(buffers):
+@pytest.mark.parametrize(
+    "penalty", [{"repetition_penalty": 1.5}, {"frequency_penalty": -0.5}, {"presence_penalty": 0.5}]
+)
+def test_the_counts_of_a_request_with_penalties_begin_with_its_first_chunk(buffers, penalty):
     bucket, staging = BUCKETS.prefill[0], buffers.staging()
-    for start, expected in ((0, [10]), (64, [10, 11]), (0, [12])):
-        chunk = Chunk(2, [10 + start // 64 if start or expected == [10] else 12], start, 100, [1, 2], False, SAMPLING)
-        buffers.fill(PrefillStep([chunk]), bucket, staging)
+    plain = replace(SAMPLING, presence_penalty=0.0)
+    penalized = replace(plain, **penalty)
+
+    def counts_after(start, tokens, sampling):
+        """After a chunk of a request with a prompt of 65 tokens: tokens of the prompt, and the generated ones."""
+        buffers.fill(PrefillStep([Chunk(2, tokens, start, 65, [1, 2], False, sampling)]), bucket, staging)
         buffers.words.copy_(staging.words)
-        buffers.install(buffers.inputs[bucket])
-        assert buffers.in_prompt[2].nonzero().flatten().tolist() == expected
+        install(buffers, bucket)
+        generated = buffers.output_counts[2]
+        return (
+            buffers.in_prompt[2].nonzero().flatten().tolist(),
+            {token: int(generated[token]) for token in generated.nonzero().flatten().tolist()},
+        )
+
+    assert counts_after(0, [10, 9, 10], penalized) == ([9, 10], {})
+    assert counts_after(64, [11, 12, 12], penalized) == ([9, 10, 11], {12: 2})
+    assert counts_after(0, [13], plain) == ([9, 10, 11], {12: 2})  # nobody reads them
+    assert counts_after(0, [14], penalized) == ([14], {})
 
 
 def test_a_decode_step_notes_new_pages_and_reads_the_last_tokens(buffers):

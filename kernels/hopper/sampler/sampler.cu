@@ -44,6 +44,7 @@
 #include "common/exchange.cuh"
 #include "common/ptx.cuh"
 #include "common/ranking.cuh"
+#include "sampler/penalties.cuh"
 
 namespace {
 
@@ -98,8 +99,7 @@ struct Row {
         drawn = temperature > 0.0f;
         by_count = drawn && top_k > 0 && top_k < vocab, by_mass = drawn && top_p < 1.0f;
         filtered = by_count || by_mass || (drawn && min_p > 0.0f);
-        // The padding slot's repetition is 0.
-        penalized = (repetition > 0.0f && repetition != 1.0f) || frequency != 0.0f || presence != 0.0f;
+        penalized = has_penalties(repetition, frequency, presence);
         with_logprob = state.logprobs[slot] > 0, with_top = state.logprobs[slot] > 1;
     }
 };
