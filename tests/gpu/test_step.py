@@ -23,18 +23,19 @@ def rows_of(count):
 def sampling_of(rows, seed):
     """Parameters of which every third row has no penalties, and every seventh is as the padding slot's."""
     numbers = integers(rows, 5 + 2 * ENTRIES, high=2**31 - 1, seed=seed)
+    fractions = torch.rand(rows, 3 + ENTRIES, generator=torch.Generator("cuda").manual_seed(seed), device="cuda")
     state = SamplingState(
-        temperature=torch.rand(rows, device="cuda"),
+        temperature=fractions[:, 0].contiguous(),
         top_k=numbers[:, 1].contiguous(),
-        top_p=torch.rand(rows, device="cuda"),
-        min_p=torch.rand(rows, device="cuda"),
+        top_p=fractions[:, 1].contiguous(),
+        min_p=fractions[:, 2].contiguous(),
         repetition_penalty=torch.full((rows,), 1.5, device="cuda"),
         frequency_penalty=torch.zeros(rows, device="cuda"),
         presence_penalty=torch.zeros(rows, device="cuda"),
         seed=numbers[:, 2:4].contiguous(),
         prompt_tokens=integers(rows, high=200, seed=seed),
         bias_ids=numbers[:, 5 : 5 + ENTRIES].contiguous(),
-        bias_values=torch.rand(rows, ENTRIES, device="cuda"),
+        bias_values=fractions[:, 3:].contiguous(),
         bias_until=numbers[:, -ENTRIES:].contiguous(),
         logprobs=numbers[:, 4].contiguous(),
     )

@@ -21,7 +21,8 @@ MOST_TOP_K = 32
 ROUTER_BLOCKS = 8  # of a router's cluster
 ROUTER_TOKENS = 2  # that a cluster takes between two barriers
 ROUTED_EXPERTS = 2048  # experts of all clusters at once: 132 multiprocessors with 16 warps each
-ROUTE_TOKENS, ROUTE_WARPS = 16, 8  # of a block of a prefill's router
+ROUTE_TOKENS, ROUTE_EXPERTS = 8, 32  # whose logits a block of a prefill's router computes at once
+MOST_ROUTED = 48 * 64  # columns of a prefill's router: as much as shared memory holds
 
 
 def embed_norm(tokens: Tensor, table: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
@@ -102,7 +103,10 @@ def prefill_add_norm_route(
     tokens, hidden = out.shape
     experts, routing = _check_router(router, hidden), _empty_routing(x, router)
     if tokens:
-        kernel = _prefill_kernel("route", hidden, peers.size, ROUTE_WARPS * ROUTE_TOKENS * experts * 4)
+        if hidden > MOST_ROUTED:
+            raise ValueError(f"a router of {hidden} columns: a prefill step takes at most {MOST_ROUTED}")
+        warps = route_warps(hidden)
+        kernel = _prefill_kernel("route", hidden, peers.size, route_shared(hidden))
         arguments = (
             out,
             router.weight,
@@ -113,7 +117,9 @@ def prefill_add_norm_route(
             experts,
             router.top_k,
         )
-        kernel.launch(grid=(-(-tokens // ROUTE_TOKENS), 1, 1), block=ROUTE_WARPS * 32, args=arguments)
+        multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
+        blocks = min(-(-tokens // ROUTE_TOKENS), multiprocessors)
+        kernel.launch(grid=(blocks, 1, 1), block=32 * warps, args=arguments)
     return residual, out, routing
 
 
@@ -137,8 +143,20 @@ def prefill_defines(hidden: int, ranks: int) -> dict[str, int]:
         "ROW_THREADS": ROW_THREADS,
         "MOST_EXPERTS": MOST_EXPERTS,
         "ROUTE_TOKENS": ROUTE_TOKENS,
-        "ROUTE_WARPS": ROUTE_WARPS,
+        "ROUTE_EXPERTS": ROUTE_EXPERTS,
+        "ROUTE_WARPS": route_warps(hidden),
     }
+
+
+def route_warps(hidden: int) -> int:
+    """Warps of a block of a prefill's router: two runs of 64 columns each."""
+    return -(-hidden // 128)
+
+
+def route_shared(hidden: int) -> int:
+    """Bytes of dynamic shared memory of a prefill's router: its weights, and the sums of its warps."""
+    warps = route_warps(hidden)
+    return ROUTE_EXPERTS * 256 * warps + ROUTE_TOKENS * (ROUTE_EXPERTS + 4) * 4 * warps
 
 
 def router_grid(tokens: int, experts: int) -> tuple[int, int]:

@@ -4,82 +4,112 @@
 // route: the choice of experts for many rows that are normed already. Logits are float32 throughout: rounding them makes
 //   ties. Their bytes are not those of add_norm_route in decode.cu, which adds the products up in another order.
 //
-// Macros: HIDDEN, RANKS, ROW_THREADS, MOST_EXPERTS; ROUTE_TOKENS and ROUTE_WARPS of a block of `route`.
+// Macros: HIDDEN, RANKS, ROW_THREADS, MOST_EXPERTS; ROUTE_TOKENS and ROUTE_WARPS of a block of `route`, ROUTE_EXPERTS
+// whose weights it holds at once.
 
 #include "norm/choose.cuh"
 #include "norm/row.cuh"
 
 namespace {
 
-// A lane's 32 bytes of a row of 64 columns: columns 16 t ... 16 t + 15, t = lane % 4. The multiply does not care which
-// column stands where as long as both operands agree: step s takes columns 4 s ... 4 s + 3 of each lane's.
-struct Piece {
-    uint4 half[2];
+constexpr int ROUTE_THREADS = ROUTE_WARPS * 32;
+constexpr int ROUNDS = (HIDDEN + ROUTE_WARPS * 64 - 1) / (ROUTE_WARPS * 64);  // runs of 64 columns of a warp
+constexpr int TILES = ROUTE_EXPERTS / 16, FRAGMENTS = ROUNDS * TILES * 4;     // of a thread: 16 bytes of weights
+constexpr int SUMS_PITCH = ROUTE_EXPERTS + 4;                                 // lanes meet no bank twice
 
-    __device__ __forceinline__ Piece(const bf16* row, int column) {
+static_assert(ROUTE_TOKENS == 8, "the columns of mma.m16n8k16");
+
+// In a run, lane t = lane % 4 of a row has columns 8 t ... 8 t + 7 of each half of 32: four lanes read 64 bytes. The
+// multiply does not care which column stands where as long as both operands agree: step s takes columns 4 (s % 2) ...
+// 4 (s % 2) + 3 of a lane's in half s / 2.
+__device__ __forceinline__ int column_of(int round, int half) {
+    return (round * ROUTE_WARPS + threadIdx.x / 32) * 64 + half * 32 + threadIdx.x % 4 * 8;
+}
+
+// A thread's weights of ROUTE_EXPERTS experts from `base` on, for itself alone: [round][tile][rows g, rows g + 8][half].
+__device__ __forceinline__ void ask_weights(uint4* fragments, const bf16* weight, int base, int experts) {
+#pragma unroll
+    for (int i = 0; i < FRAGMENTS; ++i) {
+        const int column = column_of(i / (4 * TILES), i % 2),
+                  row = base + i / 2 % (2 * TILES) * 8 + threadIdx.x % 32 / 4;
         const bool inside = column < HIDDEN;  // zeros past the last
-        half[0] = half[1] = make_uint4(0, 0, 0, 0);
-        if (inside) half[0] = ld_relaxed_gpu(reinterpret_cast<const uint4*>(row + column));
-        if (inside && column + 8 < HIDDEN) half[1] = ld_relaxed_gpu(reinterpret_cast<const uint4*>(row + column + 8));
+        cp_async(shared_address(fragments + i * ROUTE_THREADS + threadIdx.x),
+                 weight + size_t(min(row, experts - 1)) * HIDDEN + (inside ? column : 0), inside);
     }
-    __device__ __forceinline__ unsigned low(int step) const { return step % 2 ? half[step / 2].z : half[step / 2].x; }
-    __device__ __forceinline__ unsigned high(int step) const { return step % 2 ? half[step / 2].w : half[step / 2].y; }
-};
+}
+
+__device__ __forceinline__ void ask_tokens(uint4 (&piece)[ROUNDS][2], const bf16* x, int first, int tokens) {
+    const bf16* const row = x + size_t(min(first + int(threadIdx.x) % 32 / 4, tokens - 1)) * HIDDEN;
+#pragma unroll
+    for (int round = 0; round < ROUNDS; ++round)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int column = column_of(round, half);
+            piece[round][half] = make_uint4(0, 0, 0, 0);
+            if (column < HIDDEN) piece[round][half] = ld_relaxed_gpu(reinterpret_cast<const uint4*>(row + column));
+        }
+}
 
 }  // namespace
 
-// x [T, H] -> ids and routing weights. A block takes ROUTE_TOKENS tokens; its warps take every ROUTE_WARPS-th run of 64
-// columns, and their sums are added in order. Weights are the A operand of mma.m16n8k16,
-// read from L2 by every block: 184 KB at 32 experts, 24 MB for 2,048 tokens, 5 us.
-extern "C" __global__ void __launch_bounds__(ROUTE_WARPS * 32)
+// x [T, H] -> ids and routing weights. Blocks take tiles of ROUTE_TOKENS tokens. A warp has a run of 64 columns or two,
+// and the warps' sums are added in order, whatever the tile. Weights are the A operand of mma.m16n8k16; a block asks for
+// them before its wait, 184 KB at 32 experts, and keeps them for all of its tiles. More experts take turns.
+extern "C" __global__ void __launch_bounds__(ROUTE_THREADS)
     route(const bf16* x, const bf16* weight, const bf16* bias, long long* ids, float* weights, int tokens, int experts,
           int top_k) {
-    constexpr int TILES = MOST_EXPERTS / 16, COLUMN_TILES = ROUTE_TOKENS / 8;
-    extern __shared__ float sums_of[];  // [ROUTE_WARPS][ROUTE_TOKENS][experts]
+    extern __shared__ uint4 fragments[];  // [FRAGMENTS][ROUTE_THREADS], then sums [ROUTE_WARPS][ROUTE_TOKENS][experts]
+    __shared__ float logits[ROUTE_TOKENS][MOST_EXPERTS];
     griddep_wait_first();
     griddep_launch_dependents();
+    ask_weights(fragments, weight, 0, experts);
     griddep_wait();
+    float* const sums_of = reinterpret_cast<float*>(fragments + FRAGMENTS * ROUTE_THREADS);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const int first = blockIdx.x * ROUTE_TOKENS;
-    float sums[TILES][COLUMN_TILES][4] = {};
-    for (int base = warp * 64; base < HIDDEN; base += ROUTE_WARPS * 64) {
-        const int column = base + t * 16;
-        const Piece some(x + size_t(min(first + g, tokens - 1)) * HIDDEN, column);
-        const Piece more(x + size_t(min(first + 8 + g, tokens - 1)) * HIDDEN, column);
+    uint4 piece[ROUNDS][2];
+    ask_tokens(piece, x, blockIdx.x * ROUTE_TOKENS, tokens);
+    int held = 0;  // the first expert of those whose weights are there or asked for
+    for (int first = blockIdx.x * ROUTE_TOKENS; first < tokens; first += gridDim.x * ROUTE_TOKENS) {
+        for (int base = 0; base < experts; base += ROUTE_EXPERTS) {
+            if (base != held) ask_weights(fragments, weight, held = base, experts);
+            cp_async_wait_all();
+            float sums[TILES][4] = {};
 #pragma unroll
-        for (int tile = 0; tile < TILES; ++tile)
-            if (tile * 16 < experts) {
-                const Piece upper(weight + size_t(min(tile * 16 + g, experts - 1)) * HIDDEN, column);
-                const Piece lower(weight + size_t(min(tile * 16 + 8 + g, experts - 1)) * HIDDEN, column);
+            for (int i = 0; i < FRAGMENTS; i += 4) {  // a tile of a round
+                const int round = i / (4 * TILES), tile = i / 4 % TILES;
 #pragma unroll
-                for (int step = 0; step < 4; ++step)
-#pragma unroll
-                    for (int n = 0; n < COLUMN_TILES; ++n) {
-                        const Piece& tokens_of = n == 0 ? some : more;
-                        mma(sums[tile][n], upper.low(step), lower.low(step), upper.high(step), lower.high(step),
-                            tokens_of.low(step), tokens_of.high(step));
-                    }
+                for (int half = 0; half < 2; ++half) {
+                    const uint4 upper = fragments[(i + half) * ROUTE_THREADS + threadIdx.x];
+                    const uint4 lower = fragments[(i + 2 + half) * ROUTE_THREADS + threadIdx.x];
+                    const uint4 of_token = piece[round][half];
+                    mma(sums[tile], upper.x, lower.x, upper.y, lower.y, of_token.x, of_token.y);
+                    mma(sums[tile], upper.z, lower.z, upper.w, lower.w, of_token.z, of_token.w);
+                }
             }
-    }
 #pragma unroll
-    for (int tile = 0; tile < TILES; ++tile)
+            for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
-        for (int n = 0; n < COLUMN_TILES; ++n)
+                for (int i = 0; i < 4; ++i)
+                    sums_of[(warp * ROUTE_TOKENS + t * 2 + i % 2) * SUMS_PITCH + tile * 16 + g + i / 2 * 8] =
+                        sums[tile][i];
+            __syncthreads();
+            for (int i = threadIdx.x; i < ROUTE_TOKENS * ROUTE_EXPERTS; i += ROUTE_THREADS) {
+                const int token = i / ROUTE_EXPERTS, expert = i % ROUTE_EXPERTS;
+                if (base + expert >= experts) continue;
+                const float* const of_warp = sums_of + token * SUMS_PITCH + expert;
+                float sum = of_warp[0];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int expert = tile * 16 + g + i / 2 * 8, token = n * 8 + t * 2 + i % 2;
-                if (expert < experts) sums_of[(warp * ROUTE_TOKENS + token) * experts + expert] = sums[tile][n][i];
+                for (int other = 1; other < ROUTE_WARPS; ++other) sum += of_warp[other * ROUTE_TOKENS * SUMS_PITCH];
+                logits[token][base + expert] = sum + widen(bias[base + expert]);
             }
-    __syncthreads();
-    for (int i = threadIdx.x; i < ROUTE_TOKENS * experts; i += ROUTE_WARPS * 32) {
-        float sum = sums_of[i];
-        for (int other = 1; other < ROUTE_WARPS; ++other) sum += sums_of[other * ROUTE_TOKENS * experts + i];
-        sums_of[i] = sum + widen(bias[i % experts]);
+            __syncthreads();
+        }
+        const int next = first + gridDim.x * ROUTE_TOKENS;
+        if (next < tokens) ask_tokens(piece, x, next, tokens);
+        for (int token = warp; token < min(ROUTE_TOKENS, tokens - first); token += ROUTE_WARPS)
+            choose(logits[token], experts, top_k, ids + size_t(first + token) * top_k,
+                   weights + size_t(first + token) * top_k);
     }
-    __syncthreads();
-    for (int token = warp; token < min(ROUTE_TOKENS, tokens - first); token += ROUTE_WARPS)
-        choose(sums_of + token * experts, experts, top_k, ids + size_t(first + token) * top_k,
-               weights + size_t(first + token) * top_k);
 }
 
 extern "C" __global__ void __launch_bounds__(ROW_THREADS)
