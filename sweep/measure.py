@@ -215,6 +215,11 @@ def overloaded(values: Figures) -> str | None:
     return None
 
 
+def limited(limits: Limits) -> bool:
+    """Whether there is a limit of which requests may be too few to tell."""
+    return any(limit is not None for limit in (limits.ttft_ms, limits.tpot_ms, limits.e2e_ms))
+
+
 def judge(values: Figures, intervals: Intervals, limits: Limits) -> tuple[list[str], list[str]]:
     """A sentence for each limit that a load fails, and for each of which its requests cannot tell.
 

@@ -325,8 +325,11 @@ class Sweep:
         stagger = 0.0
         model = current.config.model.name
         async with http_sender(server.url, model, options.temperature) as send:
-            for repeat in range(-1 if options.warmup else 0, options.repeats):
-                done, name = 0, f"repeat {repeat + 1} of {options.repeats}" if repeat >= 0 else "warm-up"
+            for repeat in range(-1 if options.warmup else 0, options.max_repeats):
+                if repeat >= options.repeats and not _undecided(runs, options):
+                    break
+                planned = options.repeats if repeat < options.repeats else options.max_repeats
+                done, name = 0, f"repeat {repeat + 1} of {planned}" if repeat >= 0 else "warm-up"
                 self._progress.doing(f"{shown}: {name}")
 
                 def on_done(record: load.Record, name: str = name) -> None:
@@ -367,7 +370,8 @@ class Sweep:
         for load_ in loads:
             known = self._finished(self._key(config, load_, options), options) is not None
             started = any(row["seconds"] and row["configuration"] == name for row in self._planned)
-            seconds = (options.repeats + (options.warmup > 0)) * options.seconds
+            repeats = options.max_repeats if measure.limited(options.limits) else options.repeats
+            seconds = (repeats + (options.warmup > 0)) * options.seconds
             seconds += 0 if started else START_GUESS * (1 + options.steps)
             self._planned.append(
                 {
@@ -410,6 +414,7 @@ def _measured_with(options: SweepConfig) -> dict[str, Any]:
         "temperature",
         "seed",
         "repeats",
+        "max_repeats",
         "requests",
         "seconds",
         "warmup",
@@ -418,6 +423,12 @@ def _measured_with(options: SweepConfig) -> dict[str, Any]:
         "gate_tie",
     )
     return {name: getattr(options, name) for name in names} | asdict(options.limits)
+
+
+def _undecided(runs: list[load.Run], options: SweepConfig) -> bool:
+    """Whether more repeats may tell if these break a limit: none is known to be broken, and one cannot be told."""
+    fails, undecided = measure.judge(*measure.figures(runs, options.limits, gpus=1), options.limits)
+    return bool(undecided and not fails)
 
 
 def _labelled(samples: Samples, name: str) -> dict[str, float]:

@@ -41,6 +41,7 @@ class SweepConfig:
     temperature: float = 1.0
     seed: int = 0
     repeats: int = 3
+    max_repeats: int = 12  # of a row whose requests cannot tell yet whether they keep its limits
     requests: int = 8  # of each user in each repeat of a closed loop, at most, beside its first, which is left out
     seconds: float = 20.0  # of a repeat: after this no request is sent
     warmup: int = 1  # requests of each user before the first repeat, not counted
@@ -102,6 +103,7 @@ def load(composed: Any) -> SweepConfig:
         require(getattr(settings, key) > 0, key, "more than 0")
     for key in ("prompt_sigma", "output_sigma", "warmup", "gate_tie"):
         require(getattr(settings, key) >= 0, key, "0 or more")
+    require(settings.max_repeats >= settings.repeats, "max_repeats", f"at least sweep.repeats = {settings.repeats}")
     return settings
 
 

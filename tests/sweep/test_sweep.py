@@ -120,6 +120,18 @@ def test_a_server_that_hangs_costs_its_row_and_open_loops_are_measured_too(swept
     assert gone(swept.started())
 
 
+@pytest.mark.parametrize(("limit", "most", "status"), [(1e4, 12, "ok"), (1e4, 4, "undecided"), (1e-3, 12, "limits")])
+def test_a_row_is_measured_on_until_its_limits_are_decided_or_its_budget_is_spent(swept, limit, most, status):
+    """A limit that all requests keep takes 368 of them to pass, ten repeats; one that all break is known at once."""
+    status_, output = swept.run(
+        f"sweep.limits.ttft_ms={limit}", f"sweep.max_repeats={most}", "sweep.concurrency=4", "sweep.requests=10"
+    )
+    assert status_ == 0, output
+    (row,) = swept.rows()
+    assert row["status"] == status
+    assert row["figures"]["n"] in {"ok": (400,), "undecided": (160,), "limits": (80, 120, 160)}[status]
+
+
 def test_what_is_finished_is_not_measured_again_unless_asked(swept):
     once = ("sweep.concurrency=1,2", "sweep.gate=false")
     assert swept.run(*once)[0] == 0
@@ -206,6 +218,7 @@ def test_nonsense_is_refused_in_one_line(swept):
     for wrong, message in (
         ("sweep.concurrency=0", "sweep.concurrency: got 0, allowed: positive numbers"),
         ("sweep.objective=speed", "sweep.objective: got 'speed', allowed: requests"),
+        ("sweep.max_repeats=1", "sweep.max_repeats: got 1, allowed: at least sweep.repeats = 2"),
         ("sweep.seconds=0", "sweep.seconds: got 0.0, allowed: more than 0"),
         ("sweep.prompts=nowhere.jsonl", "sweep.prompts: [Errno 2] No such file or directory: 'nowhere.jsonl'"),
     ):
