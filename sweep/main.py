@@ -40,6 +40,7 @@ def main(server: tuple[str, ...]) -> None:
                 return sweep.run(composed)
 
             job()
+            sweep.measure()
     except (Exception, KeyboardInterrupt) as error:
         if interrupted:  # whatever the exception became: OmegaConf raises its own when it is interrupted
             sys.exit(INTERRUPTED)

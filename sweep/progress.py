@@ -27,6 +27,7 @@ STYLES = {
     "overloaded": "yellow",
     "limits": "yellow",
     "undecided": "yellow",
+    "partial": "yellow",
     "wrong": "red",
     "failed": "red",
 }

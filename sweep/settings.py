@@ -40,11 +40,11 @@ class SweepConfig:
     )
     temperature: float = 1.0
     seed: int = 0
-    repeats: int = 3
+    repeats: int = 6  # each with a server of its own; even: rounds go forth and back over all rows
     max_repeats: int = 12  # of a row whose requests cannot tell yet whether they keep its limits
     requests: int = 8  # of each user in each repeat of a closed loop, at most, beside its first, which is left out
     seconds: float = 20.0  # of a repeat: after this no request is sent
-    warmup: int = 1  # requests of each user before the first repeat, not counted
+    warmup: int = 1  # requests of each user before each repeat, not counted
     start_seconds: float = 600.0  # within which a server must be ready
     stall_seconds: float = 60.0  # a request that brings no token for so long has failed
     limits: Limits = field(default_factory=Limits)
@@ -103,6 +103,7 @@ def load(composed: Any) -> SweepConfig:
         require(getattr(settings, key) > 0, key, "more than 0")
     for key in ("prompt_sigma", "output_sigma", "warmup", "gate_tie"):
         require(getattr(settings, key) >= 0, key, "0 or more")
+    require(settings.repeats % 2 == 0, "repeats", "an even number: rounds go forth and back over all rows")
     require(settings.max_repeats >= settings.repeats, "max_repeats", f"at least sweep.repeats = {settings.repeats}")
     return settings
 

@@ -20,9 +20,9 @@ class Store:
         self._known = {row["key"]: row for row in read_rows(folder)}
 
     def finished(self, key: str) -> Row | None:
-        """The row that was measured earlier under this key, unless it failed."""
+        """The row that was measured earlier under this key, unless it failed or was interrupted."""
         row = self._known.get(key)
-        return row if row and row["status"] != "failed" else None
+        return row if row and row["status"] not in ("failed", "partial") else None
 
     def add(self, row: Row) -> None:
         """Append a row. When rows are read, the last one of a key counts."""

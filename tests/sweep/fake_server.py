@@ -47,9 +47,9 @@ def unlikely(stream, tokens, original=FakeStream._logprobs):
 
 def main():
     given = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    with open(os.environ["FAKE_SERVERS"], "a") as file:
-        print(os.getpid(), file=file)
     kind = int(given.get("server.max_queue", WELL))
+    with open(os.environ["FAKE_SERVERS"], "a") as file:
+        print(os.getpid(), kind, file=file)
     if kind == DOES_NOT_START:
         time.sleep(0.2)
         print("Traceback (most recent call last):\nERROR rank 0: cannot start: out of memory", flush=True)
