@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from sweep.store import Row
-from sweep.verdict import figure, front, knee, per_gpu, value
+from sweep.verdict import by_configuration, figure, front, knee, per_gpu, value
 
 STYLE: Any = {
     "figure.dpi": 150,
@@ -43,14 +43,6 @@ def draw(folder: Path, rows: list[Row], steps: dict[str, Any]) -> list[str]:
             picture.savefig(folder / name, bbox_inches="tight")
             plt.close(picture)
     return [name for name, picture in pictures.items() if picture]
-
-
-def by_configuration(rows: list[Row]) -> dict[str, list[Row]]:
-    """The rows of each configuration, in the order of their first rows."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row["configuration"], []).append(row)
-    return groups
 
 
 def in_common(names: list[str]) -> set[str]:

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from sweep import compare, plots, verdict
 from sweep.settings import SweepConfig
-from sweep.store import Row, Store, read_rows, write_csv
-from sweep.verdict import value
+from sweep.store import Row, Store, write_csv
+from sweep.verdict import Verdict, value
 
 CAPTIONS = {
     "pareto.png": "Speed for one user against total throughput. Each point is one load; up and right is better.",
@@ -32,22 +32,31 @@ h1, h2, h3 { line-height: 1.2 } h2 { margin-top: 2.2rem }
 
 
 def write_report(
-    store: Store, rows: list[Row], options: SweepConfig, environment: dict[str, Any], console: Console
+    store: Store,
+    rows: list[Row],
+    earlier: list[Row],
+    options: SweepConfig,
+    environment: dict[str, Any],
+    console: Console,
 ) -> None:
-    """Write everything in the sweep's folder but the rows, and print the verdict."""
+    """Write everything in the sweep's folder but the rows, and print the verdict.
+
+    `earlier`: the rows of the sweep to compare with, if there is one.
+    """
     folder, steps = store.folder, store.noted("steps.json") or {}
     write_csv(folder / "results.csv", rows)
     pictures = plots.draw(folder, rows, steps)
-    changed = compare.changes(read_rows(Path(options.compare)), rows) if options.compare else None
-    page = markdown(rows, options, environment, steps, pictures, changed)
+    changed = compare.changes(earlier, rows) if options.compare else None
+    decided = verdict.decide(rows, options)
+    page = markdown(rows, options, environment, steps, pictures, decided, changed)
     store.note("report.md", page)
     store.note("report.html", html(page, folder, options.name))
-    for outdated in folder.glob("choice-*"):
+    for outdated in folder.glob("choice*"):
         outdated.unlink()
-    for number, row in enumerate(verdict.choices(rows), 1):
-        store.note(f"choice-{number}.buckets.yaml", verdict.buckets_yaml(row))
-        store.note(f"choice-{number}.values.yaml", verdict.kubernetes_values(row))
-    lines = verdict.words(rows) + ([] if changed is None else [f"Against {options.compare}:", *changed])
+    if decided.chosen:
+        store.note("choice.buckets.yaml", verdict.buckets_yaml(decided.chosen))
+        store.note("choice.values.yaml", verdict.kubernetes_values(decided.chosen))
+    lines = decided.words + ([] if changed is None else [f"Against {options.compare}:", *changed])
     console.print(
         "", *lines, f"Report: {folder / 'report.html'}", sep="\n", highlight=False, markup=False, soft_wrap=True
     )
@@ -59,6 +68,7 @@ def markdown(
     environment: dict[str, Any],
     steps: dict[str, Any],
     pictures: list[str],
+    decided: Verdict,
     changed: list[str] | None,
 ) -> str:
     """The report's page. `steps`: the content of steps.json; `changed`: lines of `compare.changes`, if asked for."""
@@ -67,12 +77,17 @@ def markdown(
         f"# Sweep: {options.name}",
         _conditions(options, environment),
         "## Verdict",
-        *_verdict(rows),
+        *_verdict(decided),
+        verdict.drift(rows, options.objective),
     ]
     if shared:
         sections.append(f"All configurations have `{'`, `'.join(sorted(shared))}`, left out of the names below.")
     if changed is not None:
-        sections += [f"## Against {options.compare}", "\n".join(f"- {line}" for line in changed)]
+        sections += [
+            f"## Against {options.compare}",
+            "Measured at another time: what the machine itself gained or lost since then is in these differences.",
+            "\n".join(f"- {line}" for line in changed),
+        ]
     for name in pictures:
         sections += [f"![{name}]({name})", f"*{CAPTIONS[name]}*"]
     sections += [
@@ -134,15 +149,13 @@ def _conditions(options: SweepConfig, environment: dict[str, Any]) -> str:
     )
 
 
-def _verdict(rows: list[Row]) -> list[str]:
-    chosen = verdict.choices(rows)
-    if not chosen:
-        return verdict.words(rows)
-    return [
-        "\n".join(f"{n}. {line}" for n, line in enumerate(verdict.words(rows), 1)),
-        "The same as files: `choice-N.buckets.yaml` goes to `conf/buckets/`, `choice-N.values.yaml` holds a "
-        "container's arguments and GPUs for Kubernetes.",
-    ]
+def _verdict(decided: Verdict) -> list[str]:
+    first, *others = decided.words
+    files = (
+        "As files: `choice.buckets.yaml` goes to `conf/buckets/`, `choice.values.yaml` holds a container's arguments "
+        "and GPUs for Kubernetes."
+    )
+    return [first, "\n".join(f"- {line}" for line in others), files if decided.chosen else ""]
 
 
 def _names(rows: list[Row]) -> dict[str, str]:
@@ -252,7 +265,7 @@ def _buckets(rows: list[Row], steps: dict[str, Any]) -> list[str]:
         "faster its step is than that of the next larger bucket; in brackets, the same times the number of its steps."
     ]
     names = _names(rows)
-    for configuration, group in plots.by_configuration([row for row in rows if row.get("buckets")]).items():
+    for configuration, group in verdict.by_configuration([row for row in rows if row.get("buckets")]).items():
         known = steps.get(group[0]["identity"], {})
         timed = {(step["kind"], step["size"]): step for step in known.get("steps", ())}
         used: dict[tuple[str, int], list[int]] = {}

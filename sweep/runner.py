@@ -23,10 +23,10 @@ from rich.console import Console
 
 from conf import schema
 from conf.schema import Config, ConfigError, Device
-from sweep import gate, load, measure, settings, workload
+from sweep import compare, gate, load, measure, settings, workload
 from sweep.cell import SCRAPED, Cell, CellFailed, Load
 from sweep.client import http_sender
-from sweep.command import identity, overrides
+from sweep.command import flat, identity, overrides
 from sweep.environment import environment
 from sweep.plan import Plan
 from sweep.progress import Progress
@@ -60,6 +60,7 @@ class Sweep:
         self._options: SweepConfig | None = None  # of the first job
         self._cells: dict[str, Cell] = {}  # to measure, by key: a sweeper may run the same job twice
         self._rows: dict[str, Row] = {}  # by key
+        self._earlier: list[Row] = []  # of the sweep to compare with
         self._plan = Plan()
         self._environment: dict[str, Any] = {}
 
@@ -74,7 +75,7 @@ class Sweep:
         self._plan.show(self._console)
         rows = [row for row in self._rows.values() if row]
         if self._options and rows:
-            write_report(self._store, rows, self._options, self._environment, self._console)
+            write_report(self._store, rows, self._earlier, self._options, self._environment, self._console)
 
     @property
     def _store(self) -> Store:
@@ -84,7 +85,7 @@ class Sweep:
     def run(self, composed: Any) -> float:
         """Take in one Hydra job. Returns the worst objective of its loads, or 0 if `measure` is to measure them.
 
-        Raises ConfigError for invalid `sweep` keys.
+        Raises ConfigError for invalid `sweep` keys, and for an earlier sweep that cannot be compared with.
         """
         options = settings.load(composed)
         _require_usable(options)
@@ -101,6 +102,8 @@ class Sweep:
             return max([self._refused(name or "defaults", str(load), str(error), options) for load in loads])
         words = overrides(config, dict(hydra.runtime.choices))
         cells = [self._cell(config, words, load, options) for load in loads]
+        for cell in cells:
+            compare.require_alike(self._earlier, cell.about, str(options.compare))
         if options.dry_run:
             measured = [self._finished(cell) is not None for cell in cells]
             self._plan.add(cells, measured, self._environment["gpus"])
@@ -134,6 +137,7 @@ class Sweep:
     def _begin(self, options: SweepConfig, composed: Any) -> None:
         self._options, self._environment = options, environment(ROOT)
         self._opened = Store(Path(options.folder))
+        self._earlier = compare.earlier(options.compare) if options.compare else []
         if options.dry_run:
             return
         self._progress.__enter__()
@@ -145,8 +149,9 @@ class Sweep:
         on_gpu = bool(self._environment["gpus"]) and config.kernels.device is not Device.cpu
         gpus = config.tp if on_gpu else 1  # a machine without GPUs counts as one
         name = identity(config)
+        what = workload.about(options)
         about: Row = {
-            "key": key_of(name, asdict(load), _measured_with(options), *where.values()),
+            "key": key_of(name, asdict(load), what, _measured_with(options), *where.values()),
             "identity": name,
             "configuration": " ".join(words) or "defaults",
             "overrides": words,
@@ -155,7 +160,8 @@ class Sweep:
             **where,
             "gpus": gpus,
             "on_gpu": on_gpu,
-            "buckets_config": asdict(config.buckets),
+            "workload": what,
+            "settings": flat(config),
         }
         return Cell(config, load, options, about)
 
@@ -344,24 +350,8 @@ def _require_usable(options: SweepConfig) -> None:
 
 
 def _measured_with(options: SweepConfig) -> dict[str, Any]:
-    """The settings that a row's figures depend on."""
-    names = (
-        "prompt_tokens",
-        "output_tokens",
-        "prompt_sigma",
-        "output_sigma",
-        "prompts",
-        "temperature",
-        "seed",
-        "repeats",
-        "max_repeats",
-        "requests",
-        "seconds",
-        "warmup",
-        "gate",
-        "gate_tokens",
-        "gate_tie",
-    )
+    """The settings, beside the workload, that a row's figures depend on."""
+    names = ("repeats", "max_repeats", "requests", "seconds", "warmup", "gate", "gate_tokens", "gate_tie")
     return {name: getattr(options, name) for name in names} | asdict(options.limits)
 
 

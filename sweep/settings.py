@@ -48,7 +48,8 @@ class SweepConfig:
     start_seconds: float = 600.0  # within which a server must be ready
     stall_seconds: float = 60.0  # a request that brings no token for so long has failed
     limits: Limits = field(default_factory=Limits)
-    objective: str = "tpot_p50_ms"  # a figure of results.csv; with a minus in front, higher is better
+    objective: str = "tpot_p50_ms"  # what decides: a figure of results.csv; with a minus in front, higher is better
+    worth: float = 0.02  # share by which a configuration's objective must be better to be chosen over the first
     gate: bool = True  # greedy tokens must equal the first configuration's, except at ties
     gate_tokens: int = 16
     gate_tie: float = 0.125  # two tokens tie if their log probabilities differ by at most this: a step of bfloat16
@@ -101,7 +102,7 @@ def load(composed: Any) -> SweepConfig:
         "steps_context",
     ):
         require(getattr(settings, key) > 0, key, "more than 0")
-    for key in ("prompt_sigma", "output_sigma", "warmup", "gate_tie"):
+    for key in ("prompt_sigma", "output_sigma", "warmup", "gate_tie", "worth"):
         require(getattr(settings, key) >= 0, key, "0 or more")
     require(settings.repeats % 2 == 0, "repeats", "an even number: rounds go forth and back over all rows")
     require(settings.max_repeats >= settings.repeats, "max_repeats", f"at least sweep.repeats = {settings.repeats}")

@@ -13,6 +13,7 @@ import numpy as np
 from conf.limits import FIRST_SPECIAL
 from conf.schema import Config, ConfigError, Weights
 from sweep.settings import SweepConfig
+from sweep.store import key_of
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,13 @@ class Workload:
     @staticmethod
     def _length(draw: np.random.Generator, median: int, sigma: float, most: int) -> int:
         return int(np.clip(round(median * float(np.exp(sigma * draw.standard_normal()))), 1, most)) if sigma else median
+
+
+def about(settings: SweepConfig) -> dict[str, Any]:
+    """The settings that the requests follow from; of a prompts file, a hash of its content. Raises ConfigError."""
+    names = ("prompt_tokens", "output_tokens", "prompt_sigma", "output_sigma", "temperature", "seed")
+    what = {name: getattr(settings, name) for name in names}
+    return what | {"prompts": settings.prompts and key_of(read(settings.prompts))}
 
 
 def read(path: str) -> list[dict[str, Any]]:

@@ -109,8 +109,10 @@ def test_a_failing_configuration_costs_its_own_rows_only_and_a_server_serves_all
     ]
     assert well["start"]["capture"] == 0.25
     assert well["memory"] == {"pages": 2**20}
-    assert "`python serve.py` with" in (swept.folder / "report.md").read_text()
-    assert "server.max_queue=1028`" not in (swept.folder / "report.md").read_text()
+    report = (swept.folder / "report.md").read_text()
+    assert "Keep `python serve.py`: there is nothing else to choose." in report
+    assert "- server.max_queue=1028 is out at 1 user (prompt 0, token 0: 5000, the baseline has 1000" in report
+    assert "defaults, 1 user, first and last of all: tpot_p50_ms" in report
     table = list(csv.DictReader((swept.folder / "results.csv").open()))
     assert [line["status"] for line in table] == [row["status"] for row in rows]
     assert float(table[1]["requests"]) == 18
@@ -236,12 +238,15 @@ def test_nonsense_is_refused_in_one_line(swept):
     for wrong, message in (
         ("sweep.concurrency=0", "sweep.concurrency: got 0, allowed: positive numbers"),
         ("sweep.objective=speed", "sweep.objective: got 'speed', allowed: requests"),
+        ("sweep.compare=nowhere", "sweep.compare: got 'nowhere', allowed: a folder with the results.jsonl of a sweep"),
         ("sweep.repeats=3", "sweep.repeats: got 3, allowed: an even number"),
         ("sweep.max_repeats=1", "sweep.max_repeats: got 1, allowed: at least sweep.repeats = 2"),
         ("sweep.seconds=0", "sweep.seconds: got 0.0, allowed: more than 0"),
         ("sweep.prompts=nowhere.jsonl", "sweep.prompts: [Errno 2] No such file or directory: 'nowhere.jsonl'"),
     ):
-        status, output = swept.run(wrong, f"sweep.dry_run={'true' if wrong.startswith('sweep.objective') else 'false'}")
+        status, output = swept.run(
+            wrong, f"sweep.dry_run={'true' if wrong.startswith(('sweep.objective', 'sweep.compare')) else 'false'}"
+        )
         assert status == 1
         assert message in output, output
     assert not swept.started()

@@ -3,17 +3,20 @@
 import math
 import shlex
 
+import numpy as np
 import pytest
+import scipy.stats
 from hydra import compose, initialize_config_module
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-from conf.schema import BucketsConfig, Config, KernelsConfig, ModelConfig, Weights, load
+from conf.schema import BucketsConfig, Config, ConfigError, KernelsConfig, ModelConfig, Weights, load
 from sweep import compare, plots, settings, verdict
 from sweep.command import identity, overrides
 from sweep.fit import misfit
 from sweep.report import html, markdown
 from sweep.settings import SweepConfig
+from tests.sweep import drift
 
 
 def row(name, level=1, tpot=10.0, throughput=100.0, status="ok", spread=0.1, **more):
@@ -48,7 +51,10 @@ def row(name, level=1, tpot=10.0, throughput=100.0, status="ok", spread=0.1, **m
         "gpus": 2,
         "start": {},
         "memory": {},
-        "buckets_config": {"decode_rows": [1, 2], "pages": None},
+        "together": "now",
+        "workload": {"prompt_tokens": 256},
+        "settings": {"buckets.decode_rows": [1, 2], "buckets.pages": None, "tp": 2},
+        "repeats": [figures | {"tpot_p50_ms": tpot + spread * shift} for shift in (-1, 0, 1, 0.5)],
         **more,
     }
 
@@ -76,42 +82,116 @@ def test_of_rows_alike_in_cost_or_in_gain_only_the_better_is_on_the_front():
     assert [point["key"] for point in verdict.front(rows, "tpot_p99_ms")] == ["b1", "d1"]
 
 
-def test_small_steps_in_cost_do_not_add_up_to_a_choice_that_costs_more():
-    rows = [row("a", 1, 2.0, 500), row("b", 1, 2.03, 510), row("c", 1, 2.06, 520)]
-    assert [choice["key"] for choice in verdict.choices(rows)] == ["b1"]
+def decide(*rows, **options):
+    return verdict.decide(list(rows), SweepConfig(**options))
 
 
-def test_choices_differ_by_enough_to_choose_between_them():
-    rows = [row("a", 1, 2.0, 500), row("b", 1, 2.03, 510), row("a", 8, 4.0, 530), row("a", 16, 8.0, 700)]
-    assert len(verdict.front(rows, "tpot_p99_ms")) == 4
-    assert [choice["key"] for choice in verdict.choices(rows)] == ["b1", "a16"]
+def test_what_is_better_over_all_loads_is_chosen():
+    slow, fast = [row("a", n, 10.0) for n in (1, 8)], [row("b", n, 9.0, spread=0.2) for n in (1, 8)]
+    decided = decide(*slow, *fast)
+    assert decided.chosen is fast[0]
+    assert decided.words[0] == "Run `python serve.py b`: over 2 loads it is better than a beyond noise."
+    assert decided.words[1].startswith("b: tpot_p50_ms 9.9% less, ±")
 
 
-def test_the_verdict_names_a_target_and_a_command():
-    sentences = verdict.words(ROWS)
-    assert len(sentences) == 3
-    assert sentences[1].startswith("For p99 TPOT ≤ 4.01 ms: `python serve.py buckets=latency` with 8 users (")
-    none = verdict.words([row("tp=2", status="failed", reason="it did not start")])
-    assert none == ["No configuration can be recommended: tp=2: it did not start"]
+def test_where_higher_is_better_more_is_chosen():
+    decided = decide(row("a", throughput=100), row("b", throughput=110), objective="-tokens_per_s")
+    assert decided.chosen["configuration"] == "b"
+    assert decided.words[1] == "b: tokens_per_s 10.0% more, ±0.0% (over 1 load)"
+    assert decide(row("a", throughput=100), row("b", throughput=90), objective="-tokens_per_s").words[0] == (
+        "Keep `python serve.py a`: it is the best."
+    )
 
 
-@pytest.mark.parametrize(
-    ("number", "target"),
-    [(4.001, "4.01"), (4.0, "4"), (1.1, "1.1"), (12.34, "12.4"), (1234.5, "1240"), (0.01234, "0.0124")],
-)
-def test_a_target_is_never_below_what_was_measured(number, target):
-    assert verdict.round_up(number) == target
+def test_what_noise_may_explain_or_is_not_worth_it_keeps_the_first():
+    noisy = row("b", tpot=9.5)
+    noisy["repeats"] = [{"tpot_p50_ms": 9.5 + shift} for shift in (1, -1, 1, -1)]
+    assert decide(row("a"), noisy).words[0] == ("Keep `python serve.py a`: the configurations cannot be told apart.")
+    little = decide(row("a"), row("b", tpot=9.9))
+    assert little.words[0] == "Keep `python serve.py a`: what is better is so by less than 2%."
+    assert decide(row("a"), row("b", tpot=9.9), worth=0.005).chosen["configuration"] == "b"
+    once = row("b", tpot=5.0)
+    once["repeats"] = once["repeats"][:1]
+    assert decide(row("a"), once).chosen["configuration"] == "a"
 
 
-def test_a_verdict_without_a_p99_of_every_row_is_by_the_median():
-    few = row("b", 1, 3.0, 600)
-    few["figures"] |= {"tpot_p99_ms": None, "ttft_p99_ms": None, "n": 24}
-    sentences = verdict.words([row("a", 1, 2.0, 500), few])
-    assert sentences[1].startswith("For a median TPOT ≤ 3 ms: `python serve.py b` with 1 users (")
-    assert sentences[1].endswith("p90 TTFT 6 ms, 24 requests).")
-    assert verdict.words([row("a", status="undecided", reason="p99 TTFT")]) == [
-        "No configuration can be recommended: a: p99 TTFT"
+def test_a_configuration_that_is_out_at_one_load_is_not_chosen():
+    rows = [
+        row("a", 1),
+        row("a", 8),
+        row("b", 1, 5.0),
+        row("b", 8, 5.0, status="overloaded", reason="overloaded: half"),
     ]
+    decided = decide(*rows)
+    assert decided.words == [
+        "Keep `python serve.py a`: there is nothing else to choose.",
+        "b is out at 8 users (overloaded: half).",
+    ]
+    assert decide(*rows[2:], *rows[:2]).words[0] == "Run `python serve.py a`: there is nothing else to choose."
+    crossed = decide(
+        row("a", 1),
+        row("a", 8, status="limits", reason="late"),
+        row("b", 1, status="limits", reason="late"),
+        row("b", 8),
+    )
+    assert crossed.chosen is None
+    assert crossed.words[1:] == ["a is out at 8 users (late).", "b is out at 1 users (late)."]
+    assert decide(*rows[:3]).words[1] == "b is out: it was not measured there."
+
+
+def test_a_load_at_which_no_configuration_is_ok_decides_nothing():
+    over = [row(name, 64, status="limits", reason="late") for name in "ab"]
+    decided = decide(row("a"), over[0], row("b", tpot=9.0), over[1])
+    assert decided.chosen["configuration"] == "b"
+
+
+def test_no_configuration_is_recommended_without_a_row_that_is_ok():
+    none = decide(row("tp=2", status="failed", reason="it did not start"), row("a", status="undecided", reason="p99"))
+    assert none.words == ["No configuration can be recommended: a: p99; tp=2: it did not start"]
+    assert none.chosen is None
+
+
+def test_only_what_was_measured_together_is_compared():
+    decided = decide(row("a"), row("b", tpot=5.0) | {"together": "yesterday"})
+    assert decided.chosen["configuration"] == "a"
+    assert decided.words[1] == "b was measured at another time: sweep.fresh=true tells."
+
+
+def test_an_objective_without_a_value_in_each_repeat_decides_nothing():
+    few = row("b", tpot=5.0)
+    few["repeats"] = [figures | {"tpot_p99_ms": None} for figures in few["repeats"]]
+    decided = decide(row("a"), few, objective="tpot_p99_ms")
+    assert decided.words == ["Keep `python serve.py a`: tpot_p99_ms has no value in each repeat of each load."]
+
+
+def test_drift_between_repeats_is_no_noise():
+    """The same difference in each repeat, whatever the level."""
+    shares, half = verdict.differences(np.array([[1.0, 0.9], [2.0, 1.9], [3.0, 2.9], [9.0, 8.9]]))
+    assert shares == pytest.approx([-0.1])
+    assert half == pytest.approx(0, abs=1e-9)
+
+
+def test_the_interval_of_a_single_difference_is_that_of_a_paired_t_test():
+    pairs = np.array([[1.0, 1.2], [1.1, 1.0], [0.9, 1.3], [1.0, 1.1]])
+    shares, half = verdict.differences(pairs)
+    interval = scipy.stats.ttest_rel(pairs[:, 1], pairs[:, 0]).confidence_interval()
+    assert (shares[0] - half, shares[0] + half) == pytest.approx(interval)
+
+
+def test_a_machine_that_drifts_raises_few_false_alarms_and_hides_no_gain():
+    """A bounded form of `python -m tests.sweep.drift`: drift of four deviations, a gain of three."""
+    for configurations in (2, 6):
+        alarms = {shape: drift.share_chosen(100, shape, configurations, 0) for shape in drift.SHAPES}
+        assert np.mean(list(alarms.values())) <= 0.05, alarms
+        assert max(alarms.values()) <= 0.09, alarms  # of a hundred trials
+        for shape in drift.SHAPES:
+            assert drift.share_chosen(100, shape, configurations, drift.GAIN) >= 0.6, shape
+
+
+def test_the_report_tells_how_far_the_first_row_drifted():
+    assert verdict.drift([row("x", status="failed") | {"repeats": []}, row("a")], "tpot_p50_ms") == (
+        "a, 1 users, first and last of all: tpot_p50_ms 9.9 and 10.05 (+1.5%)."
+    )
 
 
 def test_the_knee_has_the_most_throughput_by_delay():
@@ -131,7 +211,7 @@ def test_latencies_of_every_size_can_be_told_apart_in_the_picture(tmp_path, monk
 
 
 def test_files_to_use_as_they_are():
-    best = verdict.choices(ROWS)[-1]
+    best = ROWS[3]
     assert OmegaConf.create(verdict.buckets_yaml(best)) == {"decode_rows": [1, 2]}
     assert OmegaConf.create(verdict.kubernetes_values(best)) == {
         "args": ["server.host=0.0.0.0", "buckets=balanced"],
@@ -150,8 +230,36 @@ def test_a_comparison_tells_what_lies_beyond_noise():
     assert lines[1] == "b · 1 users: nothing beyond noise"  # 0.13, within the root of 0.1² + 0.1²
     assert lines[2] == "c · 1 users: ok → failed"
     assert lines[-2:] == ["e · 1 users: new", "d · 1 users: no longer there"]
-    once = [row("a", 1, 10, spread=math.nan)]  # one repeat: nobody knows its noise
+    once = [row("a", 1, 10, spread=math.nan)]  # too few requests: nobody knows the noise
     assert compare.changes(once, [row("a", 1, 1)]) == ["a · 1 users: nothing beyond noise"]
+
+
+def test_a_comparison_goes_by_what_was_measured_and_not_by_its_name():
+    renamed = row("defaults", 1, 10.0) | {"identity": "a"}
+    assert compare.changes([row("a", 1, 9.0)], [renamed])[0].startswith("defaults · 1 users: tpot_p50_ms 9 → 10")
+    longer = row("a") | {"workload": {"prompt_tokens": 512}}
+    assert compare.changes([row("a")], [longer]) == ["a · 1 users: new", "a · 1 users: no longer there"]
+
+
+def test_a_comparison_with_what_only_has_the_same_name_is_refused():
+    other = row("defaults") | {"identity": "x", "settings": row("a")["settings"] | {"buckets.decode_rows": [4]}}
+    longer = row("defaults") | {"workload": {"prompt_tokens": 512}}
+    for before, message in (
+        (other, r"another configuration in old: buckets\.decode_rows was \[4\], and is \[1, 2\]"),
+        (longer, "another workload in old: prompt_tokens was 512, and is 256"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            compare.require_alike([before], row("defaults"), "old")
+        compare.require_alike([before, row("defaults")], row("defaults"), "old")  # both were measured
+        compare.require_alike([before], row("b"), "old")
+
+
+def test_a_folder_without_a_sweep_or_of_an_older_one_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"sweep\.compare: got .*, allowed: a folder with the results\.jsonl"):
+        compare.earlier(str(tmp_path))
+    (tmp_path / "results.jsonl").write_text('{"key": "a", "status": "ok", "figures": {}}')
+    with pytest.raises(ConfigError, match="measure it again"):
+        compare.earlier(str(tmp_path))
 
 
 def test_the_report_tells_every_row_and_its_page_needs_no_other_file(tmp_path):
@@ -170,7 +278,16 @@ def test_the_report_tells_every_row_and_its_page_needs_no_other_file(tmp_path):
     }
     used = [{"kind": "decode", "size": 1, "steps": 500, "rows_used": 500, "rows_padded": 0}]
     rows = [ROWS[0] | {"buckets": used}, failed, broke]
-    page = markdown(rows, SweepConfig(), environment, steps, ["pareto.png"], None)
+    page = markdown(
+        rows,
+        SweepConfig(),
+        environment,
+        steps,
+        ["pareto.png"],
+        verdict.Verdict(["Keep `x`.", "b: 1% more"], None),
+        None,
+    )
+    assert "Keep `x`.\n\n- b: 1% more" in page
     assert "| buckets=latency | 1 users |" in page
     assert "- tp=4, 1 users: failed, no GPU" in page
     assert "- tp=2, 1 users: limits, errors 1.0% > 0.0%; HTTP 500" in page
