@@ -6,11 +6,15 @@ never sees text.
 
 import time
 from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from llguidance import LLMatcher
 
+from conf.limits import VOCABULARY
+from engine.grammar import Constraint, Grammars
 from engine.messages import (
     Abort,
     BucketStats,
@@ -19,6 +23,7 @@ from engine.messages import (
     PromptLogprobs,
     Stats,
     StepReport,
+    Submit,
     ToEngine,
     TokenLogprobs,
 )
@@ -27,7 +32,17 @@ from graphs.buckets import Bucket
 from graphs.buffers import Buffers, Sampled, Scores, Staging
 from graphs.capture import Steps, Wait
 
+COMPILE_POLL = 0.01  # seconds that an idle loop waits for a grammar before it looks for messages
+
 Send = Callable[[int, npt.NDArray[np.int32]], None]
+
+
+class Compiling(NamedTuple):
+    """A request whose grammar is being compiled."""
+
+    submit: Submit
+    start: Future[LLMatcher]
+    arrival: float
 
 
 class Launched(NamedTuple):
@@ -63,20 +78,46 @@ class Core:
         self._in_flight: Launched | None = None
         self._turn = 0
         self._index = {bucket: index for index, bucket in enumerate(buffers.buckets.all)}
+        self._grammars = Grammars()
+        self._compiling: dict[int, Compiling] = {}  # by id of the request
         self._used = [[0, 0] for _ in self._index]  # steps and rows used, by bucket
 
     def handle(self, message: ToEngine) -> None:
         """Take in a message. A request that can never run is answered at once, with an error."""
         if isinstance(message, Abort):
+            self._compiling.pop(message.id, None)
             self.scheduler.abort(message.id)
-            return
+        elif message.sampling.grammar and self._buffers.mask_words * 32 < VOCABULARY:
+            self._refuse(message, "a grammar: this model has not all tokens of the vocabulary that grammars are over")
+        elif message.sampling.grammar:
+            start = self._grammars.compile(message.sampling.grammar)
+            self._compiling[message.id] = Compiling(message, start, time.monotonic())
+        else:
+            self._add(message, time.monotonic())
+
+    def _add(self, submit: Submit, arrival: float, start: Future[LLMatcher] | None = None) -> None:
+        """To the scheduler; `start`: where the request's grammar starts."""
         try:
-            self.scheduler.add(message, time.monotonic())
+            constraint = Constraint(start.result(), submit.sampling) if start else None
+            self.scheduler.add(submit, arrival, constraint)
         except ValueError as error:
-            self._publish(StepReport([Delta(message.id, [], "error", error=str(error))], self.stats()))
+            self._refuse(submit, str(error))
+
+    def _refuse(self, submit: Submit, error: str) -> None:
+        self._publish(StepReport([Delta(submit.id, [], "error", error=error)], self.stats()))
 
     def turn(self) -> bool:
         """Launch the next step if there is one, then collect the one before. False when there was nothing to do."""
+        for id, (submit, start, arrival) in list(self._compiling.items()):
+            if start.done():
+                del self._compiling[id]
+                self._add(submit, arrival, start)
+        if self._step():
+            return True
+        wait([compiling.start for compiling in self._compiling.values()], COMPILE_POLL, FIRST_COMPLETED)
+        return bool(self._compiling)
+
+    def _step(self) -> bool:
         scheduled = self.scheduler.schedule(time.monotonic())
         launched = self._launch(scheduled) if scheduled else None
         collected, self._in_flight = self._in_flight, launched
@@ -89,10 +130,12 @@ class Core:
         bucket = self._buffers.buckets.choose(step.kind, step.tokens)
         staging = self._stagings[self._turn % 2]  # the other one belongs to the step in flight
         self._turn += 1
-        self._buffers.fill(step, bucket, staging)
+        constrained = [(row, r.constraint) for row, r in enumerate(scheduled.rows) if r is not None and r.constraint]
+        masks = self._buffers.fill(step, bucket, staging, [row for row, _ in constrained])
+        self._grammars.fill([constraint for _, constraint in constrained], masks)
         index = self._index[bucket]
         if self._send:
-            self._send(index, staging.words[: self._buffers.words_of(bucket)].numpy())
+            self._send(index, staging.words[: self._buffers.used_words(bucket, staging)].numpy())
         self._used[index][0] += 1
         self._used[index][1] += step.tokens
         return Launched(scheduled, bucket, staging, self._steps.launch(bucket, staging))
@@ -115,7 +158,7 @@ class Core:
         scheduler = self.scheduler
         return Stats(
             running=scheduler.running,
-            waiting=scheduler.waiting,
+            waiting=scheduler.waiting + len(self._compiling),
             pages_used=scheduler.pool.used,
             pages_total=scheduler.pool.total,
             prefix_query_tokens=scheduler.prefix_query_tokens,

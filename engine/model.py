@@ -28,6 +28,7 @@ from kernels.ops import (
     Router,
     Routing,
     TokenCounts,
+    TokenMasks,
     TokenPlaces,
 )
 
@@ -75,7 +76,8 @@ class Model:
         places = TokenPlaces(inputs.positions, inputs.slots)
         tokens, next_positions = self.advance(buffers, places, inputs.new_pages)  # [rows] both
         hidden = self.forward("decode", buffers, tokens, places)  # [rows, H]
-        self.sample(buffers, self.logits(hidden), TokenPlaces(next_positions, inputs.slots))
+        masks = TokenMasks(inputs.mask_rows, inputs.masks)
+        self.sample(buffers, self.logits(hidden), TokenPlaces(next_positions, inputs.slots), masks)
 
     def _prefill(self, buffers: Buffers, inputs: PrefillInputs[Tensor], scores: bool) -> None:
         places = TokenPlaces(inputs.positions, inputs.slots)
@@ -84,7 +86,8 @@ class Model:
         if scores:
             self.score(buffers, hidden, inputs.targets)
         logits = self.logits(hidden.index_select(0, inputs.last))  # [sequences, V / ranks]
-        self.sample(buffers, logits, TokenPlaces(next_positions, inputs.sample_slots))
+        masks = TokenMasks(inputs.mask_rows, inputs.masks)
+        self.sample(buffers, logits, TokenPlaces(next_positions, inputs.sample_slots), masks)
 
     def install(self, buffers: Buffers, inputs: PrefillInputs[Tensor], places: TokenPlaces) -> Tensor:
         """Notes a prefill step's chunks in their slots -> the positions [sequences] of the tokens it draws."""
@@ -137,11 +140,11 @@ class Model:
             scored = self.kernels.score(logits, targets[rows], first, self.architecture.vocab, top, self.peers)
             buffers.put_scores(first, scored)
 
-    def sample(self, buffers: Buffers, logits: Tensor, places: TokenPlaces) -> None:
+    def sample(self, buffers: Buffers, logits: Tensor, places: TokenPlaces, masks: TokenMasks) -> None:
         """Draw and emit one token a row. Every option is a value in the state of the row's slot: one graph for all."""
         top = min(MAX_TOP_LOGPROBS, self.architecture.vocab)
         counts = TokenCounts(buffers.output_counts, buffers.in_prompt)
-        sampled = self.kernels.sample(logits, places, buffers.sampling, counts, top, self.peers)
+        sampled = self.kernels.sample(logits, places, buffers.sampling, counts, masks, top, self.peers)
         self.kernels.emit(sampled, places.slots, buffers.last_token, counts, buffers.outputs)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from conf.limits import PAGE_TOKENS
+from engine.grammar import Constraint
 from engine.messages import Delta, FinishReason, PromptLogprobs, Submit, TokenLogprobs
 from engine.pages import PagePool, extend_chain, pages_for
 from graphs.buckets import Buckets
@@ -31,6 +32,7 @@ class Request:
     last_position: int  # of the last token it may draw, whose key and value are never computed
     prefill_end: int  # prefill computes the positions before this: the prompt, after preemption also the answer so far
     salt: bytes = b""  # of its digests
+    constraint: Constraint | None = None  # what its next token may be; it follows those that have arrived
     to_score: int = 0  # the tokens behind the positions before this are to get log probabilities
     scored: int = 0  # those behind the positions before this get them in a scheduled step
     computed: int = 0  # the positions before this are in its pages once every scheduled step has run
@@ -93,8 +95,9 @@ class Scheduler:
         """Requests in the queue, preempted ones included."""
         return len(self._waiting)
 
-    def add(self, submit: Submit, now: float) -> None:
-        """Queues a request; `now` is in seconds. Raises ValueError, fit for the client, for one that can never run."""
+    def add(self, submit: Submit, now: float, constraint: Constraint | None = None) -> None:
+        """Queues a request; `now` is in seconds. With a `constraint` it waits for each of its tokens to arrive before
+        the next one is planned. Raises ValueError, fit for the client, for one that can never run."""
         prompt, limit = len(submit.prompt), submit.sampling.max_tokens
         if prompt < 1 or limit < 0:
             raise ValueError(f"a prompt of {prompt} tokens and max_tokens {limit}: at least 1 and 0 are allowed")
@@ -112,7 +115,7 @@ class Scheduler:
                 f"{PAGE_TOKENS} tokens; the server has {self.pool.total}"
             )
         request = Request(
-            submit.id, submit.sampling, list(submit.prompt), prompt, now, last_position, prompt, submit.salt
+            submit.id, submit.sampling, list(submit.prompt), prompt, now, last_position, prompt, submit.salt, constraint
         )
         request.to_score = prompt - 1 if scores else 0
         self._requests[submit.id] = request
@@ -160,7 +163,13 @@ class Scheduler:
             length, sampling = len(request.tokens), request.sampling
             drawn = [token] if sampling.max_tokens else []
             finish: FinishReason | None = None
-            if drawn and token in sampling.stop_token_ids:
+            constraint = request.constraint if drawn else None
+            ended = constraint is not None and constraint.accept(token)
+            if constraint and constraint.error:
+                deltas.append(Delta(request.id, [], "error", error=f"the grammar: {constraint.error}"))
+                self._end(request)
+                continue
+            if drawn and (ended or token in sampling.stop_token_ids):
                 finish = "stop"
             elif length > request.last_position:
                 finish = "length"
@@ -182,6 +191,8 @@ class Scheduler:
             position = request.computed
             if not request.prefill_end <= position < request.last_position:
                 continue
+            if request.constraint and position >= len(request.tokens):
+                continue  # what its next token may be is known once the last one has arrived
             page = self._grow(request) if position % PAGE_TOKENS == 0 else NO_PAGE
             if page is None:
                 break  # it was the youngest and is preempted itself

@@ -6,7 +6,7 @@ a step. Knows shapes, slots and pages; no requests, no weights.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Generic, NamedTuple
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from conf.limits import BIAS_ENTRIES, MAX_TOP_LOGPROBS, PAGE_TOKENS, SCRATCH_PAGE
 from graphs.buckets import Bucket, Buckets
 from graphs.plan import NO_PAGE, NO_TARGET, Chunk, DecodeStep, PrefillStep, Step
-from kernels.ops import Array, SamplingState, Scored
+from kernels.ops import NO_MASK, Array, SamplingState, Scored
 
 HostArray = npt.NDArray[Any]  # int32 or float32
 Allocate = Callable[[tuple[int, ...], str], Array]  # (shape, dtype's name) -> an array
@@ -52,11 +52,16 @@ class DecodeInputs(Generic[Array]):
     slots: Array
     positions: Array
     new_pages: Array
+    mask_rows: Array  # which of `masks` the row draws by, or NO_MASK
+    masks: Array  # [rows, words of a mask]: only the first ones, which rows name, cross to the device
 
     @classmethod
-    def allocate(cls, allocate: Allocate[Array], bucket: Bucket) -> "DecodeInputs[Array]":
-        rows = (bucket.tokens,)
-        return cls(allocate(rows, "int32"), allocate(rows, "int32"), allocate(rows, "int32"))
+    def allocate(cls, allocate: Allocate[Array], bucket: Bucket, mask_words: int) -> "DecodeInputs[Array]":
+        def ints(*shape: int) -> Array:
+            return allocate(shape, "int32")
+
+        rows = bucket.tokens
+        return cls(ints(rows), ints(rows), ints(rows), ints(rows), ints(rows, mask_words))
 
 
 @dataclass(frozen=True)
@@ -73,9 +78,13 @@ class PrefillInputs(Generic[Array]):
     page_table: Array  # [sequences, pages of a context]
     sampling: SamplingState[Array]  # a row a sequence
     targets: Array  # [tokens] where the bucket scores, or else [0]; NO_TARGET where nothing is wanted
+    mask_rows: Array  # [sequences]: which of `masks` the sequence draws by, or NO_MASK
+    masks: Array  # [sequences, words of a mask]: only the first ones, which sequences name, cross to the device
 
     @classmethod
-    def allocate(cls, allocate: Allocate[Array], bucket: Bucket, context_pages: int) -> "PrefillInputs[Array]":
+    def allocate(
+        cls, allocate: Allocate[Array], bucket: Bucket, context_pages: int, mask_words: int
+    ) -> "PrefillInputs[Array]":
         def ints(*shape: int) -> Array:
             return allocate(shape, "int32")
 
@@ -90,6 +99,8 @@ class PrefillInputs(Generic[Array]):
             page_table=ints(bucket.sequences, context_pages),
             sampling=sampling_state(allocate, bucket.sequences),
             targets=ints(bucket.tokens if bucket.kind == "score" else 0),
+            mask_rows=ints(bucket.sequences),
+            masks=ints(bucket.sequences, mask_words),
         )
 
 
@@ -152,6 +163,7 @@ class Buffers:
         self.buckets = buckets
         self.padding_slot = buckets.max_rows
         self.context_pages = max_context // PAGE_TOKENS
+        self.mask_words = -(-vocab // 32)
         self.device = device
         shape = (layers, pages, kv_heads, PAGE_TOKENS, head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
@@ -180,8 +192,8 @@ class Buffers:
 
     def _inputs(self, allocate: Allocate[Array], bucket: Bucket) -> Inputs[Array]:
         if bucket.kind == "decode":
-            return DecodeInputs.allocate(allocate, bucket)
-        return PrefillInputs.allocate(allocate, bucket, self.context_pages)
+            return DecodeInputs.allocate(allocate, bucket, self.mask_words)
+        return PrefillInputs.allocate(allocate, bucket, self.context_pages, self.mask_words)
 
     def _count_words(self, bucket: Bucket) -> int:
         sizes: list[int] = []
@@ -200,11 +212,20 @@ class Buffers:
         return Staging(words, inputs, outputs, scores)
 
     def words_of(self, bucket: Bucket) -> int:
-        """int32 words of the packed inputs of a bucket."""
-        return self._words[bucket]
+        """int32 words of the packed inputs of a bucket's step without masks."""
+        return self._words[bucket] - bucket.sequences * self.mask_words
 
-    def fill(self, step: Step, bucket: Bucket, staging: Staging) -> None:
-        """Pack a step's inputs. Raises ValueError where it does not fit the bucket."""
+    def used_words(self, bucket: Bucket, staging: Staging) -> int:
+        """int32 words of the packed inputs of the step in `staging`, which end with the masks that its rows name."""
+        masks = 1 + int(staging.inputs[bucket].mask_rows.max())
+        return self.words_of(bucket) + masks * self.mask_words
+
+    def fill(self, step: Step, bucket: Bucket, staging: Staging, masked: Sequence[int] = ()) -> HostArray:
+        """Pack a step's inputs. Raises ValueError where it does not fit the bucket.
+
+        masked: the rows or chunks that may not draw all tokens. -> where the caller is to write their masks, in this
+        order: [len(masked), words of a mask] int32, as in `TokenMasks`.
+        """
         inputs = staging.inputs[bucket]
         if isinstance(step, DecodeStep):
             rows = step.tokens
@@ -219,6 +240,10 @@ class Buffers:
             if len(step.chunks) > bucket.sequences:
                 raise ValueError(f"{len(step.chunks)} chunks do not fit {bucket}")
             self._fill_prefill(step, inputs)
+        inputs.mask_rows[:] = NO_MASK
+        inputs.mask_rows[list(masked)] = np.arange(len(masked))
+        masks: HostArray = inputs.masks[: len(masked)]
+        return masks
 
     def _fill_prefill(self, step: PrefillStep, inputs: PrefillInputs[HostArray]) -> None:
         end = 0

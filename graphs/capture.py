@@ -65,7 +65,7 @@ class EagerSteps:
 
     @torch.inference_mode()
     def _run(self, bucket: Bucket, staging: Staging) -> None:
-        words = self._buffers.words_of(bucket)
+        words = self._buffers.used_words(bucket, staging)
         self._buffers.words[:words].copy_(staging.words[:words])
         self._bodies[bucket]()
         staging.outputs[: bucket.sequences].copy_(self._buffers.outputs[: bucket.sequences])
@@ -99,7 +99,7 @@ class GraphSteps:
 
     @torch.inference_mode()
     def launch(self, bucket: Bucket, staging: Staging) -> Wait:
-        words = self._buffers.words_of(bucket)
+        words = self._buffers.used_words(bucket, staging)
         done = torch.cuda.Event()
         with torch.cuda.stream(self._stream):
             self._buffers.words[:words].copy_(staging.words[:words], non_blocking=True)

@@ -22,9 +22,9 @@ NO_TARGET = -1
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How one request's tokens are drawn.
 
-    The order is: penalties and bias on the raw logits, then temperature, then top-k, top-p and min-p. Equal logits at
-    a filter's threshold are all kept. Raises ValueError for a value out of range, so that the packed inputs and the
-    kernels have room for every instance.
+    The order is: what the grammar forbids, penalties and bias on the raw logits, then temperature, then top-k, top-p
+    and min-p. Equal logits at a filter's threshold are all kept. Raises ValueError for a value out of range, so that
+    the packed inputs and the kernels have room for every instance.
     """
 
     max_tokens: int  # 0: nothing is drawn, the prompt alone is computed
@@ -41,6 +41,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()  # the model's own end tokens included; at most MAX_STOP_TOKENS
     logprobs: int | None = None  # the drawn token's log probability and this many of the likeliest tokens'
     prompt_logprobs: int | None = None  # the same for each token of the prompt but the first
+    grammar: str = ""  # of the whole answer, in the form of `engine.grammar`; empty: any tokens may be drawn
 
     def __post_init__(self) -> None:
         for name, holds, allowed in (

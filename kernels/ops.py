@@ -17,6 +17,8 @@ from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+NO_MASK = -1
+
 Array = TypeVar("Array")  # a torch tensor on the device, a numpy array on the host
 
 
@@ -193,8 +195,15 @@ class Chunks(NamedTuple):
     sampling: SamplingState[Tensor]  # a row a chunk; rows to spare have no penalties
 
 
+class TokenMasks(NamedTuple):
+    """Which tokens the rows may draw: each row all of them, or those of a mask."""
+
+    rows: Tensor  # [R] int32: the row's mask in `words`, NO_MASK where it may draw all
+    words: Tensor  # [masks, ceil(V / 32)] int32: bit v % 32 of word v // 32 is set where token v may be drawn
+
+
 class Sampled(NamedTuple):
-    """What was drawn, by row. Log probabilities are those of the raw logits: before penalties, bias and filters.
+    """What was drawn, by row. Log probabilities are those of the raw logits: before masks, penalties, bias and filters.
 
     Where a row does not want them (SamplingState.logprobs), log probabilities and the likeliest tokens are 0.
     """
@@ -332,14 +341,16 @@ class KernelSet(Protocol):
         tokens: TokenPlaces,
         state: SamplingState[Tensor],
         counts: TokenCounts,
+        masks: TokenMasks,
         top: int,
         peers: Peers,
     ) -> Sampled:
         """Draw a token a row. logits [R, N] C: this rank's shard of the vocabulary, from rank * N; columns past V are
         not read. tokens: the slots, and the positions of the tokens to draw.
 
-        Penalties and bias first, then temperature, then top-k, top-p and min-p; then the largest logit plus Gumbel
-        noise that depends on (seed, position, token) alone. The same on every rank.
+        Tokens that a mask leaves out have a logit of -inf. Penalties and bias first, then temperature, then top-k,
+        top-p and min-p; then the largest logit plus Gumbel noise that depends on (seed, position, token) alone. The
+        same on every rank.
         """
 
     def score(self, logits: Tensor, targets: Tensor, first_row: int, vocab: int, top: int, peers: Peers) -> Scored:

@@ -32,6 +32,7 @@ from kernels.ops import (
     SamplingState,
     Scored,
     TokenCounts,
+    TokenMasks,
     TokenPlaces,
     UnsupportedError,
 )
@@ -143,13 +144,19 @@ def advance(tokens: TokenPlaces, new_pages: Tensor, pages: KvPages, last_token: 
 
 
 def sample(
-    logits: Tensor, tokens: TokenPlaces, state: SamplingState[Tensor], counts: TokenCounts, top: int, peers: Peers
+    logits: Tensor,
+    tokens: TokenPlaces,
+    state: SamplingState[Tensor],
+    counts: TokenCounts,
+    masks: TokenMasks,
+    top: int,
+    peers: Peers,
 ) -> Sampled:
     """See `kernels.ops.KernelSet.sample`."""
     positions, slots = tokens
     raw = peers.ranks.all_gather(logits)[:, : counts.output.shape[1]].float()
     adjusted = penalize(
-        raw,
+        raw.masked_fill(~allowed(masks, raw.shape[1]), -math.inf),
         counts.output[slots],
         counts.in_prompt[slots],
         state.repetition_penalty[slots],
@@ -398,6 +405,13 @@ def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
 
 
 # Sampler --------------------------------------------------------------------------------------------------------------
+
+
+def allowed(masks: TokenMasks, vocab: int) -> Tensor:
+    """Whether a row may draw a token: [R, vocab] bool."""
+    words = masks.words[masks.rows.clamp(min=0)]  # [R, ceil(V / 32)]
+    bits = words.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32, device=words.device) & 1  # [R, ceil(V / 32), 32]
+    return bits.flatten(1)[:, :vocab].bool() | (masks.rows < 0).unsqueeze(1)
 
 
 def penalize(

@@ -23,7 +23,7 @@ class Steps:
 
     def launch(self, bucket, staging):
         number = sum(event.startswith("launch") for event in self.events)
-        words = staging.words[: self.buffers.words_of(bucket)].clone()
+        words = staging.words[: self.buffers.used_words(bucket, staging)].clone()
         self.events.append(f"launch {number}")
 
         def wait():
@@ -68,6 +68,6 @@ def test_the_other_ranks_get_each_steps_bucket_and_inputs_before_it_is_launched(
     assert [event for event in steps.events if not event.startswith("wait")] == [
         f"send 2 {prefill}",
         "launch 0",
-        "send 1 6",
+        "send 1 8",
         "launch 1",
     ]

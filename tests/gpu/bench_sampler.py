@@ -10,7 +10,7 @@ import torch
 
 from graphs.buffers import sampling_state
 from kernels.hopper.sampler import sample
-from kernels.ops import Peers, SamplingState, TokenCounts, TokenPlaces
+from kernels.ops import NO_MASK, Peers, SamplingState, TokenCounts, TokenMasks, TokenPlaces
 from tests.gpu.timing import BANDWIDTH, microseconds
 from tests.harness import ALONE
 
@@ -26,6 +26,7 @@ MODES = {
     "top_p": {"temperature": 0.8, "top_p": 0.95},
     "top_p + top_k": {"temperature": 0.8, "top_p": 0.95, "top_k": 50},
 }
+MASKED = ("greedy", "temperature", "top_p + top_k")  # these are timed with a mask a row, too, of every second token
 
 
 def state_of(rows: int, options: dict) -> SamplingState[torch.Tensor]:
@@ -35,22 +36,26 @@ def state_of(rows: int, options: dict) -> SamplingState[torch.Tensor]:
     return state
 
 
-def sample_time(rows: int, options: dict, dtype: torch.dtype) -> float:
+def sample_time(rows: int, options: dict, dtype: torch.dtype, masked: bool = False) -> float:
     copies = max(4, int(400e6 // (rows * VOCAB * dtype.itemsize)))
     logits = (torch.randn(copies, rows, VOCAB, device="cuda") * 3).to(dtype)
     slots = torch.arange(rows, dtype=torch.int32, device="cuda")
     output = torch.zeros(rows, VOCAB, dtype=torch.int32, device="cuda")
     counts = TokenCounts(output, torch.zeros(rows, VOCAB, dtype=torch.uint8, device="cuda"))
-    rest = (TokenPlaces(slots, slots), state_of(rows, options), counts, 20, Peers(ALONE))
+    words = torch.full((rows, -(-VOCAB // 32)), 0x55555555, dtype=torch.int32, device="cuda")
+    masks = TokenMasks(slots if masked else torch.full_like(slots, NO_MASK), words)
+    rest = (TokenPlaces(slots, slots), state_of(rows, options), counts, masks, 20, Peers(ALONE))
     return microseconds([partial(sample, copy, *rest) for copy in logits])
 
 
 def bench() -> None:
     print(f"{'dtype':>15} {'rows':>4} {'mode':>25} {'us':>8} {'GB/s':>6} {'of 3.08 TB/s':>12}")
     for dtype in (torch.bfloat16, torch.float32):
-        for mode, options in MODES.items():
+        modes = [(mode, mode, False) for mode in MODES] + [(f"{mode}, mask", mode, True) for mode in MASKED]
+        for mode, name, masked in modes:
+            options = MODES[name]
             for rows in ROWS:
-                us = sample_time(rows, options, dtype)
+                us = sample_time(rows, options, dtype, masked)
                 size = rows * VOCAB * (dtype.itemsize + (5 if "frequency_penalty" in options else 0))
                 rate = size / us * 1e6
                 speed = f"{rate / 1e9:>6.0f} {rate / BANDWIDTH:>12.1%}"

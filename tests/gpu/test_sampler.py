@@ -9,7 +9,7 @@ from conf.limits import BIAS_ENTRIES
 from graphs.buffers import sampling_state
 from kernels import reference
 from kernels.hopper.sampler import sample
-from kernels.ops import Peers, SamplingState, TokenCounts, TokenPlaces
+from kernels.ops import NO_MASK, Peers, SamplingState, TokenCounts, TokenMasks, TokenPlaces
 from tests.harness import ALONE
 
 pytestmark = pytest.mark.gpu
@@ -50,8 +50,11 @@ def expected_draw(*arguments):
     return reference.sample(*arguments, Peers(ALONE))
 
 
-def case(vocab, names, dtype=torch.float32, spread=3.0, bias=True):
-    """Arguments of `draw` for one row an option name, in shuffled slots; the last slot is the padding slot, zeros."""
+def case(vocab, names, dtype=torch.float32, spread=3.0, bias=True, masked=False):
+    """Arguments of `draw` for one row an option name, in shuffled slots; the last slot is the padding slot, zeros.
+
+    masked: two rows of three have a mask, of which one allows three tokens in eight, the other a handful.
+    """
     rows = len(names)
     chance = torch.Generator().manual_seed(vocab + rows)
     state = sampling_state(lambda shape, kind: torch.zeros(shape, dtype=getattr(torch, kind)), rows + 1)
@@ -76,10 +79,16 @@ def case(vocab, names, dtype=torch.float32, spread=3.0, bias=True):
         state.bias_ids[slots.long(), 10] = logits.argmax(-1).int()
     counts = torch.randint(-6, 4, (rows + 1, vocab), generator=chance).clamp(min=0).int()
     prompt = (torch.rand(rows + 1, vocab, generator=chance) < 0.1).byte()
+    words = torch.randint(-(2**31), 2**31, (3, 2, -(-vocab // 32)), generator=chance)
+    words = (words[0] & (words[1] | words[2])).int()
+    words[1] = 0
+    words[1, :: words.shape[1] // 2 + 1] = 2**19 + 5  # of a word three tokens
+    mask_rows = torch.arange(rows).int() % 3 - 1 if masked else torch.full((rows,), NO_MASK).int()
+    masks = TokenMasks(mask_rows.to(DEVICE), words.to(DEVICE))
     state = SamplingState(**{name: value.to(DEVICE) for name, value in vars(state).items()})
     tensors = (tensor.to(DEVICE) for tensor in (logits, slots, positions, counts, prompt))
     logits, slots, positions, counts, prompt = tensors
-    return logits, TokenPlaces(positions, slots), state, TokenCounts(counts, prompt), min(20, vocab)
+    return logits, TokenPlaces(positions, slots), state, TokenCounts(counts, prompt), masks, min(20, vocab)
 
 
 def check_logprobs(arguments, sampled):
@@ -98,7 +107,7 @@ def check_logprobs(arguments, sampled):
 @pytest.mark.parametrize("rows", [1, 3, 64])
 def test_rows_of_every_kind_draw_what_the_reference_draws(rows, vocab, dtype):
     names = [list(OPTIONS)[(row + 3 * rows) % len(OPTIONS)] for row in range(rows)]
-    arguments = case(vocab, names, dtype)
+    arguments = case(vocab, names, dtype, masked=True)
     sampled = draw(*arguments)
     assert [out.dtype for out in sampled] == [torch.int32, torch.float32, torch.int32, torch.float32]
     expected = expected_draw(*arguments)[0]
@@ -176,6 +185,15 @@ def test_rows_get_what_they_ask_for_and_draw_the_same_tokens():
     assert torch.equal(sampled.top_logprobs, torch.where(with_top.unsqueeze(1), everything.top_logprobs, 0))
 
 
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_mask_of_all_tokens_changes_nothing(option):
+    logits, places, state, counts, masks, top = case(20000, [option] * 16)
+    everything = TokenMasks(torch.zeros_like(masks.rows), torch.full_like(masks.words, -1))
+    without, with_it = (draw(logits, places, state, counts, m, top) for m in (masks, everything))
+    for one, other in zip(without, with_it, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_an_infinite_logit_goes_to_its_lowest_token_with_a_temperature_too():
     arguments = case(20000, ["greedy", "plain", "hot"], bias=False)
     arguments[0][:, [70, 9000, 15001]] = math.inf
@@ -195,10 +213,12 @@ def test_the_padding_slot_draws_some_token_whatever_its_logits(value):
 
 @pytest.mark.parametrize("vocab", [1000, 201088])
 def test_a_row_alone_gives_the_bytes_it_gives_among_others(vocab):
-    logits, places, *rest = case(vocab, [list(OPTIONS)[row % len(OPTIONS)] for row in range(64)])
-    together = draw(logits, places, *rest)
+    names = [list(OPTIONS)[row % len(OPTIONS)] for row in range(64)]
+    logits, places, state, counts, masks, top = case(vocab, names, masked=True)
+    together = draw(logits, places, state, counts, masks, top)
     for row in range(0, 64, 5):
         only = slice(row, row + 1)
-        alone = draw(logits[only], TokenPlaces(places.positions[only], places.slots[only]), *rest)
+        its_place, its_mask = TokenPlaces(places.positions[only], places.slots[only]), masks.rows[only]
+        alone = draw(logits[only], its_place, state, counts, TokenMasks(its_mask, masks.words), top)
         for one, all_rows in zip(alone, together, strict=True):
             assert torch.equal(one[0], all_rows[row])

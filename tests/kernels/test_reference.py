@@ -9,6 +9,7 @@ from scipy import stats
 
 from kernels import reference
 from kernels.ops import (
+    NO_MASK,
     AttentionParameters,
     KvPages,
     Norm,
@@ -18,6 +19,7 @@ from kernels.ops import (
     Sampled,
     SamplingState,
     TokenCounts,
+    TokenMasks,
     TokenPlaces,
 )
 from tests.harness import ALONE
@@ -520,6 +522,37 @@ def sampling_state(slots, **values):
     return replace(neutral, **values)
 
 
+def unmasked(rows, vocab):
+    """Masks of rows that may draw all tokens."""
+    return TokenMasks(torch.full((rows,), NO_MASK, dtype=torch.int32), torch.zeros(1, -(-vocab // 32)).int())
+
+
+def test_a_masked_row_draws_allowed_tokens_alone_and_its_log_probabilities_are_those_of_the_raw_logits():
+    torch.manual_seed(0)
+    vocab = 70
+    logits = torch.randn(4, vocab) * 3
+    allowed = torch.zeros(2, 96, dtype=torch.bool)
+    allowed[0, [3, 31, 32, 69]] = True
+    allowed[1, 64] = True
+    bits = allowed.view(2, 3, 32).long() << torch.arange(32)
+    words = bits.sum(-1)
+    masks = TokenMasks(torch.tensor([NO_MASK, 1, 0, 0]).int(), torch.where(words >= 2**31, words - 2**32, words).int())
+    counts = TokenCounts(torch.zeros(4, vocab, dtype=torch.int32), torch.zeros(4, vocab, dtype=torch.uint8))
+    state = sampling_state(4, temperature=torch.tensor([0.0, 0.0, 0.0, 30.0]), top_k=torch.tensor([0, 0, 0, 50]).int())
+    drawn = set()
+    for position in range(200):
+        places = TokenPlaces(torch.full((4,), position).int(), torch.arange(4).int())
+        sampled = reference.sample(logits, places, state, counts, masks, 5, ONE_RANK)
+        first, second, third, fourth = sampled.tokens.tolist()
+        assert (first, second) == (int(logits[0].argmax()), 64)
+        assert third == max([3, 31, 32, 69], key=lambda token: logits[2, token])
+        drawn.add(fourth)
+    assert drawn == {3, 31, 32, 69}
+    raw = logits.log_softmax(-1)
+    torch.testing.assert_close(sampled.logprobs, raw[torch.arange(4), sampled.tokens.long()], atol=1e-5, rtol=0)
+    assert torch.equal(sampled.top_ids, raw.topk(5).indices)
+
+
 def test_each_row_is_sampled_by_the_parameters_and_counts_of_its_slot():
     torch.manual_seed(0)
     slots, vocab = 4, 30
@@ -531,7 +564,7 @@ def test_each_row_is_sampled_by_the_parameters_and_counts_of_its_slot():
     state = sampling_state(slots, frequency_penalty=torch.tensor([0.0, 0.0, 2.0, 0.0]))
     state.bias_ids[3, 1], state.bias_values[3, 1], state.bias_until[3, 1] = int(best[2]), -math.inf, 10
     places = TokenPlaces(torch.tensor([5, 5, 9]).int(), torch.tensor([2, 0, 3]).int())
-    sampled = reference.sample(logits, places, state, counts, 5, ONE_RANK)
+    sampled = reference.sample(logits, places, state, counts, unmasked(3, vocab), 5, ONE_RANK)
     second = logits.topk(2).indices[:, 1]
     assert sampled.tokens.tolist() == [int(second[0]), int(best[1]), int(second[2])]
     raw = logits.double().log_softmax(-1)  # of the raw logits: neither penalties nor bias show
@@ -540,13 +573,15 @@ def test_each_row_is_sampled_by_the_parameters_and_counts_of_its_slot():
     )
     assert torch.equal(sampled.top_ids, raw.topk(5).indices)
     state.logprobs.copy_(torch.tensor([1, 6, 0, 6]))  # by slot: the drawn token's alone; none
-    less = reference.sample(logits, places, state, counts, 5, ONE_RANK)
+    less = reference.sample(logits, places, state, counts, unmasked(3, vocab), 5, ONE_RANK)
     assert torch.equal(less.tokens, sampled.tokens)
     assert less.logprobs.tolist() == [0, *sampled.logprobs.tolist()[1:]]
     assert less.top_ids.tolist() == [[0] * 5, [0] * 5, sampled.top_ids.tolist()[2]]
     assert less.top_logprobs.tolist() == [[0] * 5, [0] * 5, sampled.top_logprobs.tolist()[2]]
     late = TokenPlaces(torch.tensor([5, 5, 10]).int(), places.slots)
-    assert reference.sample(logits, late, state, counts, 5, ONE_RANK).tokens.tolist()[2] == int(best[2])
+    assert reference.sample(logits, late, state, counts, unmasked(3, vocab), 5, ONE_RANK).tokens.tolist()[2] == int(
+        best[2]
+    )
 
 
 def test_an_emitted_token_is_its_slots_next_input_and_counts_once_a_row():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.build import load_kernel
 from kernels.hopper.exchange import exchange_arguments, one_shot_rows
-from kernels.ops import Peers, Sampled, SamplingState, TokenCounts, TokenPlaces
+from kernels.ops import Peers, Sampled, SamplingState, TokenCounts, TokenMasks, TokenPlaces
 
 FOLDER = Path(__file__).parent
 ROW_BLOCKS = 8  # of a row: a cluster
@@ -23,7 +23,13 @@ SHARED_LIMIT = 212 * 1024  # bytes of dynamic shared memory; the kernel's fixed 
 
 
 def sample(
-    logits: Tensor, tokens: TokenPlaces, state: SamplingState[Tensor], counts: TokenCounts, top: int, peers: Peers
+    logits: Tensor,
+    tokens: TokenPlaces,
+    state: SamplingState[Tensor],
+    counts: TokenCounts,
+    masks: TokenMasks,
+    top: int,
+    peers: Peers,
 ) -> Sampled:
     """Draw a token for each row, as `KernelSet.sample` says: logits [R, N] bf16 or float32, contiguous.
 
@@ -38,6 +44,8 @@ def sample(
         raise ValueError(f"top {top}: between 1 and {min(vocab, MOST_TOP)} of the likeliest tokens can be had")
     if columns * peers.size < vocab:
         raise ValueError(f"logits {tuple(logits.shape)} of {peers.size} ranks are too few for {vocab} tokens")
+    if masks.words.shape[1] != -(-vocab // 32) or not masks.words.is_contiguous():
+        raise ValueError(f"masks {tuple(masks.words.shape)}: contiguous ones of {-(-vocab // 32)} words are taken")
     first = min(peers.rank * columns, vocab)
     device = logits.device
     sampled = Sampled(
@@ -73,6 +81,8 @@ def sample(
                 state.logprobs,
                 counts.output,
                 counts.in_prompt,
+                masks.rows,
+                masks.words,
                 *sampled,
                 vocab,
                 range_size,

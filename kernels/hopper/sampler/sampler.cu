@@ -1,7 +1,7 @@
 // From logits [R, V] to a token a row and, where the row asks for them, its log probability and the TOP likeliest
 // tokens, in one kernel, with no sort. Logits are bf16 (macro BF16 1) or float32 (0). The mathematics is
 // kernels.reference's: penalties, bias, temperature, top_k, top_p, min_p, Gumbel noise and argmax; log probabilities are
-// those of the raw logits.
+// those of the raw logits. A row may have a mask of the tokens that it may draw: the others have a logit of -inf.
 //
 // Bytes: a row of logits once, 402 KB in bf16 at V = 201088, and 5 V of counts where the row has penalties. The floor at
 // 3.08 TB/s is 0.13 us for one row and 33 for 256. The rest is instructions, of which a row pays for what it asks: about
@@ -73,7 +73,7 @@ using Logit = float;
 using Pair = float2;
 #endif
 
-// The sampling parameters of all slots, and the tokens so far.
+// The sampling parameters of all slots, the tokens so far, and the masks.
 struct State {
     const float *temperature, *top_p, *min_p, *repetition, *frequency, *presence;
     const int *top_k, *logprobs;
@@ -82,18 +82,19 @@ struct State {
     const float* bias_values;
     const int *bias_until, *output_counts;
     const uint8_t* in_prompt;
+    const uint32_t* masks;
 };
 
-// Those of one row.
+// Those of one row. `mask`: its number in the masks, negative where it has none.
 struct Row {
-    int slot, position;
+    int slot, position, mask;
     float temperature, top_p, min_p, repetition, frequency, presence;
     int top_k;
     bool drawn, by_count, by_mass, filtered, penalized;
     bool with_logprob, with_top;  // what the row asks for beside its token
 
-    __device__ __forceinline__ Row(const State& state, int slot, int position, int vocab)
-        : slot(slot), position(position), temperature(state.temperature[slot]), top_p(state.top_p[slot]),
+    __device__ __forceinline__ Row(const State& state, int slot, int position, int mask, int vocab)
+        : slot(slot), position(position), mask(mask), temperature(state.temperature[slot]), top_p(state.top_p[slot]),
           min_p(state.min_p[slot]), repetition(state.repetition[slot]), frequency(state.frequency[slot]),
           presence(state.presence[slot]), top_k(state.top_k[slot]) {
         drawn = temperature > 0.0f;
@@ -512,6 +513,17 @@ struct Draw {
     }
 };
 
+// A group of logits with -inf for the tokens that the row's mask leaves out.
+__device__ __forceinline__ void apply_mask(const State& state, const Row& row, const Range& range, int vocab, int first,
+                                           float (&x)[2 * GROUP]) {
+    const uint32_t* const mask = state.masks + size_t(row.mask) * ((vocab + 31) / 32);
+#pragma unroll
+    for (int i = 0; i < 2 * GROUP; i++) {
+        const int at = first + place_in_group(i), token = range.begin + at;
+        if (at < range.count && (mask[token / 32] >> token % 32 & 1) == 0) x[i] = minus_infinity();
+    }
+}
+
 // A group of logits with the row's penalties.
 __device__ __forceinline__ void penalize(const State& state, const Row& row, const Range& range, int vocab, int first,
                                          float (&x)[2 * GROUP]) {
@@ -658,14 +670,16 @@ extern "C" __global__ void __cluster_dims__(ROW_BLOCKS, 1, 1) __launch_bounds__(
            const float* top_ps, const float* min_ps, const float* repetitions, const float* frequencies,
            const float* presences, const uint32_t* seeds, const int* bias_ids, const float* bias_values,
            const int* bias_until, const int* asked_logprobs, const int* output_counts, const uint8_t* in_prompt,
-           int* tokens, float* logprobs, int* top_ids, float* top_logprobs, int vocab, int range_size, int first_token,
-           int shard, int stride, const uint64_t* memories, int offset, int rank) {
+           const int* mask_rows, const uint32_t* masks, int* tokens, float* logprobs, int* top_ids, float* top_logprobs,
+           int vocab, int range_size, int first_token, int shard, int stride, const uint64_t* memories, int offset,
+           int rank) {
     extern __shared__ __align__(16) float values[];  // [range_size]
     __shared__ Shared shared;
     griddep_wait_first();
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-    const State state{temperatures,   top_ps, min_ps,   repetitions, frequencies, presences,     top_ks,
-                      asked_logprobs, seeds,  bias_ids, bias_values, bias_until,  output_counts, in_prompt};
+    const State state{temperatures, top_ps,     min_ps,         repetitions, frequencies,
+                      presences,    top_ks,     asked_logprobs, seeds,       bias_ids,
+                      bias_values,  bias_until, output_counts,  in_prompt,   masks};
     Range range;
     range.block = blockIdx.x;
     const int begin = min(range.block * range_size, shard);
@@ -682,10 +696,10 @@ extern "C" __global__ void __cluster_dims__(ROW_BLOCKS, 1, 1) __launch_bounds__(
     Pair pairs[GROUP], next[GROUP];
     load_group(range, 0, pairs);
     load_group(range, GROUP * COLUMNS, next);
-    const Row row(state, slots[blockIdx.y], positions[blockIdx.y], vocab);
+    const Row row(state, slots[blockIdx.y], positions[blockIdx.y], mask_rows[blockIdx.y], vocab);
     const bool biased = collect_bias(shared, state, row, range);
     // Whether the range has to be changed, or known as a whole, before a token is drawn. The blocks may differ.
-    const bool staged = __syncthreads_or(biased) || row.penalized || row.filtered;
+    const bool staged = __syncthreads_or(biased) || row.penalized || row.filtered || row.mask >= 0;
 
     float2 sums[2];  // finite: exp of a difference of infinities is not a number
     sums[0] = sums[1] = make_float2(-MOST, 0.0f);
@@ -708,6 +722,7 @@ extern "C" __global__ void __cluster_dims__(ROW_BLOCKS, 1, 1) __launch_bounds__(
         if (row.with_logprob) add_group(sums, x);
         if (seeks_best) raw.see(x, first);
         if (staged) {
+            if (row.mask >= 0) apply_mask(state, row, range, vocab, first, x);
             if (row.penalized) penalize(state, row, range, vocab, first, x);
 #pragma unroll
             for (int i = 0; i < 2 * GROUP; i++) {
