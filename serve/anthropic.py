@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from serve.conversation import DEFAULT_EFFORT, unsealed
+from serve.grammar import Grammar, Offer, chat_grammar, json_form
 from serve.harmony import Call, Function, Turn
 from serve.protocol import ApiError, ChatRequest, JsonObject, unsupported
 
@@ -105,8 +106,8 @@ class Tool(msgspec.Struct):
     name: str | None = None
     description: str | None = None
     input_schema: JsonObject | None = None
-    cache_control: JsonObject | None = None  # these and the next without effect
-    strict: bool | None = None
+    strict: bool | None = None  # the input of its calls is held to the schema
+    cache_control: JsonObject | None = None  # this and the next without effect
     defer_loading: bool | None = None
     eager_input_streaming: bool | None = None
     input_examples: list[JsonObject] | None = None
@@ -133,11 +134,18 @@ class Thinking(msgspec.Struct):
     display: Literal["summarized", "omitted"] | None = None
 
 
+class OutputFormat(msgspec.Struct):
+    """The form of the answer's text."""
+
+    type: Literal["json_schema"]
+    schema: JsonObject
+
+
 class OutputConfig(msgspec.Struct):
     """How much effort the answer is worth, and its form."""
 
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
-    format: JsonObject | None = None
+    format: OutputFormat | None = None
 
 
 class CountRequest(msgspec.Struct, kw_only=True):
@@ -189,6 +197,25 @@ class CountRequest(msgspec.Struct, kw_only=True):
             raise ApiError(400, "tool_choice any needs tools", "tool_choice")
         return [] if self.choice.type == "none" else functions
 
+    def grammar(self, continues: bool) -> Grammar | None:
+        """What the answer is held to; None: anything. `continues`: it goes on with a text. Raises ApiError 400."""
+        place = "output_config.format"
+        output_format = self.output_config.format if self.output_config else None
+        if continues:
+            if output_format:
+                raise ApiError(400, f"{place}: a last message of the assistant with text forbids it", place)
+            return None
+        form = json_form(output_format.schema, f"{place}.schema") if output_format else None
+        offers = [
+            Offer(tool.name or "", tool.input_schema, bool(tool.strict), f"tools[{i}].input_schema")
+            for i, tool in enumerate(self.tools or [])
+            if tool.is_function and self.choice.type != "none"
+        ]
+        demanded = [offer.name for offer in offers] if self.choice.type == "any" else []
+        if self.choice.type == "tool" and self.choice.name:
+            demanded = [self.choice.name]
+        return chat_grammar(form, offers, demanded)
+
     @property
     def ignored(self) -> set[str]:
         """Names of what has no effect, besides the fields that nobody here knows."""
@@ -197,7 +224,7 @@ class CountRequest(msgspec.Struct, kw_only=True):
             if not tool.is_function:
                 names.add(f"tools.{tool.type}")
                 continue
-            for name in tool.__struct_fields__[4:]:
+            for name in tool.__struct_fields__[5:]:
                 if getattr(tool, name) not in (None, False, []):
                     names.add(f"tools.{name}")
         system = self.system if isinstance(self.system, list) else []

@@ -11,6 +11,7 @@ from starlette.responses import Response
 from conf.schema import ServerConfig
 from engine.tokenizer import Tokenizer
 from serve.client import Engine
+from serve.compiler import GrammarChecker
 from serve.endpoints import chat, completions, messages, responses, status, tokenize
 from serve.generation import Service
 from serve.guard import Guard, Keys
@@ -57,7 +58,10 @@ def create_app(
         )
     app.add_exception_handler(HTTPException, no_such_route)
     metrics = Metrics(engine, model_name)
-    service = Service(engine, server, model_name, Tokenizer(), metrics, workers, lambda: app.state.draining, today)
+    grammars = GrammarChecker()
+    service = Service(
+        engine, server, model_name, Tokenizer(), metrics, workers, grammars, lambda: app.state.draining, today
+    )
     completions.add_routes(app, service)
     chat.add_routes(app, service)
     messages.add_routes(app, service)

@@ -14,13 +14,16 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive
 
+from conf.limits import VOCABULARY
 from conf.schema import ServerConfig
 from engine.messages import Delta, Ready
 from engine.tokenizer import Tokenizer
 from graphs.plan import SamplingParams
 from serve.client import DeltaStream, Engine, EngineFailed, ServerStopped
+from serve.compiler import GrammarChecker
+from serve.grammar import Grammar
 from serve.metrics import Meter, Metrics
-from serve.protocol import SEEDS, ApiError, JsonObject
+from serve.protocol import SEEDS, ApiError, JsonObject, unsupported
 from serve.workers import Workers
 
 INLINE_BYTES = 4096  # requests up to this are prepared by the event loop, in a few milliseconds at most
@@ -85,6 +88,7 @@ class Service:
     tokenizer: Tokenizer
     metrics: Metrics
     workers: Workers
+    grammars: GrammarChecker
     draining: Callable[[], bool]
     today: Callable[[], datetime.date]
 
@@ -116,6 +120,16 @@ class Service:
         if self.engine.ready is None:
             raise ApiError(503, "the engine is still starting", code="not_ready", headers=RETRY)
         return self.engine.ready
+
+    async def checked(self, grammar: Grammar | None) -> str:
+        """The grammar's text, empty where there is none. Raises ApiError 400 for one that cannot be held to."""
+        if grammar is None:
+            return ""
+        if self.require_ready().vocab_size < VOCABULARY:
+            place = grammar.forms[0].place
+            raise unsupported(f"{place}: this model has not all tokens that forms of answers are made of", place)
+        await self.grammars.check(grammar)
+        return grammar.text
 
     def submit(
         self,

@@ -15,9 +15,12 @@ from serve.protocol import (
     ChatMessage,
     ContentPart,
     FunctionDefinition,
+    JsonSchema,
     ReasoningOptions,
+    ResponseFormat,
     SamplingRequest,
     StreamOptions,
+    StructuredOutputs,
     TemplateArguments,
     TokenizeRequest,
     Tool,
@@ -60,6 +63,9 @@ NESTED: dict[str, type[msgspec.Struct]] = {
     "stream_options": StreamOptions,
     "chat_template_kwargs": TemplateArguments,
     "reasoning": ReasoningOptions,
+    "response_format": ResponseFormat,
+    "response_format.json_schema": JsonSchema,
+    "structured_outputs": StructuredOutputs,
     "tools": Tool,
     "tools.function": FunctionDefinition,
 }
@@ -235,8 +241,6 @@ def _unknown_fields(raw: dict[str, object], kind: type[msgspec.Struct]) -> set[s
                 # Clients send an assistant's message back as they got it, with fields that hold nothing.
                 names = entry.keys() - set(inner.__struct_fields__)
                 unknown |= {f"{field}.{name}" for name in names if entry[name] not in (None, [])}
-                if inner is FunctionDefinition and entry.get("strict"):
-                    unknown.add(f"{field}.strict")
     return unknown
 
 

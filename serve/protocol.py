@@ -92,6 +92,33 @@ class StreamOptions(msgspec.Struct):
     continuous_usage_stats: bool | None = None  # with include_usage: every event has the usage so far
 
 
+class JsonSchema(msgspec.Struct, kw_only=True):
+    """A schema under a name. It is held to whether or not it is `strict`."""
+
+    name: str | None = None
+    description: str | None = None
+    schema: JsonObject | bool | None = None  # none: any JSON
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct):
+    """The form of the answer's text."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(msgspec.Struct):
+    """The same as vLLM names it: one of the fields."""
+
+    json: JsonObject | str | None = None  # a schema, or its text
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None  # in the notation of Lark or GBNF
+    json_object: bool | None = None
+    structural_tag: str | JsonObject | None = None  # refused
+
+
 class SamplingRequest(msgspec.Struct, kw_only=True):
     """The fields that both endpoints take. null means: not given."""
 
@@ -118,6 +145,12 @@ class SamplingRequest(msgspec.Struct, kw_only=True):
     return_tokens_as_token_ids: bool | None = None  # logprobs name a token `token_id:5` instead of by its text
     prompt_logprobs: TopLogprobs | None = None  # of each token of the prompt, and of so many of the likeliest
     cache_salt: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None  # shares cached prompts with equals
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: JsonObject | str | None = None  # these four are older names of the fields of structured_outputs
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
     @property
     def prompt_logprobs_count(self) -> int | None:
@@ -175,7 +208,7 @@ class FunctionDefinition(msgspec.Struct):
     name: FunctionName
     description: str | None = None
     parameters: JsonObject | None = None  # JSON schema
-    strict: bool | None = None  # accepted, without effect: arguments are passed on as the model writes them
+    strict: bool | None = None  # the arguments of its calls are held to the schema
 
 
 class Tool(msgspec.Struct):

@@ -12,8 +12,20 @@ import msgspec
 from msgspec import Meta
 
 from serve.conversation import DEFAULT_EFFORT, unsealed
+from serve.grammar import Grammar, Offer, chat_grammar, response_form
 from serve.harmony import Call, Function, Turn
-from serve.protocol import EFFORTS, ApiError, ChatRequest, Effort, JsonObject, Penalty, TopLogprobs, unsupported
+from serve.protocol import (
+    EFFORTS,
+    ApiError,
+    ChatRequest,
+    Effort,
+    JsonObject,
+    JsonSchema,
+    Penalty,
+    ResponseFormat,
+    TopLogprobs,
+    unsupported,
+)
 
 # A custom tool takes any text: to the model it is a function with this one parameter.
 INPUT = "input"
@@ -134,8 +146,8 @@ class Tool(msgspec.Struct):
     parameters: JsonObject | None = None
     format: CustomFormat | None = None
     tools: "list[Tool] | None" = None
-    strict: bool | None = None  # this and the next without effect
-    defer_loading: bool | None = None
+    strict: bool | None = None  # the arguments of its calls are held to the schema
+    defer_loading: bool | None = None  # without effect
 
 
 Tools = Annotated[list[Tool], Meta(max_length=512)]
@@ -149,6 +161,7 @@ class Offered(NamedTuple):
     name: str
     namespace: str | None
     place: str  # of its schema in the request
+    is_strict: bool
 
 
 class ToolReference(msgspec.Struct, omit_defaults=True):
@@ -175,10 +188,16 @@ class Reasoning(msgspec.Struct):
     generate_summary: str | None = None
 
 
-class TextFormat(msgspec.Struct):
-    """The form of the answer."""
+class TextFormat(JsonSchema, kw_only=True, omit_defaults=True):
+    """The form of the answer: text, json_object, or json_schema with the fields of a JsonSchema."""
 
-    type: str
+    type: Literal["text", "json_object", "json_schema"]
+
+    @property
+    def response_format(self) -> ResponseFormat:
+        """The same as the chat endpoint names it."""
+        given = JsonSchema(name=self.name, schema=self.schema, strict=self.strict)
+        return ResponseFormat(self.type, given if self.type == "json_schema" else None)
 
 
 class TextOptions(msgspec.Struct):
@@ -244,6 +263,10 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
         return EFFORTS[self.reasoning.effort] if self.reasoning and self.reasoning.effort else DEFAULT_EFFORT
 
     @property
+    def text_format(self) -> TextFormat:
+        return (self.text.format if self.text else None) or TextFormat(type="text")
+
+    @property
     def seals_reasoning(self) -> bool:
         return ENCRYPTED in (self.include or [])
 
@@ -255,10 +278,12 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
             raise unsupported("conversation is not supported: use previous_response_id", "conversation")
         if self.prompt is not None:
             raise unsupported("prompt is not supported: use instructions and input", "prompt")
-        if self.text and self.text.format and self.text.format.type != "text":
-            raise unsupported(
-                f"text.format of type {self.text.format.type!r} is not supported, allowed: text", "text.format"
-            )
+
+    def grammar(self, offered: dict[str, Offered]) -> Grammar | None:
+        """What the answer is held to; None: anything. Raises ApiError 400."""
+        form = response_form(self.text_format.response_format, "text.format", "text.format.schema")
+        offers = [Offer(name, tool.function.parameters, tool.is_strict, tool.place) for name, tool in offered.items()]
+        return chat_grammar(form, offers, self.demanded(offered))
 
     def sampling(self, room: int) -> Sampling:
         """The sampling parameters; at most `room` tokens, which the context has left."""
@@ -319,7 +344,7 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
                 names.add(f"tools.{tool.type}")
                 continue
             for inner in (tool, *(tool.tools or [])):
-                names |= {f"tools.{name}" for name in ("strict", "defer_loading") if getattr(inner, name)}
+                names |= {"tools.defer_loading"} if inner.defer_loading else set()
                 if inner.format and inner.format.type == "grammar":
                     names.add("tools.format")
             names |= {
@@ -361,7 +386,7 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
             "safety_identifier": self.safety_identifier,
             "service_tier": "default",
             "temperature": 1.0 if self.temperature is None else self.temperature,
-            "text": {"format": {"type": "text"}, "verbosity": "medium"},
+            "text": {"format": self.text_format, "verbosity": "medium"},
             "tool_choice": self.tool_choice or "auto",
             "tools": tools,
             "top_logprobs": self.top_logprobs or 0,
@@ -441,7 +466,7 @@ def _offer(
     if is_custom and tool.format and tool.format.definition:
         lines.append(f"The {INPUT} follows this grammar ({tool.format.syntax}):\n{tool.format.definition}")
     function = Function(full_name, "\n".join(lines), _INPUT_SCHEMA if is_custom else tool.parameters)
-    offered[full_name] = Offered(function, is_custom, name, namespace, f"{field}.parameters")
+    offered[full_name] = Offered(function, is_custom, name, namespace, f"{field}.parameters", bool(tool.strict))
 
 
 def _full_name(namespace: str | None, name: str) -> str:

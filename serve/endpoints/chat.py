@@ -11,6 +11,7 @@ from starlette.responses import Response
 from graphs.plan import SamplingParams
 from serve.conversation import DEFAULT_EFFORT, chat_prompt, continued, conversation_turns, prefilled_call
 from serve.generation import Service, Serving
+from serve.grammar import Grammar, Offer, chat_grammar, requested_form
 from serve.guard import cache_salt
 from serve.message import ChatChoice, ChatDelta, MessageDelta, whole_choice
 from serve.openapi import EVENTS, JSON, documented
@@ -32,7 +33,8 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
 async def create(service: Service, http_request: Request) -> Response:
     """Answers a chat request. Raises ApiError."""
-    request, headers, names, prompt, prefilled, sampling = await service.prepared(http_request, prepared)
+    request, headers, names, prompt, prefilled, sampling, grammar = await service.prepared(http_request, prepared)
+    sampling = msgspec.structs.replace(sampling, grammar=await service.checked(grammar))
     stops = StopStrings(request.stop_strings)
     n = request.n or 1
     reader = None
@@ -80,6 +82,7 @@ class PreparedChat(NamedTuple):
     prompt: list[int]
     prefilled: list[int]  # tokens of the answer at the prompt's end
     sampling: SamplingParams
+    grammar: Grammar | None  # what the answer is held to
 
 
 def prepared(body: bytes, serving: Serving) -> PreparedChat:
@@ -98,7 +101,27 @@ def prepared(body: bytes, serving: Serving) -> PreparedChat:
     check_tokens(prompt, ready, "messages")
     names = [tool.function.name for tool in tools]
     lean = msgspec.structs.replace(request, messages=[], tools=None)
-    return PreparedChat(lean, headers, names, prompt, prefilled, sampling)
+    return PreparedChat(lean, headers, names, prompt, prefilled, sampling, requested_grammar(request))
+
+
+def requested_grammar(request: ChatRequest) -> Grammar | None:
+    """What the answer is held to; None: anything. Raises ApiError 400."""
+    form = requested_form(request)
+    if request.continue_final_message:
+        if form:
+            raise ApiError(400, f"{form.place}: continue_final_message forbids it", form.place)
+        return None
+    offers = []
+    for i, tool in enumerate(request.tools or [] if request.tool_choice != "none" else []):
+        function = tool.function
+        place = f"tools[{i}].function.parameters"
+        offers.append(Offer(function.name, function.parameters, bool(function.strict), place))
+    demanded = []
+    if isinstance(request.tool_choice, NamedTool):
+        demanded = [request.tool_choice.function.name]
+    elif request.tool_choice == "required":
+        demanded = [offer.name for offer in offers]
+    return chat_grammar(form, offers, demanded)
 
 
 def check(request: ChatRequest) -> None:

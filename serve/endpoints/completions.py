@@ -18,6 +18,7 @@ from engine.messages import Delta, FinishReason, Ready, TokenLogprobs
 from engine.tokenizer import Tokenizer
 from graphs.plan import SamplingParams
 from serve.generation import Service, Serving
+from serve.grammar import Grammar, requested_form, text_grammar
 from serve.guard import cache_salt
 from serve.openapi import EVENTS, JSON, documented
 from serve.parsing import parse
@@ -157,8 +158,9 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
 async def create(service: Service, http_request: Request) -> Response:
     """Answers a completion request. Raises ApiError."""
-    request, headers, prompts = await service.prepared(http_request, prepared)
-    jobs = [(prompt.tokens.tolist(), prompt.sampling) for prompt in prompts]
+    request, headers, prompts, asked = await service.prepared(http_request, prepared)
+    grammar = await service.checked(asked)
+    jobs = [(one.tokens.tolist(), msgspec.structs.replace(one.sampling, grammar=grammar)) for one in prompts]
     stops = StopStrings(request.stop_strings)
     generation = service.submit(
         jobs,
@@ -188,8 +190,11 @@ class Prompt(NamedTuple):
     sampling: SamplingParams
 
 
-def prepared(body: bytes, serving: Serving) -> tuple[CompletionRequest, dict[str, str], list[Prompt]]:
-    """The request without its prompts, the headers of its answer, and the prompts. Raises ApiError."""
+def prepared(body: bytes, serving: Serving) -> tuple[CompletionRequest, dict[str, str], list[Prompt], Grammar | None]:
+    """The request without its prompts, the headers of its answer, the prompts, and what answers are held to.
+
+    Raises ApiError.
+    """
     request, headers = parse(body, CompletionRequest)
     serving.require_model(request.model)
     prompts, n, tokenizer = separate_prompts(request), request.n or 1, serving.tokenizer
@@ -201,7 +206,8 @@ def prepared(body: bytes, serving: Serving) -> tuple[CompletionRequest, dict[str
     for ids in encoded:
         echo = tokenizer.decode(ids, skip_special) if request.echo else ""
         made.append(Prompt(array("i", ids), echo, sampling_params(request, len(ids), serving.ready)))
-    return msgspec.structs.replace(request, prompt=""), headers, made
+    form = requested_form(request)
+    return msgspec.structs.replace(request, prompt=""), headers, made, text_grammar(form) if form else None
 
 
 def separate_prompts(request: CompletionRequest) -> list[str | list[int]]:

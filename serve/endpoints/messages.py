@@ -20,12 +20,13 @@ from graphs.plan import SamplingParams
 from serve.anthropic import INVALID_JSON, CountRequest, MessagesRequest
 from serve.conversation import continued, demanded_call, rendered, sealed
 from serve.generation import Service, Serving
+from serve.grammar import Grammar
 from serve.guard import cache_salt
 from serve.harmony import Event, Function, Parser, Segment
 from serve.message import MAX_TOOL_CALLS
 from serve.openapi import EVENTS, JSON, documented
 from serve.parsing import IGNORED_HEADER, ignored_header, parse
-from serve.protocol import THREAD_UNSUPPORTED, ApiError, JsonObject, unsupported
+from serve.protocol import THREAD_UNSUPPORTED, ApiError, JsonObject
 from serve.sampling import check_tokens, sampling_params
 from serve.store import ResponseStore, Stored
 from serve.stream import EventStream, TypedEvents, TypedFormat, collected, json_response
@@ -241,7 +242,8 @@ def add_routes(app: FastAPI, service: Service) -> None:
 async def create(service: Service, store: ResponseStore, http_request: Request) -> Response:
     """Answers a request for a message. Raises ApiError."""
     made = await with_reasoning(service, store, http_request, prepared)
-    request, headers, names, prompt, prefilled, sampling = made
+    request, headers, names, prompt, prefilled, sampling, grammar = made
+    sampling = msgspec.structs.replace(sampling, grammar=await service.checked(grammar))
     stops = StopStrings(request.stop_sequences or [])
     id = f"msg_{secrets.token_hex(12)}"
 
@@ -309,6 +311,7 @@ class PreparedMessage(NamedTuple):
     prompt: list[int]
     prefilled: list[int]  # tokens of the answer at the prompt's end
     sampling: SamplingParams
+    grammar: Grammar | None  # what the answer is held to
 
 
 def prepared(reasoning: Mapping[str, str] | None, body: bytes, serving: Serving) -> PreparedMessage | Calls:
@@ -328,7 +331,8 @@ def prepared(reasoning: Mapping[str, str] | None, body: bytes, serving: Serving)
     check_tokens(prompt, ready, "messages")
     names = [function.name for function in functions]
     lean = msgspec.structs.replace(request, messages=[], system=None, tools=None)
-    return PreparedMessage(lean, headers, names, prompt, prefilled, sampling)
+    continues = bool(prefilled) and request.choice.type not in ("any", "tool")
+    return PreparedMessage(lean, headers, names, prompt, prefilled, sampling, request.grammar(continues))
 
 
 def counted(reasoning: Mapping[str, str] | None, body: bytes, serving: Serving) -> tuple[int, dict[str, str]] | Calls:
@@ -344,8 +348,6 @@ def counted(reasoning: Mapping[str, str] | None, body: bytes, serving: Serving) 
 def parsed(body: bytes, kind: type[AnyRequest]) -> tuple[AnyRequest, dict[str, str]]:
     """The request, and the header that names all that has no effect. Raises ApiError 400."""
     request, headers = parse(body, kind)
-    if request.output_config and request.output_config.format is not None:
-        raise unsupported("output_config.format is not supported by this server", "output_config.format")
     unknown = headers.get(IGNORED_HEADER, "").split(", ") if headers else []
     return request, ignored_header({*unknown, *request.ignored})
 

@@ -19,6 +19,7 @@ from engine.tokenizer import Tokenizer
 from graphs.plan import SamplingParams
 from serve.conversation import demanded_call, rendered, sealed
 from serve.generation import Service, Serving
+from serve.grammar import Grammar
 from serve.guard import cache_salt
 from serve.harmony import Event, Function, Parser, Segment
 from serve.message import MAX_TOOL_CALLS, Logprob, LogprobReader
@@ -318,6 +319,7 @@ async def create(service: Service, store: ResponseStore, http_request: Request) 
     owner: bytes = http_request.scope["key_digest"]
     made = await with_kept(service, store, http_request, prepared)
     request, prompt, is_stored = made.request, made.prompt, made.is_stored
+    sampling = msgspec.structs.replace(made.sampling, grammar=await service.checked(made.grammar))
     id = _new_id("resp")
     response: JsonObject = {
         "id": id,
@@ -340,7 +342,7 @@ async def create(service: Service, store: ResponseStore, http_request: Request) 
 
     choice = ResponsesChoice(request, response, made.offered, len(prompt), service.tokenizer, made.prefilled, keep)
     generation = service.submit(
-        [(prompt, made.sampling)], 1, lambda *_: choice, cache_salt(http_request.scope, request.cache_salt)
+        [(prompt, sampling)], 1, lambda *_: choice, cache_salt(http_request.scope, request.cache_salt)
     )
     seconds = service.server.request_timeout
     if request.stream:
@@ -399,6 +401,7 @@ class PreparedResponse(NamedTuple):
     prompt: list[int]
     prefilled: list[int]  # tokens of the answer at the prompt's end
     sampling: SamplingParams
+    grammar: Grammar | None  # what the answer is held to
 
 
 def prepared(kept: Kept | None, body: bytes, serving: Serving) -> PreparedResponse | Named:
@@ -425,6 +428,7 @@ def prepared(kept: Kept | None, body: bytes, serving: Serving) -> PreparedRespon
         prompt,
         prefilled,
         sampling,
+        request.grammar(offered),
     )
 
 
