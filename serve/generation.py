@@ -102,10 +102,10 @@ class Service:
         ClientDisconnect when the client goes away.
         """
         body = await request.body()
-        serving = self.serving()
-        if len(body) + more_bytes <= INLINE_BYTES and not any(part in body for part in HEAVY):
+        serving, size = self.serving(), len(body) + more_bytes
+        if size <= INLINE_BYTES and not any(part in body for part in HEAVY):
             return prepare(body, serving)
-        return await unless_gone(request.receive, self.workers.run(prepare, body, serving))
+        return await unless_gone(request.receive, self.workers.run(size, prepare, body, serving))
 
     def serving(self) -> Serving:
         """What is served now. Raises ApiError 503 while no request can be taken."""

@@ -8,6 +8,7 @@ import asyncio
 import importlib
 import logging
 import os
+import threading
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +19,8 @@ from typing import Any, NamedTuple, TypeVar, TypeVarTuple, cast
 from engine.lifetime import Child
 from serve.protocol import ApiError
 
-PROCESSES = 2
+SMALL, LARGE = 2, 1  # processes for each of the two lines in which functions wait
+LARGE_BYTES = 128 * 1024  # more is large: reading 16 MiB may take half a minute, which most requests must not wait for
 NICENESS = 5  # where there are few cores, the event loop and the ranks go first
 
 log = logging.getLogger(__name__)
@@ -65,13 +67,15 @@ class Worker:
 class Workers:
     """Workers that are started when they are first needed, or by `start`. Its owner calls `close` in the end."""
 
-    def __init__(self, processes: int = PROCESSES) -> None:
-        self._threads = ThreadPoolExecutor(processes)  # each waits for one worker; further functions wait in line
-        self._processes = processes
+    def __init__(self, small: int = SMALL, large: int = LARGE) -> None:
+        """How many functions with small and with large arguments may run at once."""
+        self._small, self._large = ThreadPoolExecutor(small), ThreadPoolExecutor(large)  # a thread waits for a worker
+        self._processes = small + large
         self._all: set[Worker] = set()
         self._idle: list[Worker] = []
         self._functions: set[Future[Any]] = set()
         self._closed = False
+        self._ending = threading.Lock()
 
     @property
     def pids(self) -> list[int]:
@@ -88,12 +92,14 @@ class Workers:
         while len(self._all) < self._processes:
             self._idle.append(self._begin())
 
-    async def run(self, function: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
-        """`function(*arguments)` in a worker. Cancelled before its turn it never runs; later, its result is dropped.
+    async def run(self, size: int, function: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
+        """`function(*arguments)` in a worker; it reads `size` bytes, which decide in which line it waits.
 
-        Raises ApiError where the function does, and 503 where the worker ends before.
+        Cancelled before its turn it never runs; later, its result is dropped. Raises ApiError where the function does,
+        and 503 where the worker ends before.
         """
-        future = self._threads.submit(self._run, function, arguments)
+        threads = self._large if size > LARGE_BYTES else self._small
+        future = threads.submit(self._run, function, arguments)
         self._functions.add(future)
         future.add_done_callback(self._functions.discard)
         return await asyncio.wrap_future(future)
@@ -101,14 +107,19 @@ class Workers:
     def close(self) -> None:
         """End the processes. A second time does nothing."""
         self._closed = True
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        for worker in list(self._all):
-            worker.process.kill()
-        self._all.clear()
+        for threads in (self._small, self._large):
+            threads.shutdown(wait=False, cancel_futures=True)
+        with self._ending:
+            for worker in self._all:
+                worker.process.kill()
+            self._all.clear()
 
     def _begin(self) -> Worker:
-        worker = Worker()
-        self._all.add(worker)
+        with self._ending:
+            if self._closed:
+                raise ApiError(503, "the server is shutting down", code="draining")
+            worker = Worker()
+            self._all.add(worker)
         return worker
 
     def _take(self) -> Worker:
@@ -122,8 +133,9 @@ class Workers:
 
     def _bury(self, worker: Worker) -> str:
         """Forget a worker that has ended; how it ended."""
-        worker.process.kill()
-        self._all.discard(worker)
+        with self._ending:
+            worker.process.kill()
+            self._all.discard(worker)
         ending = worker.process.ending or ""
         if not self._closed:
             log.error("%s; another is started", ending)

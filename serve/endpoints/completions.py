@@ -3,6 +3,7 @@
 Knows nothing of chat. Control tokens spelled out in a prompt's text are text; a client sends them as token ids.
 """
 
+import asyncio
 import secrets
 import time
 from array import array
@@ -160,7 +161,11 @@ async def create(service: Service, http_request: Request) -> Response:
     """Answers a completion request. Raises ApiError."""
     request, headers, prompts, asked = await service.prepared(http_request, prepared)
     grammar = await service.checked(asked)
-    jobs = [(one.tokens.tolist(), msgspec.structs.replace(one.sampling, grammar=grammar)) for one in prompts]
+    jobs: list[tuple[list[int], SamplingParams]] = []
+    for prompt in prompts:
+        if jobs:
+            await asyncio.sleep(0)  # all prompts together may have millions of tokens
+        jobs.append((prompt.tokens.tolist(), msgspec.structs.replace(prompt.sampling, grammar=grammar)))
     stops = StopStrings(request.stop_strings)
     generation = service.submit(
         jobs,
@@ -203,8 +208,10 @@ def prepared(body: bytes, serving: Serving) -> tuple[CompletionRequest, dict[str
     encoded = encode(prompts, serving.ready, tokenizer)
     skip_special = request.skip_special_tokens is not False
     made = []
-    for ids in encoded:
-        echo = tokenizer.decode(ids, skip_special) if request.echo else ""
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        echo = ""
+        if request.echo:
+            echo = prompt if isinstance(prompt, str) else tokenizer.decode(prompt, skip_special)
         made.append(Prompt(array("i", ids), echo, sampling_params(request, len(ids), serving.ready)))
     form = requested_form(request)
     return msgspec.structs.replace(request, prompt=""), headers, made, text_grammar(form) if form else None

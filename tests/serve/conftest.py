@@ -73,7 +73,7 @@ Serve = Callable[..., Live]
 
 @pytest.fixture(scope="session")
 def workers() -> Iterator[Workers]:
-    workers = Workers(1)
+    workers = Workers(1, 1)
     yield workers
     workers.close()
 

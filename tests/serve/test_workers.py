@@ -17,7 +17,7 @@ import pytest
 from serve.generation import INLINE_BYTES
 from serve.parsing import parse
 from serve.protocol import ApiError, ChatRequest
-from serve.workers import Workers
+from serve.workers import LARGE_BYTES, Workers
 from tests.fakes import FakeEngine
 from tests.serve.conftest import MODEL
 
@@ -136,31 +136,31 @@ def test_bodies_count_as_in_flight_while_they_are_prepared(serve, workers):
 def test_what_a_function_raises_comes_back(workers):
     async def run():
         with pytest.raises(ApiError) as refused:
-            await workers.run(parse, b'{"messages": 5}', ChatRequest)
+            await workers.run(0, parse, b'{"messages": 5}', ChatRequest)
         assert (refused.value.status, refused.value.param) == (400, "messages")
         with pytest.raises(RuntimeError, match="ValueError: invalid literal"):
-            await workers.run(int, "x")
+            await workers.run(0, int, "x")
 
     asyncio.run(run())
 
 
 @pytest.fixture
 def one():
-    workers = Workers(1)
+    workers = Workers(1, 1)
     yield workers
     workers.close()
 
 
 def test_a_worker_goes_on_after_a_failure_and_is_replaced_after_its_end(one, caplog):
     async def run():
-        first = await one.run(os.getpid)
+        first = await one.run(0, os.getpid)
         with pytest.raises(RuntimeError):
-            await one.run(int, "x")
-        assert await one.run(os.getpid) == first != os.getpid()
+            await one.run(0, int, "x")
+        assert await one.run(0, os.getpid) == first != os.getpid()
         with caplog.at_level(logging.ERROR), pytest.raises(ApiError, match="exit status 3"):
-            await one.run(os._exit, 3)
+            await one.run(0, os._exit, 3)
         assert caplog.messages == ["a worker ended with exit status 3; another is started"]
-        assert await one.run(os.getpid) not in (first, os.getpid())
+        assert await one.run(0, os.getpid) not in (first, os.getpid())
         assert len(one.pids) == 1
 
     asyncio.run(run())
@@ -168,21 +168,32 @@ def test_a_worker_goes_on_after_a_failure_and_is_replaced_after_its_end(one, cap
 
 def test_what_is_cancelled_before_its_turn_never_runs(one, tmp_path):
     async def run():
-        first = asyncio.create_task(one.run(time.sleep, 0.2))
-        second = asyncio.create_task(one.run(Path.touch, tmp_path / "ran"))
+        first = asyncio.create_task(one.run(0, time.sleep, 0.2))
+        second = asyncio.create_task(one.run(0, Path.touch, tmp_path / "ran"))
         await asyncio.sleep(0)
         second.cancel()
         await first
-        await one.run(Path.touch, tmp_path / "last")
+        await one.run(0, Path.touch, tmp_path / "last")
 
     asyncio.run(run())
     assert [path.name for path in tmp_path.iterdir()] == ["last"]
 
 
+def test_small_requests_wait_for_no_large_one(one):
+    async def run():
+        large = [asyncio.create_task(one.run(LARGE_BYTES + 1, time.sleep, 3600)) for _ in range(3)]
+        await asyncio.sleep(0)
+        assert await one.run(LARGE_BYTES, os.getpid) in one.pids
+        one.close()
+        await asyncio.gather(*large, return_exceptions=True)
+
+    asyncio.run(run())
+
+
 def test_closing_ends_the_processes_also_those_at_work(one):
     async def run():
         one.start()
-        waits = asyncio.create_task(one.run(time.sleep, 3600))
+        waits = asyncio.create_task(one.run(0, time.sleep, 3600))
         while not one.outstanding:
             await asyncio.sleep(0.01)
         pids = one.pids
