@@ -187,11 +187,13 @@ class Scheduler:
     def _decode(self) -> Scheduled | None:
         """One row for each running request whose prompt is done and whose last token is not drawn yet."""
         rows, slots, positions, new_pages = [], [], [], []
+        # They go on together: in turns, two halves of them would take twice as many steps.
+        constrained_wait = any(r.constraint and r.prefill_end < r.computed >= len(r.tokens) for r in self._running)
         for request in self._running:  # preemption takes the youngest: never a request that has its row already
             position = request.computed
             if not request.prefill_end <= position < request.last_position:
                 continue
-            if request.constraint and position >= len(request.tokens):
+            if request.constraint and (constrained_wait or position >= len(request.tokens)):
                 continue  # what its next token may be is known once the last one has arrived
             page = self._grow(request) if position % PAGE_TOKENS == 0 else NO_PAGE
             if page is None:

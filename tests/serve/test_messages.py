@@ -582,7 +582,7 @@ def user(*blocks) -> list[dict]:
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
         ({"tool_choice": {"type": "some"}}, "tool_choice"),
         ({"thinking": {"type": "enabled", "budget_tokens": 0}}, "budget_tokens"),
-        ({"output_config": {"format": {"type": "json_schema", "schema": {}}}}, "output_config.format"),
+        ({"output_config": {"format": {"type": "json_object"}}}, "output_config.format.type"),
         ({"stop_sequences": [""]}, "stop_sequences"),
         ({"temperature": 3}, "temperature"),
         ({"top_p": 1.5}, "top_p"),

@@ -185,12 +185,9 @@ def test_a_body_that_is_no_json_object_is_refused(live, path, body):
     [
         ("suffix", "x"),
         ("best_of", 2),
-        ("response_format", {"type": "json_object"}),
-        ("response_format", {"type": "json_schema", "json_schema": {}}),
         ("modalities", ["audio"]),
         ("audio", {}),
         ("functions", [{}]),
-        ("guided_json", {}),
         ("chat_template", "x"),
         ("use_beam_search", True),
         ("truncate_prompt_tokens", 5),
