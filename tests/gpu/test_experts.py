@@ -171,10 +171,11 @@ def test_pairs_are_grouped_by_expert_in_few_even_tiles(count, experts, tile_pair
         count_of_tiles, at = -(-load // tile_pairs), 0
         for left in range(count_of_tiles, 0, -1):  # each an even share of what is left, in units of 16
             size = min(-(-(load - at) // (16 * left)) * 16, load - at)
-            expected.append([expert, first + at, size, 0])
+            expected.append([expert, first + at, size])
             at += size
         first += load
-    assert tiles.tolist() == expected + [[0, 0, 0, 0]] * (len(tiles) - len(expected))
+    live = [[*tile, len(expected)] for tile in expected]
+    assert tiles.tolist() == live + [[0, 0, 0, 0]] * (len(tiles) - len(live))
 
 
 def test_a_nan_in_one_token_stays_there():

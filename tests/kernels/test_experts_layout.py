@@ -27,15 +27,12 @@ inline unsigned mul_bf16x2_high(unsigned a, unsigned b) { return times(a, b & 0x
 #include "experts/matrix.cuh"
 
 // The A fragments that each lane makes of the tiles of a whole weight: [tiles, 32 lanes, 4 steps, 4 registers].
-extern "C" void fragments(const unsigned* values, const unsigned* scales, int tiles, int shifts_at_once, unsigned* a) {
+extern "C" void fragments(const unsigned* values, const unsigned* scales, int tiles, unsigned* a) {
     for (int tile = 0; tile < tiles; ++tile)
         for (int lane = 0; lane < 32; ++lane) {
             const unsigned* words = values + (value_piece(tile) + lane) * 4;
             const unsigned scale = scales[scale_word(tile) + lane / 4];
-            for (int step = 0; step < 4; ++step, a += 4) {
-                const auto to_fragment = shifts_at_once ? dequantize<true> : dequantize<false>;
-                to_fragment(words[step], multipliers_of(scale, step / 2), a);
-            }
+            for (int step = 0; step < 4; ++step, a += 4) dequantize(words[step], multipliers_of(scale, step / 2), a);
         }
 }
 extern "C" int packed_row(int interleaved, int g, int half) {
@@ -91,10 +88,8 @@ def fragments(host, packed):
     """What the lanes multiply: [E, strips, tiles, 32 lanes, 4 steps, 4 registers, 2] float64, times the factor that the
     epilogue makes good."""
     tiles = packed.values[..., 0, 0].numel()
-    a, with_shifts = torch.empty(2, tiles, 32, 4, 4, dtype=torch.int32)
-    for shifts_at_once, out in ((1, a), (0, with_shifts)):
-        host.fragments(pointer(packed.values), pointer(packed.scales), tiles, shifts_at_once, pointer(out))
-    assert torch.equal(a, with_shifts)
+    a = torch.empty(tiles, 32, 4, 4, dtype=torch.int32)
+    host.fragments(pointer(packed.values), pointer(packed.scales), tiles, pointer(a))
     halves = torch.stack((a << 16, a & -65536), -1).view(torch.float32).double()
     return halves.view(*packed.values.shape[:3], 32, 4, 4, 2) * host.deferred_scale()
 

@@ -13,21 +13,16 @@ __device__ __forceinline__ unsigned multipliers_of(unsigned scales, int block) {
 }
 
 // One packed word, 8 values, to the A fragment of one k16 step. Placing the sign and the three exponent and mantissa
-// bits of an E2M1 at bits 15 and 8..6 of a bf16 gives its value * 2^-126 exactly, subnormal included. In each half of a
-// word the four values' (sign; exponent, mantissa) bits lie at (15; 8..6), (12; 5..3), (13; 2..0), (14; 11..9): to get
-// there takes 1, 2, 3 or 4, and 4 operations, for two values each. The multiplier's exponent field is the stored scale
-// byte, which is the checkpoint's + 94: the scale, times 2^126, times 2^-32 to keep the byte below 255 for scales up to
-// 2^33.
-//
-// SHIFTS_AT_ONCE: the third's two shifts are one multiplication; what it carries into other places is masked out. With
-// it a layer of 8 rows is 2 us faster, but ptxas spills in the kernels for 9 to 64 rows, which lose 15 us at 16 rows.
-template <bool SHIFTS_AT_ONCE>
+// bits of an E2M1 at bits 15 and 8..6 of a bf16 gives its value * 2^-126 exactly, subnormal included. The word holds the
+// first two values in these places; two more come there by a rotation to the right by 3, two by one by 6. The last two
+// have what is left, bits 4, 3, 1, 0 of each half, for their bits 7, 6, 15, 8: one multiplication moves all of them, and
+// no two of its products meet. The multiplier's exponent field is the stored scale byte, which is the checkpoint's + 94:
+// the scale, times 2^126, times 2^-32 to keep the byte below 255 for scales up to 2^33.
 __device__ __forceinline__ void dequantize(unsigned word, unsigned multipliers, unsigned* a) {
-    constexpr unsigned SIGN = 0x80008000u, REST = 0x01C001C0u, THIRD = 0x20072007u;
-    a[0] = mul_bf16x2_low(word & (SIGN | REST), multipliers);          // row g, columns 2 t, + 1
-    a[1] = mul_bf16x2_high((word << 3) & (SIGN | REST), multipliers);  // row g + 8
-    const unsigned third =
-        SHIFTS_AT_ONCE ? ((word & THIRD) * (4 + 64)) & (SIGN | REST) : ((word << 2) & SIGN) | ((word << 6) & REST);
-    a[2] = mul_bf16x2_low(third, multipliers);                                         // row g, columns 8 + 2 t, + 1
-    a[3] = mul_bf16x2_high(((word << 1) & SIGN) | ((word >> 3) & REST), multipliers);  // row g + 8
+    constexpr unsigned PLACES = 0x81C081C0u, LEFT = 0x001B001Bu, MOVES = 1u << 3 | 1u << 8 | 1u << 14;
+    const auto rotated = [&](int bits) { return word >> bits | word << (32 - bits); };
+    a[0] = mul_bf16x2_low(word & PLACES, multipliers);                      // row g, columns 2 t, + 1
+    a[1] = mul_bf16x2_high(rotated(3) & PLACES, multipliers);               // row g + 8
+    a[2] = mul_bf16x2_low(rotated(6) & PLACES, multipliers);                // row g, columns 8 + 2 t, + 1
+    a[3] = mul_bf16x2_high(((word & LEFT) * MOVES) & PLACES, multipliers);  // row g + 8
 }

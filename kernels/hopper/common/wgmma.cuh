@@ -52,6 +52,7 @@ __device__ __forceinline__ void hold(float (&registers)[COUNT]) {
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(ACCUMULATE)),                       \
                        "n"(int(TRANSPOSED)));                                                                          \
     }
+WGMMA(16, "%0, %1, %2, %3, %4, %5, %6, %7", WGMMA_LIST(WGMMA_8(0)), "%8, %9, %10, %11", "%12", "%13", "%14")
 WGMMA(32, WGMMA_D0, WGMMA_16(0), "%16, %17, %18, %19", "%20", "%21", "%22")
 WGMMA(48, WGMMA_D0 ", %16, %17, %18, %19, %20, %21, %22, %23", WGMMA_LIST(WGMMA_16(0), WGMMA_8(16)),
       "%24, %25, %26, %27", "%28", "%29", "%30")

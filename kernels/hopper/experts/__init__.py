@@ -26,7 +26,7 @@ WARPS = 8
 THREADS = 32 * WARPS
 FEW_TOKENS, FEW_PAIRS = 8, 32  # that the kernels experts_*_few take
 FEW_BLOCKS = 3  # of them share a multiprocessor
-SMALL_TOKENS, SMALL_PAIRS = 64, 256  # that the kernels experts_*_small take
+SMALL_TOKENS, SMALL_PAIRS = 32, 256  # that the kernels experts_*_small take
 TEAMS, TOKEN_TILES = 2, 3  # of experts_*_small: teams of 8 warps, and tiles of 8 tokens of an expert at once
 SUMS_BYTES = 2 * TEAMS * THREADS * TOKEN_TILES * 16  # two turns' partial sums
 MOST_SHARED = 223 * 1024  # bytes that a block of experts_*_small asks for at most; 4 KB are left for its own
@@ -205,14 +205,18 @@ def _word_lookups(device: torch.device) -> list[Tensor]:
     """
     byte = torch.arange(256, dtype=torch.int64, device=device)
 
-    def halves(sign_bit: int, rest_bit: int) -> Tensor:
-        def place(code: Tensor) -> Tensor:
-            return (code >> 3) << sign_bit | (code & 7) << rest_bit
+    def place(code: Tensor, bits: tuple[int, ...]) -> Tensor:
+        """A code's four bits, the sign first, at these bits of a word; past bit 31 comes bit 0."""
+        word = torch.zeros_like(code)
+        for code_bit, bit in zip((3, 2, 1, 0), bits, strict=True):
+            word |= (code >> code_bit & 1) << bit % 32
+        return word
 
-        word = place(byte & 15) | place(byte >> 4) << 16
+    def halves(*bits: int) -> Tensor:
+        word = place(byte & 15, bits) | place(byte >> 4, tuple(bit + 16 for bit in bits))
         return torch.where(word < 2**31, word, word - 2**32).int()
 
-    return [halves(15, 6), halves(12, 3), halves(13, 0), halves(14, 9)]
+    return [halves(15, 8, 7, 6), halves(18, 11, 10, 9), halves(21, 14, 13, 12), halves(1, 0, 4, 3)]
 
 
 def decode_experts(h: Tensor, routing: Routing, gate_up: PackedExperts, down: PackedExperts, limit: float) -> Tensor:
@@ -286,7 +290,6 @@ def _stream(
     weights = routing.weights.contiguous()
     activated = torch.empty(tokens * top_k, down.columns, dtype=torch.bfloat16, device=h.device)
     out = torch.empty(tokens, top_k, down.rows, dtype=torch.bfloat16, device=h.device)
-    multiprocessors = torch.cuda.get_device_properties(h.device).multi_processor_count
     for name, weight, x, result in (("up", gate_up, h.contiguous(), activated), ("down", down, activated, out)):
         splits = 1 if chain else cut_of(weight.columns).splits
         defines = stream_defines(weight.columns, name == "up", splits, geometry)
@@ -295,10 +298,15 @@ def _stream(
             TensorMap(packed.flatten(2).view(torch.int64).flatten(0, 1), (4, STREAM_CHUNK * words))
             for packed, words in ((weight.values, 64), (weight.scales, 4))
         )
-        args = (values, scales, weight.bias, x, result, tiles, order, weights, weight.rows, top_k, len(tiles), limit)
-        items = -(-weight.rows // (64 * geometry.consumers)) * len(tiles)
-        kernel.launch((min(items, multiprocessors), 1, 1), 128 * (geometry.consumers + 1), args)
+        args = (values, scales, weight.bias, x, result, tiles, order, weights, weight.rows, top_k, limit)
+        kernel.launch((_stream_blocks(weight, len(tiles)), 1, 1), 128 * (geometry.consumers + 1), args)
     return out
+
+
+def _stream_blocks(weight: PackedExperts, tiles: int) -> int:
+    """Blocks of stream.cu for at most so many tiles of tokens: no more than units of 64 rows."""
+    multiprocessors = torch.cuda.get_device_properties(weight.values.device).multi_processor_count
+    return min(-(-weight.rows // 64) * tiles, multiprocessors)
 
 
 def check_shapes(h: Tensor, routing: Routing, gate_up: PackedExperts, down: PackedExperts) -> None:
@@ -316,7 +324,8 @@ def group(expert_ids: Tensor, experts: int, tile_pairs: int) -> tuple[Tensor, Te
     """Sort (token, choice) pairs by expert, and cut them in even tiles of one expert and at most tile_pairs.
 
     expert_ids [T, K] int64 -> order [pairs] int32, each expert's pairs ascending; tiles [max_tiles, 4] int32, of
-    (expert, first place in order, pairs, 0), as many as there could be: those left over come last, with 0 pairs.
+    (expert, first place in order, pairs, tiles that have pairs), as many as there could be: those left over come last,
+    all 0.
     An expert's tiles are as few as can be, and each but its last a multiple of 16, as tile_pairs must be.
     """
     expert_ids = expert_ids.contiguous()

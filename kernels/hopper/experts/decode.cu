@@ -145,7 +145,7 @@ __device__ __forceinline__ void few_tokens(const bf16* source, bf16* out, const 
 #pragma unroll
             for (int j = 0; j < M::DEPTH; j++) {
                 if (j >= tiles) break;
-                multiply_tile<1, PITCH, true>(sum, value[j], scale[j], activations + j * 128);
+                multiply_tile<1, PITCH>(sum, value[j], scale[j], activations + j * 128);
                 if (more) load(j);
             }
             partial[turn % 2][warp][lane] = make_float4(sum[0][0], sum[0][1], sum[0][2], sum[0][3]);

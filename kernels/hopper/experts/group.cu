@@ -12,8 +12,9 @@ static_assert(MOST_EXPERTS == THREADS, "each thread clears one expert's count");
 
 // Sort pairs by expert, each expert's in ascending order, and cut them in as few tiles of one expert as tile_pairs, a
 // multiple of 16, allows; these are as even as 16 pairs at a time allow, so that no block has a full tile where another
-// has a remnant. ids [pairs]; order [pairs]; tiles [max_tiles]: (expert, first place in order, pairs, 0), pairs = 0 in
-// those left over. Block e looks at every id and writes expert e's pairs and tiles: no block waits for another.
+// has a remnant. ids [pairs]; order [pairs]; tiles [max_tiles]: (expert, first place in order, pairs, tiles with
+// pairs), all 0 in those left over. Block e looks at every id and writes expert e's pairs and tiles: no block waits for
+// another.
 extern "C" __global__ void __launch_bounds__(THREADS)
     experts_group(const long long* ids, int* order, int4* tiles, int pairs, int experts, int max_tiles,
                   int tile_pairs) {
@@ -55,7 +56,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int i = thread; i < count; i += THREADS) {
         const int each = units / count, more = units % count;  // the first `more` tiles have a unit more
         const int at = (i * each + min(i, more)) * 16;
-        tiles[first_tile + i] = make_int4(expert, first + at, min((each + (i < more)) * 16, load[expert] - at), 0);
+        tiles[first_tile + i] =
+            make_int4(expert, first + at, min((each + (i < more)) * 16, load[expert] - at), all_tiles);
     }
     if (expert == experts - 1)
         for (int i = all_tiles + thread; i < max_tiles; i += THREADS) tiles[i] = make_int4(0, 0, 0, 0);

@@ -186,10 +186,10 @@ struct WeightRing {
         const uint4 value = ld_shared(value_at + j * VALUE_BYTES);
         const unsigned scale = ld_shared_u32(scale_at + j * SCALE_BYTES);
         const unsigned first = multipliers_of(scale, 0), second = multipliers_of(scale, 1);
-        dequantize<true>(value.x, first, a);
-        dequantize<true>(value.y, first, a + 4);
-        dequantize<true>(value.z, second, a + 8);
-        dequantize<true>(value.w, second, a + 12);
+        dequantize(value.x, first, a);
+        dequantize(value.y, first, a + 4);
+        dequantize(value.z, second, a + 8);
+        dequantize(value.w, second, a + 12);
         if (last) {
             __syncwarp();
             ask(projection, next);

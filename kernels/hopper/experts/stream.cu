@@ -10,10 +10,11 @@
 // Bytes: as in decode.cu; all 32 experts of the 20b are 423 MB, 137 us at 3.08 TB/s. Beside them a block reads an
 // expert's tokens from the L2 for every CONSUMERS * 64 rows.
 //
-// The work is a list: for every tile of up to TOKENS pairs of an expert, its rows in units of 64, and of these as few
-// items of up to CONSUMERS units as can be. An item takes as long as another, whatever its units, and a block takes one
-// run of them, all equally long. A block has CONSUMERS warpgroups that multiply a unit each, and four warps that bring
-// what they need, in chunks of up to CHUNK turns of 64 columns:
+// The work is a list: for every tile of up to TOKENS pairs of an expert, its rows in units of 64, CONSUMERS of them an
+// item. An item takes nearly as long as another, whatever its units: what is under way limits a block, not bytes. So all
+// blocks take equally many whole items, and then what is left, in halves where that gives no block two (Items). A block
+// has CONSUMERS warpgroups that multiply a unit each, and four warps that bring what they need, in chunks of up to CHUNK
+// turns of 64 columns:
 //   - two gather the item's tokens (cp.async);
 //   - one declares them full when they have landed, and notes what all must know of the next item;
 //   - one asks for the weights: of 4 strips a box of values and one of scales, of whole chunks.
@@ -58,7 +59,8 @@ constexpr int KNOWN = STAGES / ItemChunks::COUNT + 3;  // items whose tokens are
 static_assert(K_COLUMNS % 32 == 0, "columns come in blocks of 32");
 static_assert(TOKENS % 16 == 0 && TOKENS >= 32 && TOKENS <= 64, "what wgmma and registers take");
 static_assert(CHUNK * SCALE_BYTES % 16 == 0 && 4 * CHUNK * SCALE_BYTES % 128 == 0, "what boxes of a tensor map need");
-static_assert(CONSUMERS <= 4, "a lane for each consumer warp, and its warpgroup's barrier");
+static_assert(CONSUMERS % 2 == 0 && CONSUMERS <= 4,
+              "halves of an item, a lane for each consumer warp, and its warpgroup's barrier");
 static_assert(SHARED_BYTES >= STAGE_ALIGNMENT + STAGES * (STAGE_BYTES + WEIGHT_BYTES) + CONSUMERS * OUT_BYTES,
               "what a block needs");
 
@@ -67,10 +69,10 @@ struct Projection {
     const TensorMap *values, *scales;  // of all experts' strips, in words of 8 bytes
     const bf16 *bias, *source;
     bf16* out;
-    const int4* tiles;             // (expert, first place in order, pairs, 0), as experts_group makes them
+    const int4* tiles;             // (expert, first place in order, pairs, tiles that have pairs), by experts_group
     const int* order;              // pairs by expert
     const float* routing_weights;  // [pairs]
-    int rows, top_k, tile_count;   // rows: of an expert's weight
+    int rows, top_k;               // rows: of an expert's weight
     float limit;
 };
 
@@ -80,28 +82,38 @@ struct Item {
     int unit, units;          // units 0: there are no more items
 };
 
-// A block's items in order. Whole warps construct it.
+// A block's items in order: first as many whole ones as every block has, then some of the rest, which are the parts of
+// the whole ones that do not go round and the units at the tiles' ends that make no whole one.
 struct Items {
-    int at, end;         // in the list of work
-    int units, of_tile;  // units and items of a tile
+    int whole, whole_end, rest, rest_end;  // this block's, in the two lists
+    int of_tile, ends;                     // whole items of a tile, and units left at its end
+    int shared, parts, first_end;          // whole items that all blocks have; parts of one of the others; of them all
 
     __device__ __forceinline__ explicit Items(const Projection& projection) {
-        units = (projection.rows + 63) / 64, of_tile = (units + CONSUMERS - 1) / CONSUMERS;
-        int tiles = 0;  // those with pairs come first
-        for (int i = 0; i < projection.tile_count; i += 32) {
-            const int tile = i + threadIdx.x % 32;
-            const bool live = tile < projection.tile_count && __ldcg(&projection.tiles[tile].z) > 0;
-            tiles += __popc(__ballot_sync(ALL_LANES, live));
-        }
-        at = blockIdx.x * (tiles * of_tile) / gridDim.x;
-        end = (blockIdx.x + 1) * (tiles * of_tile) / gridDim.x;
+        const int units = (projection.rows + 63) / 64, tiles = __ldcg(&projection.tiles->w);
+        const int block = blockIdx.x, blocks = gridDim.x;
+        of_tile = units / CONSUMERS, ends = units % CONSUMERS;
+        const int round = tiles * of_tile / blocks, left = tiles * of_tile - round * blocks, of_ends = ends ? tiles : 0;
+        parts = 2 * left + of_ends <= blocks ? 2 : 1;
+        shared = round * blocks, first_end = parts * left;
+        whole = block * round, whole_end = whole + round;
+        rest = block * (first_end + of_ends) / blocks, rest_end = (block + 1) * (first_end + of_ends) / blocks;
     }
 
     __device__ __forceinline__ Item next(const Projection& projection) {
-        if (at == end) return {};
-        const int tile = at / of_tile, number = at++ - tile * of_tile, unit = number * units / of_tile;
+        int tile, unit, units = CONSUMERS;
+        if (whole < whole_end) {
+            tile = whole / of_tile, unit = whole++ % of_tile * CONSUMERS;
+        } else if (rest == rest_end) {
+            return {};
+        } else if (rest < first_end) {
+            const int item = shared + rest / parts, part = rest++ % parts;
+            units = CONSUMERS / parts, tile = item / of_tile, unit = item % of_tile * CONSUMERS + part * units;
+        } else {
+            tile = rest++ - first_end, unit = of_tile * CONSUMERS, units = ends;
+        }
         const int4 of_expert = __ldcg(projection.tiles + tile);
-        return {of_expert.x, of_expert.y, of_expert.z, unit, (number + 1) * units / of_tile - unit};
+        return {of_expert.x, of_expert.y, of_expert.z, unit, units};
     }
 };
 
@@ -282,10 +294,10 @@ struct Packed {
 
     __device__ __forceinline__ void operand(unsigned (&a)[16]) const {
         const unsigned first = multipliers_of(scale, 0), second = multipliers_of(scale, 1);
-        dequantize<true>(value.x, first, a);
-        dequantize<true>(value.y, first, a + 4);
-        dequantize<true>(value.z, second, a + 8);
-        dequantize<true>(value.w, second, a + 12);
+        dequantize(value.x, first, a);
+        dequantize(value.y, first, a + 4);
+        dequantize(value.z, second, a + 8);
+        dequantize(value.w, second, a + 12);
     }
 };
 
@@ -313,6 +325,7 @@ __device__ __forceinline__ void consume(const Projection& projection, const Know
     unsigned a[2][16];
     Packed packed;
     const int strip = same_in_warp(threadIdx.x / 32);
+    const unsigned long long first_b = stage_operand(stages);  // of the first stage: no carry leaves its address
     const auto load = [&](int j) {
         if (j == 0) mbarrier_wait(barriers.full_for(strip / 4, stage.index), stage.parity);
         packed.load(weights + stage.index * WEIGHT_BYTES + strip / 4 * UNIT_BYTES, strip % 4, j);
@@ -329,7 +342,7 @@ __device__ __forceinline__ void consume(const Projection& projection, const Know
             const int next = q + 1 < turns ? q + 1 : 0;
             const bool any = q + 1 < turns || more;
             const int now = stage.index, before = (now ? now : STAGES) - 1;
-            const unsigned long long b = stage_operand(stages + now * STAGE_BYTES + q % CHUNK * TURN_BYTES);
+            const unsigned long long b = first_b + (now * STAGE_BYTES + q % CHUNK * TURN_BYTES) / 16u;
             wgmma_fence();
             if (K_SPLITS > 1 && q == 0)
                 wgmma<false>(sums, a[0], b);
@@ -428,7 +441,7 @@ __device__ __forceinline__ void consume(const Projection& projection, const Know
     }
 }
 
-// By as few tokens as the item has, of 32, 48, 64.
+// By as few tokens as the item has, of 16, 32, 48, 64.
 template <int N, typename... Rest>
 __device__ __forceinline__ void consume_by(int live, const Projection& projection, Rest&... rest) {
     if constexpr (N < TOKENS) {
@@ -448,6 +461,10 @@ __device__ __forceinline__ void multiply_items(const Projection& projection) {
     const unsigned weights = stages + STAGES * STAGE_BYTES, outputs = weights + STAGES * WEIGHT_BYTES;
     barriers.init();
     __syncthreads();
+    if (UP) {
+        griddep_wait();
+        griddep_launch_dependents();
+    }
     if (threadIdx.x >= CONSUMER_THREADS) {
         setmaxnreg_dec<PRODUCER_REGISTERS>();
         const int warp = threadIdx.x / 32 - CONSUMER_WARPS;
@@ -468,7 +485,7 @@ __device__ __forceinline__ void multiply_items(const Projection& projection) {
             const int units = same_in_warp(known.item[entry.index].units);
             if (units == 0) break;
             if (group < units) {
-                consume_by<32>(same_in_warp(known.item[entry.index].live), projection, known, entry.index, stage,
+                consume_by<16>(same_in_warp(known.item[entry.index].live), projection, known, entry.index, stage,
                                stages, weights, barriers, staged);
             } else {
 #pragma unroll 1
@@ -489,10 +506,8 @@ __device__ __forceinline__ void multiply_items(const Projection& projection) {
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     NAME(const __grid_constant__ TensorMap values, const __grid_constant__ TensorMap scales, const bf16* bias,
          const bf16* source, bf16* out, const int4* tiles, const int* order, const float* routing_weights, int rows,
-         int top_k, int tile_count, float limit) {
+         int top_k, float limit) {
     griddep_wait_first();
-    if (UP) griddep_wait();
-    griddep_launch_dependents();
-    multiply_items(
-        {&values, &scales, bias, source, out, tiles, order, routing_weights, rows, top_k, tile_count, limit});
+    if (!UP) griddep_launch_dependents();
+    multiply_items({&values, &scales, bias, source, out, tiles, order, routing_weights, rows, top_k, limit});
 }

@@ -10,7 +10,7 @@ constexpr unsigned ALL_LANES = 0xFFFFFFFFu;
 
 // Add one tile's products to the sums of 8 N_TILES tokens. activations: the address in shared memory that this lane
 // names to ldmatrix for the tile's first 32 columns and the first 8 tokens; rows are PITCH bytes apart.
-template <int N_TILES, int PITCH, bool SHIFTS_AT_ONCE = false>
+template <int N_TILES, int PITCH>
 __device__ __forceinline__ void multiply_tile(float (&sum)[N_TILES][4], uint4 value, unsigned scale,
                                               unsigned activations) {
     const unsigned words[4] = {value.x, value.y, value.z, value.w};
@@ -18,8 +18,8 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[N_TILES][4], uint4 va
     for (int block = 0; block < 2; block++) {
         const unsigned multipliers = multipliers_of(scale, block);
         unsigned a[8];
-        dequantize<SHIFTS_AT_ONCE>(words[2 * block], multipliers, a);
-        dequantize<SHIFTS_AT_ONCE>(words[2 * block + 1], multipliers, a + 4);
+        dequantize(words[2 * block], multipliers, a);
+        dequantize(words[2 * block + 1], multipliers, a + 4);
 #pragma unroll
         for (int n = 0; n < N_TILES; n++) {
             const uint4 b = ldmatrix(activations + n * 8 * PITCH + block * 64);
