@@ -1,4 +1,4 @@
-// The MXFP4 experts for 65 to 256 rows of decode and for short prompts, where an expert has few tokens and the weights
+// The MXFP4 experts for 49 to 256 rows of decode and for short prompts, where an expert has few tokens and the weights
 // are to flow without a pause. One projection a unit:
 //
 //   stream_experts_up     h [pairs, rows / 2]  = swiglu(x[token] . gate_up[expert] + bias)        x [T, K_COLUMNS]
