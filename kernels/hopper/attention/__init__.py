@@ -24,6 +24,7 @@ WARPS = 4  # of a block; each takes a page at a time
 THREADS = 32 * WARPS
 BLOCKS = 3  # share a multiprocessor
 MOST_TOKENS = 2 * THREADS  # of a launch
+MANY_TOKENS = 49  # from so many on, splits are enough for every warp of the machine
 MOST_SPLITS = 64  # of a token; longer contexts have larger splits, twice and twice again
 MOST_SPLIT_PAGES = 32 * WARPS  # a lane of a warp holds the page table entry of one of the warp's pages
 
@@ -114,7 +115,8 @@ def decode_attention(
         *(partial, stats, counters, count, kv_heads, width, window, plan.most_splits),
     )
     defines = decode_defines(heads // kv_heads, page)
-    kernel = load_kernel(FOLDER / "decode.cu", "decode_attention", defines, decode_shared(page))
+    name = "decode_attention_many" if count >= MANY_TOKENS else "decode_attention"
+    kernel = load_kernel(FOLDER / "decode.cu", name, defines, decode_shared(page))
     kernel.launch(grid=(plan.blocks, 1, 1), block=THREADS, args=args)
     return out
 

@@ -11,6 +11,14 @@
 // page's before its values are used, and the last page's for the first of the block's next split, so that memory is
 // busy while softmax states are combined. Those are a thirtieth of the bytes of the smallest split, and stay in the L2.
 //
+// That is decode_attention, for few tokens. Its warps wait for each other at each split, and four of them are as fast
+// as the last. Of many tokens there are splits enough for every warp to have its own: decode_attention_many. A warp takes
+// a split's four pages one after the other and combines them by itself, to the same bytes. It takes the keys of all four
+// first: then it knows how much each page weighs, and adds up their values as they come. Of the splits of long contexts,
+// whose parts have several pages, it keeps the four states in local memory; of the others that would be an eighth more
+// bytes to write. Warps take equal runs of the splits, those of a (token, kv head) beside each other, so that many need
+// no other warp.
+//
 // Queries are rotated in registers by the warps that load them. The token's own key and value are rotated and written
 // by the warp that has its last page, to the page and to the warp's own copy: no other warp reads them in this launch.
 //
@@ -54,20 +62,27 @@ struct Launch {
     char* out;
     float* partial;      // [tokens, kv_heads, most_splits, GROUP, 64]: values of the splits of tokens with several
     float2* stats;       // [tokens, kv_heads, most_splits, GROUP] (peak, total) of those
-    unsigned* counters;  // [tokens, kv_heads] finished splits: zero between launches, since the last one wraps them
+    unsigned* counters;  // [tokens, kv_heads] finished splits: zero between launches, since the last one empties them
     int tokens, kv_heads, table_width, window;
     int most_splits;  // that a token can have in this launch
 };
 
-// One split of a (token, kv head), and which of its pages are this warp's.
+constexpr int WHOLE = -1;
+
+// One split of a (token, kv head), WHOLE or a part of it: every WARPS-th of its pages.
 struct Item {
-    int token, head, split, position;
-    int first;  // page of this warp, counted from the token's first
-    int count;  // pages of this warp, 0 to 32
+    int token, head, split, part, position;
+    int first;  // of its pages, counted from the token's first
+    int count;  // of its pages, 0 to 32
     int entry;  // where the l-th of them lies, in lane l
 
     __device__ __forceinline__ int page_key(const Keys& seen, int n) const {  // position of the n-th page's first key
-        return (seen.first_page + first + WARPS * n) * PAGE;
+        return (seen.first_page + first + step() * n) * PAGE;
+    }
+    __device__ __forceinline__ int step() const { return part == WHOLE ? 1 : WARPS; }  // from page to page
+    // Which of its pages is the token's last, with its own key; -1: none.
+    __device__ __forceinline__ int last_page(const Keys& seen) const {
+        return first + step() * (count - 1) == seen.pages - 1 ? count - 1 : -1;
     }
 };
 
@@ -126,39 +141,51 @@ struct ItemList {
         return all;
     }
 
-    __device__ __forceinline__ Item find(int index) {
-        const int warp = warp_of_block(), lane = lane_of_warp();
+    // BY_HEAD: the splits of a (token, kv head) follow each other, or else the heads of a token's split: then
+    // neighbours read neighbouring heads of a page.
+    template <bool BY_HEAD>
+    __device__ __forceinline__ Item find(int index, int part) {
+        const int lane = lane_of_warp(), unit = index / launch.kv_heads;
         Item item;
-        const int unit = index / launch.kv_heads;
-        item.head = index % launch.kv_heads;  // neighbours read neighbouring heads of a page
+        int before = 0, splits = 1;  // of the tokens before, of the token
+        item.token = launch.tokens == 1 ? 0 : unit;
         if (searched) {
-            item.token = 0;
             for (int base = 0; base < launch.tokens; base += 32) {
                 const int token = base + lane;
                 const bool here = token < launch.tokens && begins[token] <= unit && unit < begins[token + 1];
                 const unsigned where = __ballot_sync(ALL_LANES, here);
                 if (where) item.token = base + __ffs(where) - 1;
             }
-            item.split = unit - begins[item.token];
+            before = begins[item.token], splits = begins[item.token + 1] - before;
             item.position = positions[item.token], slot = slots[item.token];
         } else {
-            item.token = launch.tokens == 1 ? 0 : unit;
-            item.split = launch.tokens == 1 ? unit : 0;
+            if (launch.tokens > 1)
+                before = unit;
+            else
+                splits = count / launch.kv_heads;
             item.position = launch.positions[item.token], slot = launch.slots[item.token];
         }
-        const Keys seen(item.position, launch.window);
-        item.first = seen.first_of(item.split, warp);
-        item.count = seen.count_of(item.split, warp);
-        item.entry = 0;
+        const int of_token = index - before * launch.kv_heads;
+        item.head = BY_HEAD ? of_token / splits : of_token % launch.kv_heads;
+        item.split = BY_HEAD ? of_token % splits : of_token / launch.kv_heads;
+        item.part = part;
         return item;
     }
 
-    // The page table's entries of the item found last.
+    // The pages of a part of the item found last, and the page table's entries of them.
     __device__ __forceinline__ void look_up(Item& item) const {
-        const int lane = lane_of_warp();
-        const int first_page = Keys(item.position, launch.window).first_page + item.first;
+        const Keys seen(item.position, launch.window);
+        if (item.part == WHOLE) {
+            item.first = item.split * WARPS;
+            item.count = min(seen.pages - item.first, WARPS);
+        } else {
+            item.first = seen.first_of(item.split, item.part);
+            item.count = seen.count_of(item.split, item.part);
+        }
+        item.entry = 0;
+        const int lane = lane_of_warp(), first_page = seen.first_page + item.first;
         const int* table = launch.page_table + static_cast<long long>(slot) * launch.table_width + first_page;
-        if (lane < item.count) item.entry = table[WARPS * lane];
+        if (lane < item.count) item.entry = table[item.step() * lane];
     }
 };
 
@@ -174,7 +201,7 @@ __device__ __forceinline__ void fetch(const Launch& launch, unsigned to, const c
         const int r = 4 * i + row;
         const int key = page_key + r;
         const bool is_seen = key >= seen.first && key < seen.last;
-        if (key != seen.last) cp_async(to + swizzled(r, chunk), from + r * ROW_BYTES + chunk * 16, is_seen);
+        if (key != seen.last) cp_async_once(to + swizzled(r, chunk), from + r * ROW_BYTES + chunk * 16, is_seen);
     }
     cp_async_commit();
 }
@@ -201,11 +228,10 @@ __device__ __forceinline__ void append_own(const Launch& launch, const Item& ite
     __syncwarp();
 }
 
-// The token's own key and value to this warp's copies of their pages, whose other rows are still under way.
-__device__ __forceinline__ void copy_own(char* my_pages, int position, const uint4 (&fresh)[2][ROW_BYTES / 16]) {
-    const int lane = lane_of_warp(), chunk = lane % 8, row = position % PAGE;
-    char* to = my_pages + (lane / 8) * PAGE_BYTES;
-    if (lane < 16) *reinterpret_cast<uint4*>(to + swizzled(row, chunk)) = fresh[lane / 8][chunk];
+// The token's own key or value to this warp's copy of its page, whose other rows may still be under way.
+__device__ __forceinline__ void copy_own(char* page, int position, const uint4 (&row)[ROW_BYTES / 16]) {
+    const int lane = lane_of_warp();
+    if (lane < 8) *reinterpret_cast<uint4*>(page + swizzled(position % PAGE, lane)) = row[lane];
 }
 
 // The GROUP query heads of the kv head, rotated, as A fragments: heads x dimensions.
@@ -250,15 +276,11 @@ struct SoftmaxState {
     }
 };
 
-// One page: scores, softmax, values. `between` is called when the page's keys are no longer needed and must leave one
-// commit group more behind it.
-template <class Between>
-__device__ __forceinline__ void attend(SoftmaxState& state, const unsigned (&q)[DIM / 16][4], unsigned page_keys,
-                                       unsigned page_values, int page_key, const Keys& keys, Between between) {
+using Scores = float[PAGE / 8][4];      // heads x keys: tile n holds keys 8 n ... 8 n + 7
+using Powers = unsigned[PAGE / 16][4];  // the second product's A: heads x keys
+
+__device__ __forceinline__ void multiply_keys(Scores& scores, const unsigned (&q)[DIM / 16][4], unsigned page_keys) {
     const int lane = lane_of_warp();
-    float scores[PAGE / 8][4];  // heads x keys: tile n holds keys 8 n ... 8 n + 7
-    cp_async_wait<1>();         // the values are still under way
-    __syncwarp();
 #pragma unroll
     for (int n = 0; n < PAGE / 8; n++) {
         scores[n][0] = scores[n][1] = scores[n][2] = scores[n][3] = 0.f;
@@ -269,45 +291,75 @@ __device__ __forceinline__ void attend(SoftmaxState& state, const unsigned (&q)[
             mma(scores[n], q[2 * half + 1], b.z, b.w);
         }
     }
-    __syncwarp();
-    between();
-    if (page_key < keys.first || page_key + PAGE - 1 > keys.last) {
+}
+
+__device__ __forceinline__ void hide_unseen(Scores& scores, int page_key, const Keys& keys) {
+    if (page_key >= keys.first && page_key + PAGE - 1 <= keys.last) return;
+    const int lane = lane_of_warp();
 #pragma unroll
-        for (int n = 0; n < PAGE / 8; n++) {
+    for (int n = 0; n < PAGE / 8; n++) {
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const int key = page_key + 8 * n + lane % 4 * 2 + j % 2;
-                if (key < keys.first || key > keys.last) scores[n][j] = minus_infinity();
-            }
+        for (int j = 0; j < 4; j++) {
+            const int key = page_key + 8 * n + lane % 4 * 2 + j % 2;
+            if (key < keys.first || key > keys.last) scores[n][j] = minus_infinity();
         }
     }
-    unsigned powers[PAGE / 16][4];  // the second product's A: heads x keys
+}
+
+// A page's scores of row r of a lane to powers, relative to the peak so far -> what earlier powers shrink by.
+__device__ __forceinline__ float soften(int r, const Scores& scores, Powers& powers, float& state_peak,
+                                        float& state_total) {
+    float peak = scores[0][2 * r];
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
-        if (r >= ROWS) {
+    for (int n = 0; n < PAGE / 8; n++) peak = fmaxf(peak, fmaxf(scores[n][2 * r], scores[n][2 * r + 1]));
+    peak = fmaxf(peak, __shfl_xor_sync(ALL_LANES, peak, 1));
+    peak = fmaxf(peak, __shfl_xor_sync(ALL_LANES, peak, 2));
+    peak = fmaxf(state_peak, peak * SCALE);  // finite: every page holds a key that is seen
+    const float shrink = ex2(state_peak - peak);
+    state_peak = peak;
+    float total = 0.f;
 #pragma unroll
-            for (int k = 0; k < PAGE / 16; k++) powers[k][r] = powers[k][r + 2] = 0;
-            continue;
+    for (int n = 0; n < PAGE / 8; n++) {
+        const float p0 = ex2(__fmaf_rn(scores[n][2 * r], SCALE, -peak));
+        const float p1 = ex2(__fmaf_rn(scores[n][2 * r + 1], SCALE, -peak));
+        total += p0 + p1;
+        powers[n / 2][r + n % 2 * 2] = round_bf16x2(p0, p1);
+    }
+    total += __shfl_xor_sync(ALL_LANES, total, 1);
+    total += __shfl_xor_sync(ALL_LANES, total, 2);
+    state_total = __fmaf_rn(state_total, shrink, total);
+    return shrink;
+}
+
+__device__ __forceinline__ void multiply_values(float (&out)[DIM / 8][4], const Powers& powers, unsigned page_values) {
+    const int lane = lane_of_warp();
+#pragma unroll
+    for (int k = 0; k < PAGE / 16; k++) {
+#pragma unroll
+        for (int pair = 0; pair < DIM / 16; pair++) {  // of tiles of 8 dimensions
+            const uint4 b = ldmatrix_trans(page_values + value_matrix(k, pair, lane));
+            mma(out[2 * pair], powers[k], b.x, b.y);
+            mma(out[2 * pair + 1], powers[k], b.z, b.w);
         }
-        float peak = scores[0][2 * r];
+    }
+}
+
+// One page: scores, softmax, values. `between` is called when the page's keys are no longer needed and must leave one
+// commit group more behind it.
+template <class Between>
+__device__ __forceinline__ void attend(SoftmaxState& state, const unsigned (&q)[DIM / 16][4], unsigned page_keys,
+                                       unsigned page_values, int page_key, const Keys& keys, Between between) {
+    Scores scores;
+    Powers powers = {};  // of heads past GROUP: zero
+    cp_async_wait<1>();  // the values are still under way
+    __syncwarp();
+    multiply_keys(scores, q, page_keys);
+    __syncwarp();
+    between();
+    hide_unseen(scores, page_key, keys);
 #pragma unroll
-        for (int n = 0; n < PAGE / 8; n++) peak = fmaxf(peak, fmaxf(scores[n][2 * r], scores[n][2 * r + 1]));
-        peak = fmaxf(peak, __shfl_xor_sync(ALL_LANES, peak, 1));
-        peak = fmaxf(peak, __shfl_xor_sync(ALL_LANES, peak, 2));
-        peak = fmaxf(state.peak[r], peak * SCALE);  // finite: every page holds a key that is seen
-        const float shrink = ex2(state.peak[r] - peak);
-        state.peak[r] = peak;
-        float total = 0.f;
-#pragma unroll
-        for (int n = 0; n < PAGE / 8; n++) {
-            const float p0 = ex2(__fmaf_rn(scores[n][2 * r], SCALE, -peak));
-            const float p1 = ex2(__fmaf_rn(scores[n][2 * r + 1], SCALE, -peak));
-            total += p0 + p1;
-            powers[n / 2][r + n % 2 * 2] = round_bf16x2(p0, p1);
-        }
-        total += __shfl_xor_sync(ALL_LANES, total, 1);
-        total += __shfl_xor_sync(ALL_LANES, total, 2);
-        state.total[r] = __fmaf_rn(state.total[r], shrink, total);
+    for (int r = 0; r < ROWS; r++) {
+        const float shrink = soften(r, scores, powers, state.peak[r], state.total[r]);
 #pragma unroll
         for (int n = 0; n < DIM / 8; n++) {
             state.out[n][2 * r] *= shrink;
@@ -316,15 +368,7 @@ __device__ __forceinline__ void attend(SoftmaxState& state, const unsigned (&q)[
     }
     cp_async_wait<1>();  // the values are here; what `between` began is still under way
     __syncwarp();
-#pragma unroll
-    for (int k = 0; k < PAGE / 16; k++) {
-#pragma unroll
-        for (int pair = 0; pair < DIM / 16; pair++) {  // of tiles of 8 dimensions
-            const uint4 b = ldmatrix_trans(page_values + value_matrix(k, pair, lane));
-            mma(state.out[2 * pair], powers[k], b.x, b.y);
-            mma(state.out[2 * pair + 1], powers[k], b.z, b.w);
-        }
-    }
+    multiply_values(state.out, powers, page_values);
     __syncwarp();
 }
 
@@ -336,6 +380,12 @@ __device__ __forceinline__ void add_weighted(float4& sum, float weight, float4 v
 __device__ __forceinline__ void store_out(const Launch& launch, long long row, int dim, float4 sum, float scale) {
     *reinterpret_cast<uint2*>(launch.out + row * ROW_BYTES + dim * 2) =
         make_uint2(round_bf16x2(sum.x * scale, sum.y * scale), round_bf16x2(sum.z * scale, sum.w * scale));
+}
+
+// What makes an only split's values the output.
+__device__ __forceinline__ float scale_of_all(float peak, float total, float sink) {
+    const float top = fmaxf(peak, sink), weight = ex2(peak - top);
+    return weight / __fmaf_rn(weight, total, ex2(sink - top));
 }
 
 // This warp's state to shared memory, its values over its page of values.
@@ -375,9 +425,7 @@ __device__ __forceinline__ void combine_warps(const Launch& launch, const Item& 
             add_weighted(sum, weight, values);
         }
         if (splits == 1) {
-            const float sink = launch.sinks[item.head * GROUP + row] * LOG2E, top = fmaxf(peak, sink);
-            const float weight = ex2(peak - top);
-            const float scale = weight / __fmaf_rn(weight, total, ex2(sink - top));
+            const float scale = scale_of_all(peak, total, launch.sinks[item.head * GROUP + row] * LOG2E);
             store_out(launch, owner * GROUP + row, dim, sum, scale);
         } else {
             const long long at = (owner * launch.most_splits + item.split) * GROUP + row;
@@ -387,51 +435,149 @@ __device__ __forceinline__ void combine_warps(const Launch& launch, const Item& 
     }
 }
 
-// All splits of a (token, kv head) to `out`: half a warp serves a head. Each of its lanes weighs every sixteenth split,
-// then takes four outputs.
-__device__ __forceinline__ void combine_splits(const Launch& launch, const Item& item, int splits,
-                                               float (&weights)[GROUP][MOST_SPLITS]) {
+// What a lane has of a split in decode_attention_many.
+struct SplitState {
+    float peak[ROWS], total[ROWS];
+    float2 sum[ROWS][DIM / 8];
+
+    __device__ __forceinline__ void add(int r, float weight, int n, float x, float y) {
+        sum[r][n].x = __fmaf_rn(weight, x, sum[r][n].x), sum[r][n].y = __fmaf_rn(weight, y, sum[r][n].y);
+    }
+};
+
+// As combine_warps does: a token's only split to `out`, others to `partial`.
+__device__ __forceinline__ void store_split(const Launch& launch, const Item& item, int splits,
+                                            const SplitState& state) {
     const long long owner = static_cast<long long>(item.token) * launch.kv_heads + item.head;
+    const int lane = lane_of_warp();
 #pragma unroll
-    for (int quad = int(threadIdx.x); quad < (QUADS + THREADS - 1) / THREADS * THREADS; quad += THREADS) {
-        const int row = min(quad / (DIM / 4), GROUP - 1), of_row = quad % (DIM / 4), dim = of_row * 4;
-        const long long base = owner * launch.most_splits * GROUP + row;  // of the head's row in split 0
-        const float sink = launch.sinks[item.head * GROUP + row] * LOG2E;
-        float2 stats[MOST_SPLITS / 16];
-        float top = sink, total = 0.f;
+    for (int r = 0; r < ROWS; r++) {
+        const int row = lane / 4 + 8 * r;
+        if (row >= GROUP) continue;
+        const float2(&sum)[DIM / 8] = state.sum[r];
+        if (splits == 1) {
+            const float sink = launch.sinks[item.head * GROUP + row] * LOG2E;
+            const float scale = scale_of_all(state.peak[r], state.total[r], sink);
+            char* to = launch.out + (owner * GROUP + row) * ROW_BYTES + lane % 4 * 4;
+#pragma unroll
+            for (int n = 0; n < DIM / 8; n++)
+                *reinterpret_cast<unsigned*>(to + n * 16) = round_bf16x2(sum[n].x * scale, sum[n].y * scale);
+        } else {
+            const long long at = (owner * launch.most_splits + item.split) * GROUP + row;
+            float2* to = reinterpret_cast<float2*>(launch.partial + at * DIM) + lane % 4;
+#pragma unroll
+            for (int n = 0; n < DIM / 8; n++) to[n * 4] = sum[n];
+            if (lane % 4 == 0) launch.stats[at] = make_float2(state.peak[r], state.total[r]);
+        }
+    }
+}
+
+// The states of a split's parts, where they have several pages: in local memory.
+struct Parts {
+    float peak[WARPS][ROWS], total[WARPS][ROWS];
+    float2 out[WARPS][ROWS][DIM / 8];
+
+    __device__ __forceinline__ void keep(int part, const SoftmaxState& state) {
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            peak[part][r] = state.peak[r], total[part][r] = state.total[r];
+#pragma unroll
+            for (int n = 0; n < DIM / 8; n++)
+                out[part][r][n] = make_float2(state.out[n][2 * r], state.out[n][2 * r + 1]);
+        }
+    }
+
+    // The first `count` to one, as combine_warps does; the others are those of warps without a page.
+    __device__ __forceinline__ SplitState combine(int count) const {
+        SplitState state = {};
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            state.peak[r] = peak[0][r];
+            for (int part = 1; part < count; part++) state.peak[r] = fmaxf(state.peak[r], peak[part][r]);
+#pragma unroll 1
+            for (int part = 0; part < WARPS; part++) {
+                const bool there = part < count;
+                const float weight = there ? ex2(peak[part][r] - state.peak[r]) : 0.f;
+                state.total[r] = __fmaf_rn(weight, there ? total[part][r] : 0.f, state.total[r]);
+#pragma unroll
+                for (int n = 0; n < DIM / 8; n++)
+                    state.add(r, weight, n, there ? out[part][r][n].x : 0.f, there ? out[part][r][n].y : 0.f);
+            }
+        }
+        return state;
+    }
+};
+
+// All splits of a (token, kv head) to `out`, by a block or a warp: half a warp serves a head at a time. Each of its lanes
+// weighs every sixteenth split, then takes four outputs. Whoever has several heads to serve loads for all at once.
+template <int BY_THREADS>
+__device__ __forceinline__ void combine_splits(const Launch& launch, const Item& item, int splits) {
+    constexpr int TURNS = (QUADS + BY_THREADS - 1) / BY_THREADS, HEAD_QUADS = DIM / 4;
+    static_assert(HEAD_QUADS == 16, "half a warp");
+    const long long owner = static_cast<long long>(item.token) * launch.kv_heads + item.head;
+    const int first = threadIdx.x % BY_THREADS, of_row = threadIdx.x % HEAD_QUADS;
+    const auto row_of = [&](int turn) { return min((first + turn * BY_THREADS) / HEAD_QUADS, GROUP - 1); };
+    const long long base = owner * launch.most_splits * GROUP;  // of the first head's row in split 0
+    float weights[TURNS][MOST_SPLITS / 16], sinks[TURNS], scale[TURNS];
+    float2 stats[TURNS][MOST_SPLITS / 16];
+#pragma unroll
+    for (int turn = 0; turn < TURNS; turn++) {
+        sinks[turn] = launch.sinks[item.head * GROUP + row_of(turn)] * LOG2E;
 #pragma unroll
         for (int n = 0; n < MOST_SPLITS / 16; n++) {
             const int split = 16 * n + of_row;
-            stats[n] =
-                split < splits ? __ldcg(launch.stats + base + split * GROUP) : make_float2(minus_infinity(), 0.f);
-            top = fmaxf(top, stats[n].x);
+            stats[turn][n] = split < splits ? __ldcg(launch.stats + base + row_of(turn) + split * GROUP)
+                                            : make_float2(minus_infinity(), 0.f);
         }
+    }
+#pragma unroll
+    for (int turn = 0; turn < TURNS; turn++) {
+        float top = sinks[turn], total = 0.f;
+#pragma unroll
+        for (int n = 0; n < MOST_SPLITS / 16; n++) top = fmaxf(top, stats[turn][n].x);
 #pragma unroll
         for (int mask = 8; mask > 0; mask /= 2) top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, mask));
 #pragma unroll
         for (int n = 0; n < MOST_SPLITS / 16; n++) {
-            const float weight = ex2(stats[n].x - top);
-            total = __fmaf_rn(weight, stats[n].y, total);
-            weights[row][16 * n + of_row] = weight;
+            weights[turn][n] = ex2(stats[turn][n].x - top);
+            total = __fmaf_rn(weights[turn][n], stats[turn][n].y, total);
         }
 #pragma unroll
         for (int mask = 8; mask > 0; mask /= 2) total += __shfl_xor_sync(ALL_LANES, total, mask);
-        __syncwarp();
-        const float scale = 1.f / (total + ex2(sink - top));
-        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-        constexpr int BATCH = 8;  // loads under way at once; past the last split they repeat it with weight 0
-        for (int split = 0; split < splits; split += BATCH) {
+        scale[turn] = 1.f / (total + ex2(sinks[turn] - top));
+    }
+    float4 sums[TURNS] = {};
+    constexpr int BATCH = 8;  // loads under way at once; past the last split they repeat it with weight 0
+    for (int split = 0; split < splits; split += BATCH) {
+#pragma unroll
+        for (int turn = 0; turn < TURNS; turn++) {
             float4 values[BATCH];
 #pragma unroll
             for (int n = 0; n < BATCH; n++) {
-                const long long at = base + min(split + n, splits - 1) * GROUP;
-                values[n] = __ldcg(reinterpret_cast<const float4*>(launch.partial + at * DIM + dim));
+                const long long at = base + row_of(turn) + min(split + n, splits - 1) * GROUP;
+                values[n] = __ldcg(reinterpret_cast<const float4*>(launch.partial + at * DIM + of_row * 4));
             }
 #pragma unroll
-            for (int n = 0; n < BATCH; n++) add_weighted(sum, weights[row][split + n], values[n]);
+            for (int n = 0; n < BATCH; n++)
+                add_weighted(sums[turn], __shfl_sync(ALL_LANES, weights[turn][0], (split + n) % 16, 16), values[n]);
+            if (split % 16 == 16 - BATCH) {  // the next sixteen splits
+#pragma unroll
+                for (int n = 0; n + 1 < MOST_SPLITS / 16; n++) weights[turn][n] = weights[turn][n + 1];
+            }
         }
-        if (quad < QUADS) store_out(launch, owner * GROUP + row, dim, sum, scale);
     }
+#pragma unroll
+    for (int turn = 0; turn < TURNS; turn++)
+        if (first + turn * BY_THREADS < QUADS)
+            store_out(launch, owner * GROUP + row_of(turn), of_row * 4, sums[turn], scale[turn]);
+}
+
+// Of a (token, kv head) `mine` more splits are done: were they the last?
+__device__ __forceinline__ bool count_splits(const Launch& launch, const Item& item, int splits, int mine) {
+    unsigned* const finished = launch.counters + static_cast<long long>(item.token) * launch.kv_heads + item.head;
+    const bool last = atom_add_acq_rel_gpu(finished, mine) + mine == splits;
+    if (last) *finished = 0;
+    return last;
 }
 
 // A grid of any number of blocks: block b takes items b, b + blocks, b + 2 blocks ..., and the block that finishes the
@@ -447,7 +593,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     __shared__ bool is_last;
     __shared__ uint4 fresh[2][ROW_BYTES / 16];  // the token's own key and value
     __shared__ float warp_peak[WARPS][16], warp_total[WARPS][16];
-    __shared__ float weights[GROUP][MOST_SPLITS];
 
     griddep_wait_first();
     const Launch launch = {qkv, cos,     sin,   positions, slots,  page_table, keys,        values, sinks,
@@ -464,7 +609,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     // What earlier steps left, the page table and pages, is asked for before the wait for this step's qkv. The one
     // kernel of the step that writes to the table comes first, and the second lets none start before it has ended.
     int index = blockIdx.x;
-    Item next = items.find(index);
+    Item next = items.find<false>(index, warp);
     items.look_up(next);
     if (next.count > 0) fetch(launch, my_keys, keys, next, 0);
     while (index < items.count) {
@@ -474,15 +619,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         if (count > 0) fetch(launch, my_values, values, item, 0);
         griddep_wait();
         const char* token_qkv = qkv + static_cast<long long>(item.token) * kv_heads * (GROUP + 2) * ROW_BYTES;
-        // Which of this warp's pages is the token's last, with its own key; -1: none.
-        const int last_page = item.first + WARPS * (count - 1) == seen.pages - 1 ? count - 1 : -1;
+        const int last_page = item.last_page(seen);
         if (last_page >= 0) append_own(launch, item, token_qkv, __shfl_sync(ALL_LANES, item.entry, last_page), fresh);
         unsigned queries[DIM / 16][4];
         load_queries(launch, item, token_qkv, queries);
 
         index += gridDim.x;
         if (index < items.count) {
-            next = items.find(index);
+            next = items.find<false>(index, warp);
             items.look_up(next);
         } else {
             next.count = 0;
@@ -491,7 +635,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         SoftmaxState state;
         for (int n = 0; n < count; n++) {
             const bool more = n + 1 < count;
-            if (n == last_page) copy_own(my_pages, item.position, fresh);
+            if (n == last_page) {
+                copy_own(my_pages, item.position, fresh[0]);
+                copy_own(my_pages + PAGE_BYTES, item.position, fresh[1]);
+            }
             attend(state, queries, my_keys, my_values, item.page_key(seen, n), seen, [&] {
                 if (more)
                     fetch(launch, my_keys, keys, item, n + 1);
@@ -510,9 +657,189 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         __syncthreads();  // the shared memory is free again
         if (seen.splits == 1) continue;
 
-        unsigned* const finished = counters + static_cast<long long>(item.token) * kv_heads + item.head;
-        if (thread == 0) is_last = atom_inc_acq_rel_gpu(finished, seen.splits - 1) == seen.splits - 1;
+        if (thread == 0) is_last = count_splits(launch, item, seen.splits, 1);
         __syncthreads();
-        if (is_last) combine_splits(launch, item, seen.splits, weights);
+        if (is_last) combine_splits<THREADS>(launch, item, seen.splits);
+    }
+}
+
+// The same in which a warp takes whole splits: of equal runs of all of them, one.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    decode_attention_many(const char* qkv, const float* cos, const float* sin, const int* positions, const int* slots,
+                          const int* page_table, char* keys, char* values, const float* sinks, char* out,
+                          float* partial, float2* stats, unsigned* counters, int tokens, int kv_heads, int table_width,
+                          int window, int most_splits) {
+    extern __shared__ __align__(128) char pages[];  // [WARPS, 2, PAGE_BYTES]
+    __shared__ int begins[MOST_TOKENS + 1], known_positions[MOST_TOKENS], known_slots[MOST_TOKENS];
+    __shared__ int warp_sums[WARPS];
+    __shared__ uint4 all_fresh[WARPS][2][ROW_BYTES / 16];
+
+    griddep_wait_first();
+    const Launch launch = {qkv, cos,     sin,   positions, slots,  page_table, keys,        values, sinks,
+                           out, partial, stats, counters,  tokens, kv_heads,   table_width, window, most_splits};
+    const int warp = warp_of_block();
+    char* my_pages = pages + warp * 2 * PAGE_BYTES;
+    const unsigned my_keys = shared_address(my_pages), my_values = my_keys + PAGE_BYTES;
+    uint4(&fresh)[2][ROW_BYTES / 16] = all_fresh[warp];
+    griddep_launch_dependents();
+
+    ItemList items(launch, begins, known_positions, known_slots, warp_sums);
+    const int runs = WARPS * gridDim.x, run = warp * gridDim.x + blockIdx.x;  // the longer ones in all blocks
+    const int each = items.count / runs, longer = items.count % runs;
+    int index = run * each + min(run, longer);
+    const int end = index + each + (run < longer ? 1 : 0);
+    if (index == end) return;
+
+    // An item is read in `2 count` pages: of a whole split all keys, then all values; of a part each page's keys and
+    // values. They take turns in this warp's two pages of shared memory, and the next two are always under way.
+    const auto find = [&] {
+        Item item = items.find<true>(index, WHOLE);
+        if (Keys(item.position, window).log_split > LOG_WARPS) item.part = 0;
+        return item;
+    };
+    const auto ask = [&](const Item& item, int place) {
+        const bool whole = item.part == WHOLE, is_value = whole ? place >= item.count : place % 2;
+        const int n = whole ? place - (is_value ? item.count : 0) : place / 2;
+        fetch(launch, place % 2 ? my_values : my_keys, is_value ? values : keys, item, n);
+    };
+    Item next = find();
+    items.look_up(next);
+    ask(next, 0);
+    ask(next, 1);
+    griddep_wait();
+    int first_split = next.split;  // that this warp takes of the (token, kv head)
+    unsigned queries[DIM / 16][4];
+    Parts parts;
+    while (index < end) {
+        const Item item = next;
+        const Keys seen(item.position, window);
+        const char* token_qkv = qkv + static_cast<long long>(item.token) * kv_heads * (GROUP + 2) * ROW_BYTES;
+        const int last_page = item.last_page(seen);
+        if (last_page >= 0) append_own(launch, item, token_qkv, __shfl_sync(ALL_LANES, item.entry, last_page), fresh);
+        if (item.part <= 0 && item.split == first_split) load_queries(launch, item, token_qkv, queries);
+
+        const bool ends_split =
+            item.part == WHOLE || item.part + 1 == WARPS || seen.count_of(item.split, item.part + 1) <= 0;
+        if (!ends_split)
+            ++next.part;
+        else if (++index < end)
+            next = find();
+        const bool continues = index < end;
+        if (continues) items.look_up(next);
+        const auto ask_next = [&](int place) {  // what takes the place of this one
+            if (place + 2 < 2 * item.count)
+                ask(item, place + 2);
+            else if (continues)
+                ask(next, place + 2 - 2 * item.count);
+            else
+                cp_async_commit();  // an empty group, so that the count of groups behind is the same
+        };
+
+        SplitState split = {};
+        if (item.part == WHOLE) {
+            // Of the last pages, up to WARPS, the newest last; before the first: those of warps without a page.
+            float peaks[WARPS][ROWS], totals[WARPS][ROWS];
+            unsigned kept[WARPS][PAGE / 16][2 * ROWS];
+            const auto shift = [&] {
+#pragma unroll
+                for (int i = 0; i + 1 < WARPS; i++) {
+#pragma unroll
+                    for (int r = 0; r < ROWS; r++) peaks[i][r] = peaks[i + 1][r], totals[i][r] = totals[i + 1][r];
+#pragma unroll
+                    for (int k = 0; k < PAGE / 16; k++)
+#pragma unroll
+                        for (int j = 0; j < 2 * ROWS; j++) kept[i][k][j] = kept[i + 1][k][j];
+                }
+#pragma unroll
+                for (int r = 0; r < ROWS; r++) peaks[WARPS - 1][r] = minus_infinity(), totals[WARPS - 1][r] = 0.f;
+            };
+#pragma unroll 1
+            for (int n = 0; n < WARPS; n++) {
+                shift();
+                if (n >= item.count) continue;
+                const unsigned page = my_keys + n % 2 * PAGE_BYTES;
+                if (n == last_page) copy_own(my_pages + n % 2 * PAGE_BYTES, item.position, fresh[0]);
+                cp_async_wait<1>();
+                __syncwarp();
+                Scores scores;
+                multiply_keys(scores, queries, page);
+                __syncwarp();
+                ask_next(n);
+                hide_unseen(scores, item.page_key(seen, n), seen);
+                Powers powers;
+#pragma unroll
+                for (int r = 0; r < ROWS; r++) {
+                    soften(r, scores, powers, peaks[WARPS - 1][r], totals[WARPS - 1][r]);
+#pragma unroll
+                    for (int k = 0; k < PAGE / 16; k++)
+                        kept[WARPS - 1][k][2 * r] = powers[k][r], kept[WARPS - 1][k][2 * r + 1] = powers[k][r + 2];
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                split.peak[r] = peaks[0][r];
+#pragma unroll
+                for (int i = 1; i < WARPS; i++) split.peak[r] = fmaxf(split.peak[r], peaks[i][r]);
+#pragma unroll
+                for (int i = 0; i < WARPS; i++) {
+                    peaks[i][r] = ex2(peaks[i][r] - split.peak[r]);  // a weight from here on
+                    split.total[r] = __fmaf_rn(peaks[i][r], totals[i][r], split.total[r]);
+                }
+            }
+#pragma unroll 1
+            for (int n = 0; n < item.count; n++) {
+                const int place = item.count + n;
+                if (n == last_page) copy_own(my_pages + place % 2 * PAGE_BYTES, item.position, fresh[1]);
+                cp_async_wait<1>();
+                __syncwarp();
+                Powers powers = {};  // of heads past GROUP: zero
+#pragma unroll
+                for (int k = 0; k < PAGE / 16; k++)
+#pragma unroll
+                    for (int r = 0; r < ROWS; r++)
+                        powers[k][r] = kept[0][k][2 * r], powers[k][r + 2] = kept[0][k][2 * r + 1];
+                float out[DIM / 8][4] = {};
+                multiply_values(out, powers, my_keys + place % 2 * PAGE_BYTES);
+                __syncwarp();
+                ask_next(place);
+#pragma unroll
+                for (int r = 0; r < ROWS; r++)
+#pragma unroll
+                    for (int i = 0; i < DIM / 8; i++) split.add(r, peaks[0][r], i, out[i][2 * r], out[i][2 * r + 1]);
+                shift();
+            }
+            if (item.count < WARPS)  // what warps without a page add to
+#pragma unroll
+                for (int r = 0; r < ROWS; r++)
+#pragma unroll
+                    for (int i = 0; i < DIM / 8; i++) split.add(r, 0.f, i, 0.f, 0.f);
+        } else {
+            SoftmaxState state;
+            for (int n = 0; n < item.count; n++) {
+                if (n == last_page) {
+                    copy_own(my_pages, item.position, fresh[0]);
+                    copy_own(my_pages + PAGE_BYTES, item.position, fresh[1]);
+                }
+                attend(state, queries, my_keys, my_values, item.page_key(seen, n), seen, [&] { ask_next(2 * n); });
+                ask_next(2 * n + 1);
+            }
+            parts.keep(item.part, state);
+            if (!ends_split) continue;
+            split = parts.combine(item.part + 1);
+        }
+
+        store_split(launch, item, seen.splits, split);
+        const bool ends_all = item.split == seen.splits - 1;
+        if (seen.splits > 1 && (ends_all || !continues)) {
+            const int mine = item.split - first_split + 1;
+            bool last = mine == seen.splits;
+            __syncwarp();  // all of the warp's partial sums are written
+            if (!last) {
+                if (lane_of_warp() == 0) last = count_splits(launch, item, seen.splits, mine);
+                last = __shfl_sync(ALL_LANES, last, 0);
+            }
+            if (last) combine_splits<32>(launch, item, seen.splits);
+        }
+        if (ends_all) first_split = 0;
     }
 }

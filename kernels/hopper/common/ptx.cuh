@@ -110,11 +110,11 @@ __device__ __forceinline__ void st_relaxed_sys(unsigned* at, unsigned v) {
     asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(at), "r"(v) : "memory");
 }
 
-// Add one to a counter that wraps to zero past `last` -> what it was. The block's writes before its last barrier come
-// before the count for whoever counts later: release and acquire are cumulative over barriers.
-__device__ __forceinline__ unsigned atom_inc_acq_rel_gpu(unsigned* counter, unsigned last) {
+// Add to a counter -> what it was. The block's writes before its last barrier come before the sum for whoever adds later:
+// release and acquire are cumulative over barriers.
+__device__ __forceinline__ unsigned atom_add_acq_rel_gpu(unsigned* counter, unsigned more) {
     unsigned before;
-    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(last) : "memory");
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(more) : "memory");
     return before;
 }
 
@@ -140,6 +140,15 @@ __device__ __forceinline__ unsigned ld_shared_u32(unsigned at) {
 // 16 bytes from global to shared memory, asynchronously; zeros where !present: then nothing is read.
 __device__ __forceinline__ void cp_async(unsigned to, const void* from, bool present = true) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(present ? 16 : 0)
+                 : "memory");
+}
+
+// The same of what is read once a step: it leaves the L2 first, before what is written there and read again.
+__device__ __forceinline__ void cp_async_once(unsigned to, const void* from, bool present = true) {
+    constexpr unsigned long long EVICT_FIRST =
+        0x12f0000000000000;  // as createpolicy.fractional.L2::evict_first makes it
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from),
+                 "r"(present ? 16 : 0), "l"(EVICT_FIRST)
                  : "memory");
 }
 

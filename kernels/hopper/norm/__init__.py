@@ -19,8 +19,7 @@ ROW_THREADS = 384  # of the block of a row: 360 pieces of 16 bytes at 2880
 MOST_EXPERTS = 128
 MOST_TOP_K = 32
 ROUTER_BLOCKS = 8  # of a router's cluster
-ROUTER_TOKENS = 2  # that a cluster takes between two barriers
-ROUTED_EXPERTS = 2048  # experts of all clusters at once: 132 multiprocessors with 16 warps each
+FEW_ROUTED = 1024  # experts of all tokens, at least 32 of each, for which a token has a cluster of its own
 ROUTE_TOKENS, ROUTE_EXPERTS = 8, 32  # whose logits a block of a prefill's router computes at once
 MOST_ROUTED = 48 * 64  # columns of a prefill's router: as much as shared memory holds
 
@@ -71,7 +70,6 @@ def decode_add_norm_route(
         raise ValueError(f"{experts} experts: with several ranks, each of the {ROUTER_BLOCKS} blocks must have one")
     residual, out, routing = torch.empty_like(x), torch.empty_like(x), _empty_routing(x, router)
     if tokens:
-        clusters, group = router_grid(tokens, experts)
         arguments = (
             x,
             delta,
@@ -85,12 +83,13 @@ def decode_add_norm_route(
             tokens,
             experts,
             router.top_k,
-            group,
             float(norm.eps),
             *exchange_arguments(peers, peers.attention, 2 * hidden * one_shot_rows(tokens, peers.size)),
         )
         threads = -(-experts // ROUTER_BLOCKS) * 32
-        kernel = _decode_kernel("add_norm_route", hidden, peers.size)
+        few = tokens * max(experts, 32) <= FEW_ROUTED
+        kernel = _decode_kernel("add_norm_route" if few else "add_norm_route_many", hidden, peers.size)
+        clusters = tokens if few else -(-tokens // ROUTER_BLOCKS)
         kernel.launch(grid=(ROUTER_BLOCKS, clusters, 1), block=threads, args=arguments)
     return residual, out, routing
 
@@ -131,7 +130,6 @@ def decode_defines(hidden: int, ranks: int) -> dict[str, int]:
         "ROW_THREADS": ROW_THREADS,
         "MOST_EXPERTS": MOST_EXPERTS,
         "ROUTER_BLOCKS": ROUTER_BLOCKS,
-        "ROUTER_TOKENS": ROUTER_TOKENS,
     }
 
 
@@ -157,13 +155,6 @@ def route_shared(hidden: int) -> int:
     """Bytes of dynamic shared memory of a prefill's router: its weights, and the sums of its warps."""
     warps = route_warps(hidden)
     return ROUTE_EXPERTS * 256 * warps + ROUTE_TOKENS * (ROUTE_EXPERTS + 4) * 4 * warps
-
-
-def router_grid(tokens: int, experts: int) -> tuple[int, int]:
-    """Clusters, and tokens a cluster takes at once: all clusters are resident, and few tokens spread over them."""
-    most = ROUTED_EXPERTS // max(experts, 32)
-    clusters = min(tokens if tokens <= most // 2 else -(-tokens // ROUTER_TOKENS), most)
-    return clusters, min(-(-tokens // clusters), ROUTER_TOKENS)
 
 
 def _prefill_add_norm(
