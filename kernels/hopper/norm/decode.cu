@@ -78,11 +78,21 @@ struct Addends {
     }
 };
 
+// Both kernels of the router must round alike: they leave no multiply and add to the compiler, which fuses some.
 __device__ __forceinline__ void add_squares(float& squares, uint4 piece) {
     float wide[8];
     widen(wide, piece);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) squares += wide[i] * wide[i];
+    for (int i = 0; i < 8; ++i) squares = __fmaf_rn(wide[i], wide[i], squares);
+}
+
+__device__ __forceinline__ float inverse_rms(float squares, float eps) {
+    return rsqrtf(__fmaf_rn(squares, 1.0f / HIDDEN, eps));
+}
+
+__device__ __forceinline__ void add_products(float& sum, const float (&left)[8], const float (&right)[8]) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum = __fmaf_rn(left[i], right[i], sum);
 }
 
 // The sum of what each block of the cluster sent, `stride` floats apart: as warp_sum adds lanes 16, 8 and 4 apart.
@@ -159,7 +169,7 @@ extern "C" __global__ void __cluster_dims__(ROUTER_BLOCKS, 1, 1) __launch_bounds
     __syncthreads();
     float all = 0;
     for (int w = 0; w < threads / 32; ++w) all += of_warp[w];
-    const float inverse = rsqrtf(all * (1.0f / HIDDEN) + eps);
+    const float inverse = inverse_rms(all, eps);
     for (int piece = threadIdx.x; piece < PIECES; piece += threads) {
         float normed[8];
         widen(normed, normed_row[piece]);
@@ -177,8 +187,7 @@ extern "C" __global__ void __cluster_dims__(ROUTER_BLOCKS, 1, 1) __launch_bounds
                 float left[8], right[8];
                 widen(left, row[i]);
                 widen(right, normed_row[lane + i * 32]);
-#pragma unroll
-                for (int j = 0; j < 8; ++j) sum += left[j] * right[j];
+                add_products(sum, left, right);
             }
         sum = warp_sum(sum) + bias_of;
         if (lane == 0) st_async(first + expert * 4, sum, first_arrived);
@@ -282,7 +291,7 @@ extern "C" __global__ void __cluster_dims__(ROUTER_BLOCKS, 1, 1) __launch_bounds
     __syncthreads();
     float all = 0;
     for (int w = 0; w < warps; ++w) all += of_warp[of_token * warps + w];
-    const float inverse = rsqrtf(all * (1.0f / HIDDEN) + eps);
+    const float inverse = inverse_rms(all, eps);
     if (token < tokens)
         for (int piece = first_piece; piece < PIECES; piece += threads) {
             float4* const halves = halves_of(piece);
@@ -307,8 +316,7 @@ extern "C" __global__ void __cluster_dims__(ROUTER_BLOCKS, 1, 1) __launch_bounds
             for (int i = 0; i < TOKENS; ++i) {
                 const float4 low = rows[turn][i][0][own], high = rows[turn][i][1][own];
                 const float right[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-                for (int j = 0; j < 8; ++j) sums[i] += left[j] * right[j];
+                add_products(sums[i], left, right);
             }
         }
     if (expert < experts)
