@@ -15,7 +15,7 @@ BYTES_A_REPLAY = 400e6
 MOST_CALLS = 400
 HEADS, KV_HEADS = 64, 8
 CASES = (  # tokens, context, window
-    *((tokens, 1024, window) for window in (None, 128) for tokens in (1, 2, 4, 8, 16, 32, 64)),
+    *((tokens, 1024, window) for window in (None, 128) for tokens in (1, 2, 4, 8, 16, 32, 64, 128, 256)),
     (1, 8192, None),
     (8, 8192, None),
     (1, 65536, None),

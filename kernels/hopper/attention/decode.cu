@@ -837,6 +837,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             if (!last) {
                 if (lane_of_warp() == 0) last = count_splits(launch, item, seen.splits, mine);
                 last = __shfl_sync(ALL_LANES, last, 0);
+                __syncwarp();  // what the first lane may read, all may
             }
             if (last) combine_splits<32>(launch, item, seen.splits);
         }
