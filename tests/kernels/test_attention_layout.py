@@ -40,6 +40,7 @@ extern "C" int count_of(int position, int window, int split, int warp) {
 extern "C" int swizzled_(int row, int chunk) { return swizzled(row, chunk); }
 extern "C" int key_matrix_(int n, int half, int lane) { return key_matrix(n, half, lane); }
 extern "C" int value_matrix_(int k, int pair, int lane) { return value_matrix(k, pair, lane); }
+extern "C" int query_matrix_(int warp, int k, int lane) { return query_matrix(warp, k, lane); }
 extern "C" int accumulator_row_(int warp, int lane, int r) { return accumulator_row(warp, lane, r); }
 extern "C" unsigned long long key_operand(unsigned address, int step) {
     return page_operand(address) + SIXTEEN_DIMENSIONS * step;
@@ -186,6 +187,20 @@ def test_ldmatrix_finds_mmas_fragments_in_a_page(host, page, shared):
                 dims = slice(16 * pair + matrix // 2 * 8, 16 * pair + matrix // 2 * 8 + 8)
                 key = 16 * k + matrix % 2 * 8 + row
                 assert torch.equal(row_named(host.value_matrix_(k, pair, lane)), page[key, dims])
+
+
+def test_ldmatrix_finds_wgmmas_a_fragments_in_the_queries(host, page, shared):
+    """Queries lie like a page. By the PTX ISA a lane's registers are row l / 4, the same 8 rows on, and both 8 columns
+    on; ldmatrix gives lane l of its i-th matrix, named by lanes 8 i to 8 i + 7, elements 2 (l % 4) and the next of row
+    l / 4."""
+    for warp in range(4):
+        for k in range(4):
+            for lane in range(32):
+                matrix, row = lane // 8, 16 * warp + lane // 8 % 2 * 8 + lane % 8
+                at = host.query_matrix_(warp, k, lane) // 2
+                columns = slice(16 * k + matrix // 2 * 8, 16 * k + matrix // 2 * 8 + 8)
+                assert torch.equal(shared[at : at + 8], page[row, columns])
+                assert host.accumulator_row_(warp, lane, 0) == 16 * warp + lane // 4
 
 
 def test_eight_rows_that_ldmatrix_reads_at_once_lie_in_distinct_banks(host):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.build import load_kernel
+from kernels.build import TensorMap, load_kernel
 from kernels.ops import AttentionParameters, KvPages, Rope, TokenPlaces
 
 FOLDER = Path(__file__).parent
@@ -31,9 +31,11 @@ MOST_SPLIT_PAGES = 32 * WARPS  # a lane of a warp holds the page table entry of 
 # Prefill
 APPEND_THREADS = 128
 ROW_THREADS = 4  # append a row of a key or a value
-CONSUMERS = 3  # warpgroups of a block
-PREFILL_THREADS = 128 * CONSUMERS + 32
+CONSUMERS = 3  # warpgroups of a block that multiply; a fourth brings what they need
+PREFILL_THREADS = 128 * (CONSUMERS + 1)
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 160, 32  # of a thread: 128 on average, which is all there are
 STAGES = 8  # pages of keys and values on their way to the consumers
+QUERY_STAGES = 2  # tiles whose queries are there at once
 
 
 class Plan(NamedTuple):
@@ -66,9 +68,12 @@ def prefill_defines(group: int, page: int) -> dict[str, int]:
         "CONSUMERS": CONSUMERS,
         "WARPGROUP_TOKENS": warpgroup_tokens(group),
         "STAGES": STAGES,
+        "QUERY_STAGES": QUERY_STAGES,
+        "CONSUMER_REGISTERS": CONSUMER_REGISTERS,
+        "PRODUCER_REGISTERS": PRODUCER_REGISTERS,
         "APPEND_THREADS": APPEND_THREADS,
         "ROW_THREADS": ROW_THREADS,
-        "SHARED_BYTES": prefill_shared(page),
+        "SHARED_BYTES": prefill_shared(group, page),
     }
 
 
@@ -77,9 +82,11 @@ def decode_shared(page: int) -> int:
     return WARPS * 2 * page * DIM * 2
 
 
-def prefill_shared(page: int) -> int:
-    """Bytes of dynamic shared memory: the ring of pages, its barriers, and room to align it."""
-    return STAGES * 2 * page * DIM * 2 + 2 * STAGES * 8 + 1024
+def prefill_shared(group: int, page: int) -> int:
+    """Bytes of dynamic shared memory: the ring of pages, room to align it, and each consumer's queries, in 64 rows of
+    bfloat16, and angles."""
+    queries, angles = QUERY_STAGES * 64 * DIM * 2, warpgroup_tokens(group) * DIM * 4
+    return 1024 + STAGES * 2 * page * DIM * 2 + CONSUMERS * (queries + angles)
 
 
 def warpgroup_tokens(group: int) -> int:
@@ -132,16 +139,26 @@ def prefill_attention(
     heads, kv_heads = _heads(qkv, tokens, rope, pages, parameters)
     count, width, page, group = len(qkv), pages.table.shape[1], pages.keys.shape[2], heads // kv_heads
     defines = prefill_defines(group, page)
-    inputs = (qkv, *rope, *tokens, pages.table, pages.keys, pages.values)
+    inputs = (qkv, *rope, *tokens, pages.table)
+    taken = torch.empty(1, dtype=torch.int32, device=qkv.device)  # tiles; `append` sets it to zero
     append = load_kernel(FOLDER / "prefill.cu", "rope_append", defines)
     blocks = -(-count * 2 * kv_heads * ROW_THREADS // APPEND_THREADS)
-    append.launch(grid=(blocks, 1, 1), block=APPEND_THREADS, args=(*inputs, count, kv_heads, width))
+    append.launch(
+        grid=(blocks, 1, 1),
+        block=APPEND_THREADS,
+        args=(*inputs, pages.keys, pages.values, taken, count, kv_heads, width),
+    )
     out = qkv.new_empty(count, heads * DIM)
-    kernel = load_kernel(FOLDER / "prefill.cu", "prefill_attention", defines, prefill_shared(page))
+    kernel = load_kernel(FOLDER / "prefill.cu", "prefill_attention", defines, prefill_shared(group, page))
+    tiles = -(-count // (CONSUMERS * warpgroup_tokens(group))) * kv_heads
+    boxes = (TensorMap(pool.view(-1, DIM), (page, DIM)) for pool in (pages.keys, pages.values))
     kernel.launch(
-        grid=(-(-count // (CONSUMERS * warpgroup_tokens(group))) * kv_heads, 1, 1),
+        grid=(min(tiles, _multiprocessors(qkv.device.index)), 1, 1),
         block=PREFILL_THREADS,
-        args=(*inputs, parameters.sinks, out, count, kv_heads, width, parameters.window or EVERY_KEY),
+        args=(
+            *(*inputs, pages.values, *boxes, parameters.sinks, out, taken),
+            *(count, kv_heads, width, parameters.window or EVERY_KEY),
+        ),
     )
     return out
 

@@ -38,3 +38,9 @@ constexpr int SIXTEEN_DIMENSIONS = 32 >> 4, SIXTEEN_KEYS = 2048 >> 4;  // in a d
 // The row of a warpgroup's 64 that a lane has in the r-th (of 2) of its accumulators' rows. Rows are (token, query
 // head) pairs, the heads of a token beside each other: row / GROUP is the token, row % GROUP the head.
 LAYOUT int accumulator_row(int warp, int lane, int r) { return warp % 4 * 16 + lane / 4 + 8 * r; }
+
+// What a lane names to ldmatrix for a warp's A fragments of dimensions 16 k ... 16 k + 15, in bytes from the start of a
+// warpgroup's 64 rows of queries in shared memory, which lie like a page.
+LAYOUT int query_matrix(int warp, int k, int lane) {
+    return swizzled(warp % 4 * 16 + lane / 8 % 2 * 8 + lane % 8, 2 * k + lane / 8 / 2);
+}

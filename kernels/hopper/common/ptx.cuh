@@ -137,6 +137,11 @@ __device__ __forceinline__ unsigned ld_shared_u32(unsigned at) {
     return v;
 }
 
+__device__ __forceinline__ void st_shared(unsigned at, uint4 v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+
 // 16 bytes from global to shared memory, asynchronously; zeros where !present: then nothing is read.
 __device__ __forceinline__ void cp_async(unsigned to, const void* from, bool present = true) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(present ? 16 : 0)
@@ -282,6 +287,11 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(unsigned barrier) {
 
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(unsigned barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Announces bytes without an arrival.
+__device__ __forceinline__ void mbarrier_expect_tx(unsigned barrier, int bytes) {
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
 // Until the phase of that parity has ended; the first phase's is 0.
