@@ -24,8 +24,9 @@
 // page of which a row sees no key leaves the row as it is: the peak stays, sums are multiplied by one and get zero
 // added. So a token's bytes do not depend on its neighbours, on how its prompt was cut, on the bucket, or on the block.
 //
-// Macros, from kernels.hopper.attention: GROUP (1 to 16), DIM, PAGE; CONSUMERS, WARPGROUP_TOKENS and STAGES;
-// CONSUMER_REGISTERS, PRODUCER_REGISTERS; SHARED_BYTES of a launch; APPEND_THREADS and ROW_THREADS of rope_append.
+// Macros, from kernels.hopper.attention: GROUP (1 to 16), DIM, PAGE; CONSUMERS, WARPGROUP_TOKENS; STAGES of the ring and
+// QUERY_STAGES; CONSUMER_REGISTERS, PRODUCER_REGISTERS; SHARED_BYTES of a launch; APPEND_THREADS and ROW_THREADS of
+// rope_append.
 
 #include "attention/layout.cuh"
 #include "attention/rope.cuh"
@@ -402,12 +403,13 @@ __device__ __forceinline__ int place_of(int thread, int r) {
 // Hide the keys of a page that this thread's rows do not see. `seen`: by the warpgroup's tokens.
 __device__ __forceinline__ void hide(const Launch& launch, const Announcement* announcement, const Seen& seen, int page,
                                      float (&scores)[32]) {
-    const bool before = page * PAGE<seen.all_first, after = page * PAGE + PAGE - 1> seen.all_last;
+    const int first_key = page * PAGE, last_key = first_key + PAGE - 1;
+    const bool before = first_key<seen.all_first, after = last_key> seen.all_last;
     if (!before && !after) return;
     const int thread = thread_again();
     int last[2];  // key that each row sees, counted from the thread's first column
 #pragma unroll
-    for (int r = 0; r < 2; r++) last[r] = announcement->position[place_of(thread, r)] - page * PAGE - thread % 4 * 2;
+    for (int r = 0; r < 2; r++) last[r] = announcement->position[place_of(thread, r)] - first_key - thread % 4 * 2;
     if (before) {
 #pragma unroll
         for (int i = 0; i < 32; i++)
@@ -444,6 +446,7 @@ __device__ __forceinline__ void store(const Launch& launch, SoftmaxState& state,
     }
 }
 
+// A bool that an argument's type carries.
 template <bool V>
 struct Is {
     static constexpr bool value = V;
