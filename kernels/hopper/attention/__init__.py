@@ -151,13 +151,13 @@ def prefill_attention(
     out = qkv.new_empty(count, heads * DIM)
     kernel = load_kernel(FOLDER / "prefill.cu", "prefill_attention", defines, prefill_shared(group, page))
     tiles = -(-count // (CONSUMERS * warpgroup_tokens(group))) * kv_heads
-    boxes = (TensorMap(pool.view(-1, DIM), (page, DIM)) for pool in (pages.keys, pages.values))
+    key_boxes, value_boxes = (TensorMap(pool.view(-1, DIM), (page, DIM)) for pool in (pages.keys, pages.values))
     kernel.launch(
         grid=(min(tiles, _multiprocessors(qkv.device.index)), 1, 1),
         block=PREFILL_THREADS,
         args=(
-            *(*inputs, pages.values, *boxes, parameters.sinks, out, taken),
-            *(count, kv_heads, width, parameters.window or EVERY_KEY),
+            *(*inputs, pages.values, key_boxes, value_boxes, parameters.sinks),
+            *(out, taken, count, kv_heads, width, parameters.window or EVERY_KEY),
         ),
     )
     return out
