@@ -55,7 +55,8 @@ def write_report(
         outdated.unlink()
     if decided.chosen:
         store.note("choice.buckets.yaml", verdict.buckets_yaml(decided.chosen))
-        store.note("choice.values.yaml", verdict.kubernetes_values(decided.chosen))
+        if decided.chosen["on_gpu"]:
+            store.note("choice.patch.yaml", verdict.deploy_patch(decided.chosen))
     lines = decided.words + ([] if changed is None else [f"Against {options.compare}:", *changed])
     console.print(
         "", *lines, f"Report: {folder / 'report.html'}", sep="\n", highlight=False, markup=False, soft_wrap=True
@@ -151,11 +152,12 @@ def _conditions(options: SweepConfig, environment: dict[str, Any]) -> str:
 
 def _verdict(decided: Verdict) -> list[str]:
     first, *others = decided.words
-    files = (
-        "As files: `choice.buckets.yaml` goes to `conf/buckets/`, `choice.values.yaml` holds a container's arguments "
-        "and GPUs for Kubernetes."
-    )
-    return [first, "\n".join(f"- {line}" for line in others), files if decided.chosen else ""]
+    files = []
+    if decided.chosen:
+        files.append("`choice.buckets.yaml` goes to `conf/buckets/`")
+        if decided.chosen["on_gpu"]:
+            files.append(f"`deploy.sh tp{decided.chosen['gpus']} --buckets choice.patch.yaml` deploys it")
+    return [first, "\n".join(f"- {line}" for line in others), f"As files: {'; '.join(files)}." if files else ""]
 
 
 def _names(rows: list[Row]) -> dict[str, str]:

@@ -6,14 +6,15 @@ are ok at each load at which any is.
 
 import json
 import math
+import re
 import shlex
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from omegaconf import OmegaConf
 from scipy import stats
 
+from sweep.command import literal
 from sweep.settings import SweepConfig
 from sweep.store import Row
 
@@ -204,12 +205,20 @@ def buckets_yaml(row: Row) -> str:
     return f"# {about(row)}\n" + OmegaConf.to_yaml(keys)
 
 
-def kubernetes_values(row: Row) -> str:
-    """Container arguments and GPUs for Kubernetes, where the server must listen on all addresses."""
-    values: dict[str, Any] = {"args": ["server.host=0.0.0.0", *row["overrides"]]}
-    if row["on_gpu"]:
-        values["resources"] = {"limits": {"nvidia.com/gpu": row["gpus"]}}
-    return f"# {about(row)}\n" + OmegaConf.to_yaml(values)
+def deploy_patch(row: Row) -> str:
+    """The row's configuration as a kustomize patch of the Deployment, for `deploy.sh tpN --buckets FILE`.
+
+    All keys of the buckets, whatever the image's defaults are, and what else the row overrides, but for the model, the
+    ranks and the device: these are the deployment's. It does not render for pods with another number of GPUs.
+    """
+    buckets = {key: item for key, item in row["settings"].items() if key.startswith("buckets.") and item is not None}
+    words = [f"{key}={literal(item)}" for key, item in buckets.items()]
+    ours = ("model", "tp", "buckets", "kernels.device")
+    words += [word for word in row["overrides"] if not re.match(rf"({'|'.join(ours)})[.=]", word)]
+    container = "/spec/template/spec/containers/0"
+    limit = {"op": "test", "path": f"{container}/resources/limits/nvidia.com~1gpu", "value": str(row["gpus"])}
+    arguments = [{"op": "add", "path": f"{container}/args/-", "value": word} for word in words]
+    return f"# {about(row)}\n" + OmegaConf.to_yaml([limit, *arguments])
 
 
 def about(row: Row) -> str:

@@ -4,13 +4,16 @@ set -euo pipefail
 
 usage() {
     cat <<'END'
-usage: deploy.sh tp1|tp2|tp8 [apply|status|logs|delete|diff]
+usage: deploy.sh tp1|tp2|tp8 [apply|status|logs|delete|diff|sweep] [--buckets FILE]
 
   apply    (the default) deploy the image that build.sh made of this tree, wait until it serves, print each pod's health
   status   the deployment, its pods and their health
   logs     of all pods, following
   delete   everything that apply made; the Secret with the API keys stays
   diff     what apply would change, but for REPLICAS
+  sweep    measure configurations on these GPUs in a Job, following its log, which ends with the report and the choice;
+           SWEEP has the words of sweep.py, such as 'buckets=latency,balanced sweep.concurrency=1,4'
+  --buckets FILE  a sweep's choice.patch.yaml, for apply and diff; without it the model's default buckets
 
 Settings come from the environment: source deploy/aws/env.sh first. Also: IMAGE_TAG, by default this tree's; REPLICAS,
 by default as many as there are, at first 1; AUTOSCALE=1 for the HorizontalPodAutoscaler, of at most AUTOSCALE_MAX
@@ -24,10 +27,23 @@ fail() {
     exit 1
 }
 
+words=() choice=''
+while (($#)); do
+    if [[ $1 == --buckets ]]; then
+        [[ -f ${2:-} ]] || fail "--buckets: got '${2:-}', allowed: the choice.patch.yaml of a sweep"
+        choice=$2 && shift
+    else
+        words+=("$1")
+    fi
+    shift
+done
+set -- ${words[@]+"${words[@]}"} # bash 3.2 treats an empty array as unset
 (($# >= 1 && $# <= 2)) || { usage >&2 && exit 2; }
 [[ $1 != -h && $1 != --help ]] || { usage && exit; }
 case $1 in tp1 | tp2 | tp8) overlay=$1 ;; *) usage >&2 && fail "no such overlay: $1" ;; esac
 action=${2:-apply}
+[[ -z $choice || $action == apply || $action == diff ]] || fail "--buckets: got with $action, allowed: with apply and diff"
+[[ -z $choice ]] || ! grep -q 'weights=random' "$choice" || fail "--buckets: $choice has random weights"
 name=mini-vllm-gptoss-$overlay
 secret=mini-vllm-api-keys
 [[ -n ${NAMESPACE:-} ]] || fail "NAMESPACE is not set: source deploy/aws/env.sh first"
@@ -61,19 +77,25 @@ clients() {
     echo "$out"
 }
 
-# The overlay with this environment's values, to $work/manifest.yaml. Sets `tag`, the image's.
-render() {
-    local variable selected labels clients
+# What both kinds of manifests need: checks, `tag` (the image's), `selected` and `labels`, and a copy of the manifests.
+prepare() {
+    local variable
     for variable in REGISTRY REPOSITORY MODEL MODEL_FOLDER MODEL_CLAIM; do
         [[ -n ${!variable:-} ]] || fail "$variable is not set: source deploy/aws/credentials.sh and deploy/aws/env.sh first"
     done
-    [[ -z ${AUTOSCALE:-} || -z ${REPLICAS:-} ]] || fail "AUTOSCALE and REPLICAS: the autoscaler decides, or you"
-    [[ ${REPLICAS:-1} =~ ^[0-9]+$ ]] || fail "REPLICAS: got '$REPLICAS', allowed: a number"
     tag=${IMAGE_TAG:-$(cd "$root" && image_tag)}
-    [[ ${AUTOSCALE_MAX:-4} =~ ^[1-9][0-9]*$ ]] || fail "AUTOSCALE_MAX: got '$AUTOSCALE_MAX', allowed: a number above 0"
     selected=$(labels NODE_SELECTOR)
     labels=$(labels LABELS)
     cp -R "$root/deploy/k8s" "$work/k8s"
+}
+
+# The overlay with this environment's values, to $work/manifest.yaml.
+render() {
+    local clients
+    [[ -z ${AUTOSCALE:-} || -z ${REPLICAS:-} ]] || fail "AUTOSCALE and REPLICAS: the autoscaler decides, or you"
+    [[ ${REPLICAS:-1} =~ ^[0-9]+$ ]] || fail "REPLICAS: got '$REPLICAS', allowed: a number"
+    [[ ${AUTOSCALE_MAX:-4} =~ ^[1-9][0-9]*$ ]] || fail "AUTOSCALE_MAX: got '$AUTOSCALE_MAX', allowed: a number above 0"
+    prepare
     cat >"$work/k8s/kustomization.yaml" <<END
 apiVersion: kustomize.config.k8s.io/v1beta1
 kind: Kustomization
@@ -107,6 +129,10 @@ END
     patch: '[{"op": "add", "path": "/spec/template/spec/priorityClassName", "value": "$PRIORITY_CLASS"}]'
 END
     fi
+    if [[ -n $choice ]]; then
+        cp "$choice" "$work/k8s/choice.yaml"
+        echo "  - {target: {kind: Deployment}, path: choice.yaml}" >>"$work/k8s/kustomization.yaml"
+    fi
     # Components come inside the overlay, so that they get its name and label.
     echo "components: [${AUTOSCALE:+../../components/autoscale,}${MONITORING:+../../components/monitoring}]" \
         >>"$work/k8s/overlays/$overlay/kustomization.yaml"
@@ -116,7 +142,42 @@ END
     patch: '[{"op": "replace", "path": "/spec/maxReplicas", "value": ${AUTOSCALE_MAX:-4}}]'
 END
     fi
-    kubectl kustomize "$work/k8s" >"$work/manifest.yaml" || fail "the manifests do not render"
+    kubectl kustomize "$work/k8s" >"$work/manifest.yaml" ||
+        fail "the manifests do not render${choice:+: was $choice measured on as many GPUs as $overlay has?}"
+}
+
+# The Job that sweeps, to $work/manifest.yaml.
+render_sweep() {
+    local word given arguments
+    prepare
+    arguments="\"model=$MODEL\", \"model.path=${MODEL_PATH:-$MODEL_FOLDER/$MODEL}\", \"kernels.device=cuda\""
+    [[ " $SWEEP" == *[[:space:]]tp=* ]] || arguments+=", \"tp=${overlay#tp}\""
+    read -ra given <<<"$SWEEP"
+    for word in "${given[@]}"; do
+        [[ $word != *[\"\\]* && $word != sweep.folder=* ]] || fail "SWEEP: got '$word', allowed: no quotes, no sweep.folder"
+        arguments+=", \"$word\""
+    done
+    cat >"$work/k8s/kustomization.yaml" <<END
+apiVersion: kustomize.config.k8s.io/v1beta1
+kind: Kustomization
+namespace: $NAMESPACE
+nameSuffix: -$overlay
+resources: [sweep]
+labels: [{pairs: $labels, includeTemplates: true}]
+images: [{name: mini-vllm, newName: "$REGISTRY/$REPOSITORY", newTag: "$tag"}]
+patches:
+  - target: {kind: Job}
+    patch: |-
+      [{"op": "add", "path": "/spec/template/spec/nodeSelector", "value": $selected},
+       {"op": "replace", "path": "/spec/template/spec/volumes/0/persistentVolumeClaim/claimName", "value": "$MODEL_CLAIM"},
+       {"op": "add", "path": "/spec/template/spec/containers/0/resources/limits/nvidia.com~1gpu", "value": "${overlay#tp}"},
+       {"op": "replace", "path": "/spec/template/spec/containers/0/args", "value": [$arguments]}]
+END
+    [[ -z ${PRIORITY_CLASS:-} ]] || cat >>"$work/k8s/kustomization.yaml" <<END
+  - target: {kind: Job}
+    patch: '[{"op": "add", "path": "/spec/template/spec/priorityClassName", "value": "$PRIORITY_CLASS"}]'
+END
+    kubectl kustomize "$work/k8s" >"$work/manifest.yaml" || fail "the Job does not render"
 }
 
 # The manifests set no replicas. If the last applied ones did, then applying these would set 1: drops them from what
@@ -202,6 +263,17 @@ case $action in
             --selector "app=$name"
         # Without the operator the cluster has no such kinds.
         [[ -z ${MONITORING:-} ]] || k delete podmonitor,prometheusrule --selector "app=$name"
+        ;;
+    sweep)
+        [[ -n ${SWEEP:-} ]] || fail "SWEEP: got nothing, allowed: the words of sweep.py, such as '+sweep=latency'"
+        render_sweep
+        check_image
+        job=job/mini-vllm-gptoss-sweep-$overlay
+        k delete --ignore-not-found "$job" || fail "an earlier $job stays"
+        k apply --filename "$work/manifest.yaml" || fail "the cluster did not take the Job"
+        k wait --for=condition=ready pod --selector "job-name=${job#job/}" --timeout="${ROLLOUT_SECONDS:-900}s" ||
+            fail "$job does not start: kubectl describe --namespace $NAMESPACE $job"
+        k logs --follow "$job"
         ;;
     diff)
         render

@@ -114,6 +114,107 @@ def test_another_model_after_sourcing_takes_its_own_checkpoint_and_a_path_may_li
     assert any("MODEL_PATH: /mnt/fsx/tuned" in record.get("manifest", "") for record in workplace.records)
 
 
+CHOICE = """# a sweep's
+- {op: test, path: /spec/template/spec/containers/0/resources/limits/nvidia.com~1gpu, value: '2'}
+- {op: add, path: /spec/template/spec/containers/0/args/-, value: 'buckets.decode_rows=[1,2]'}
+"""
+
+
+@needs_kubectl
+def test_a_sweeps_choice_is_deployed(workplace):
+    two_pods(workplace)
+    (workplace.root / "choice.patch.yaml").write_text(CHOICE)
+    done = workplace.sourced("./deploy/scripts/deploy.sh tp2 --buckets choice.patch.yaml")
+    assert done.returncode == 0, done.stderr
+    objects = applied(workplace)
+    arguments = objects["Deployment"]["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert arguments[0] == "model=$(MODEL)"
+    assert arguments[-1] == "buckets.decode_rows=[1,2]"
+
+
+@needs_kubectl
+def test_a_choice_of_another_number_of_gpus_is_refused(workplace):
+    (workplace.root / "choice.patch.yaml").write_text(CHOICE)
+    done = workplace.sourced("./deploy/scripts/deploy.sh tp8 --buckets choice.patch.yaml")
+    assert done.returncode == 1
+    assert "was choice.patch.yaml measured on as many GPUs as tp8 has?" in done.stderr
+    assert not any(" apply " in call for call in workplace.calls)
+
+
+SWEEP = "+sweep=latency buckets=latency,balanced buckets.decode_rows=[1,2],[4]"
+
+
+@needs_kubectl
+def test_a_sweep_runs_in_a_job_of_the_overlays_gpus(workplace):
+    done = workplace.sourced("./deploy/scripts/deploy.sh tp2 sweep", SWEEP=SWEEP, PRIORITY_CLASS="low", LABELS="team=a")
+    assert done.returncode == 0, done.stderr
+    job = applied(workplace)["Job"]
+    for version in ("1.29", "1.32", "1.34"):
+        kubernetes_validate.validate(job, version, strict=True)
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["image"] == f"{IMAGE}:{workplace.commit}"
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "2"
+    path = "model.path=/mnt/fsx/inference/models/gpt-oss-20b"
+    assert container["args"] == ["model=gpt-oss-20b", path, "kernels.device=cuda", "tp=2", *SWEEP.split()]
+    assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "fsx-claim"
+    assert pod["nodeSelector"] == {"node.kubernetes.io/instance-type": "ml.p5.48xlarge"}
+    assert pod["priorityClassName"] == "low"
+    assert job["spec"]["template"]["metadata"]["labels"]["team"] == "a"
+    name = "job/mini-vllm-gptoss-sweep-tp2"
+    assert without_scratch(workplace.calls)[-4:] == [
+        f"{K} delete --ignore-not-found {name}",
+        f"{K} apply",
+        f"{K} wait --for=condition=ready pod --selector job-name=mini-vllm-gptoss-sweep-tp2 --timeout=900s",
+        f"{K} logs --follow {name}",
+    ]
+
+
+@needs_kubectl
+@pytest.mark.parametrize("report", [True, False])
+def test_the_jobs_log_ends_with_the_report_and_its_status_is_the_sweeps(workplace, tmp_path, report):
+    assert workplace.sourced("./deploy/scripts/deploy.sh tp1 sweep", SWEEP="tp=1 buckets=latency").returncode == 0
+    (container,) = applied(workplace)["Job"]["spec"]["template"]["spec"]["containers"]
+    assert "tp=1" in container["args"]
+    assert container["args"].count("tp=1") == 1
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "report.md").write_text("the report\n")
+    (results / "choice.patch.yaml").write_text("the choice\n")
+    (tmp_path / "sweep.py").write_text(f"import sys; print(*sys.argv[1:]); sys.exit({3 * (not report)})")
+    script = container["command"][2].replace("python ", f"{sys.executable} ").replace("/results", str(results))
+    done = subprocess.run(
+        ["sh", "-c", script, "sweep", "a=1", "b=[1, 2]"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == f"-m a=1 b=[1, 2] sweep.folder={results}\nthe report\nthe choice\n"
+    assert done.returncode == 3 * (not report)
+
+
+@pytest.mark.parametrize("words", ["", "sweep.folder=/mnt", 'a="b"'])
+def test_words_that_cannot_be_swept_are_refused(workplace, words):
+    done = workplace.sourced("./deploy/scripts/deploy.sh tp1 sweep", SWEEP=words)
+    assert done.returncode == 1
+    assert "SWEEP: got" in done.stderr
+    assert not workplace.calls
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("tp2 --buckets nowhere", "--buckets: got 'nowhere', allowed: the choice.patch.yaml of a sweep"),
+        ("tp2 --buckets", "--buckets: got '', allowed"),
+        ("tp2 logs --buckets random.yaml", "--buckets: got with logs, allowed: with apply and diff"),
+        ("--buckets random.yaml tp2", "--buckets: random.yaml has random weights"),
+    ],
+)
+def test_what_is_no_choice_is_refused(workplace, line, message):
+    (workplace.root / "random.yaml").write_text("- {op: add, path: /a, value: model.weights=random}\n")
+    done = workplace.sourced(f"./deploy/scripts/deploy.sh {line}")
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert not workplace.calls
+
+
 @needs_kubectl
 def test_no_selector_means_any_node(workplace):
     two_pods(workplace)

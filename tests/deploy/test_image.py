@@ -136,14 +136,21 @@ def test_the_image_has_every_package_and_nothing_that_only_tests_trains_or_docum
     assert {"conf", "demo", "engine", "graphs", "kernels", "serve", "sweep"} <= packages
     assert packages <= {path.parent.name for path in tmp_path.glob("*/__init__.py")}
     files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    assert {"demo/model.safetensors", "demo/bundle.py", "serve.py", "README.md", "conf/config.yaml"} <= files
+    assert {
+        "demo/model.safetensors",
+        "demo/bundle.py",
+        "serve.py",
+        "sweep.py",
+        "README.md",
+        "conf/config.yaml",
+    } <= files
     assert {name for name in files if name.endswith(".cu")}
     left_out = ("tests", "docs", "benchmarks", "demo/training", "kernels/cubins", ".git")
     assert not [name for name in files for folder in left_out if name.startswith(f"{folder}/")]
     assert {name for name in files if name.endswith(".md")} == {"README.md"}
 
 
-def test_the_dependencies_that_essentials_installs_are_those_of_the_server():
+def test_the_dependencies_that_essentials_installs_are_those_of_the_server_and_of_sweeps():
     (line,) = [rest for name, rest in stages()["essentials"] if name == "RUN"]
     command = line[: line.index("> requirements.txt")]
     listed = subprocess.run(
@@ -154,7 +161,8 @@ def test_the_dependencies_that_essentials_installs_are_those_of_the_server():
         check=True,
     ).stdout.split("\n")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["hopper"], "setuptools"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["hopper"], *extras["sweep"], "setuptools"]
     assert [line for line in listed if line] == wanted
 
 

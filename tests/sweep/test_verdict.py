@@ -213,11 +213,20 @@ def test_latencies_of_every_size_can_be_told_apart_in_the_picture(tmp_path, monk
 def test_files_to_use_as_they_are():
     best = ROWS[3]
     assert OmegaConf.create(verdict.buckets_yaml(best)) == {"decode_rows": [1, 2]}
-    assert OmegaConf.create(verdict.kubernetes_values(best)) == {
-        "args": ["server.host=0.0.0.0", "buckets=balanced"],
-        "resources": {"limits": {"nvidia.com/gpu": 2}},
+
+
+def test_a_choice_is_deployed_with_its_buckets_and_never_with_random_weights(hydra):
+    words = ["buckets=balanced", "model=gpt-oss-20b", "model.weights=random", "kernels.device=cuda", "tp=2"]
+    patch = OmegaConf.to_container(
+        OmegaConf.create(verdict.deploy_patch(row(" ".join([*words, "server.max_queue=9"]))))
+    )
+    assert patch[0] == {
+        "op": "test",
+        "path": "/spec/template/spec/containers/0/resources/limits/nvidia.com~1gpu",
+        "value": "2",
     }
-    assert "resources" not in OmegaConf.create(verdict.kubernetes_values(best | {"on_gpu": False}))
+    assert {(step["op"], step["path"]) for step in patch[1:]} == {("add", "/spec/template/spec/containers/0/args/-")}
+    assert [step["value"] for step in patch[1:]] == ["buckets.decode_rows=[1,2]", "server.max_queue=9"]
 
 
 def test_a_comparison_tells_what_lies_beyond_noise():
