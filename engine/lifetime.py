@@ -34,12 +34,13 @@ def dying_with_parent() -> Callable[[], None]:
     parent, prctl = os.getpid(), ctypes.CDLL(None).prctl
 
     def ask() -> None:
-        _die_with(parent, prctl)
+        die_with(parent, prctl)
 
     return ask
 
 
-def _die_with(parent: int, prctl: Callable[[int, int], object]) -> None:
+def die_with(parent: int, prctl: Callable[[int, int], object]) -> None:
+    """Make the kernel kill this process when `parent` ends, which started it; `prctl` is libc's. At once if it has."""
     prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
     if os.getppid() != parent:
         os._exit(1)
@@ -89,7 +90,7 @@ def rank_process(config: "Config", rank: int, run_folder: str) -> Child:
 
 def run(parent: int, function: str) -> None:
     """What a Child's process runs; `parent` is the process that started it."""
-    _die_with(parent, ctypes.CDLL(None).prctl)
+    die_with(parent, ctypes.CDLL(None).prctl)
     for number in PARENTS_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     arguments = pickle.load(sys.stdin.buffer)

@@ -18,6 +18,7 @@ def environment(root: Path) -> dict[str, Any]:
         "commit": commit(root),
         "device": gpus[0]["name"] if gpus else _cpu_name(),
         "gpus": gpus,
+        "busy": gpu_users(),
         "cores": len(os.sched_getaffinity(0)),
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -33,6 +34,12 @@ def gpu_list() -> list[dict[str, Any]]:
     output = _run("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits")
     rows = [[cell.strip() for cell in line.split(",")] for line in (output or "").splitlines()]
     return [{"name": name, "memory": int(mib) * 2**20, "driver": driver} for name, mib, driver in rows]
+
+
+def gpu_users() -> list[str]:
+    """What uses the GPUs before the sweep does, such as a server that was left over: process, name, memory."""
+    output = _run("nvidia-smi", "--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader")
+    return [line.strip() for line in (output or "").splitlines() if line.strip()]
 
 
 def commit(root: Path) -> str | None:

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from conf import schema
 from conf.schema import Config, ConfigError, Device
+from engine.lifetime import dying_with_parent
 from sweep import compare, gate, load, measure, settings, workload
 from sweep.cell import SCRAPED, Cell, CellFailed, Load
 from sweep.client import http_sender
@@ -140,6 +141,8 @@ class Sweep:
         self._earlier = compare.earlier(options.compare) if options.compare else []
         if options.dry_run:
             return
+        for line in self._environment["busy"]:
+            self._console.print(f"A GPU is in use, by what may be left over: {line}", highlight=False, markup=False)
         self._progress.__enter__()
         resolved = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
         self._store.note("environment.json", self._environment | {"configuration": resolved})
@@ -259,7 +262,14 @@ class Sweep:
             return
         command = [sys.executable, "-m", "sweep.steps", str(options.steps_context), *cell.overrides]
         try:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=options.start_seconds)
+            done = subprocess.run(
+                command,
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                timeout=options.start_seconds,
+                preexec_fn=dying_with_parent(),
+            )
             timing = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
             reason = None if timing else (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
         except (subprocess.TimeoutExpired, ValueError, IndexError) as error:

@@ -9,10 +9,9 @@ steps; the figures are rank 0's. A process of its own, because it takes the memo
 import ctypes
 import json
 import multiprocessing
-import signal
+import os
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,9 @@ from conf.limits import PAGE_TOKENS
 from conf.schema import Config, ConfigError, compose
 from demo.bundle import with_demo_folder
 from engine.architecture import Architecture
+from engine.lifetime import die_with
 from engine.parallel import Ranks
+from engine.run_folder import RunFolder
 from engine.start import Engine, device_of, start
 from graphs.buckets import Bucket
 from graphs.buffers import DecodeInputs, Staging
@@ -133,8 +134,8 @@ def measure(config: Config, ranks: Ranks, device: torch.device, context: int) ->
     return {"read_bandwidth": rate, "steps": rows}
 
 
-def _rank(config: Config, rank: int, folder: str, context: int, out: Any) -> None:
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: an interrupted sweep leaves nothing behind
+def _rank(config: Config, rank: int, folder: str, parent: int, context: int, out: Any) -> None:
+    die_with(parent, ctypes.CDLL(None).prctl)  # an interrupted sweep leaves nothing behind
     device = device_of(config, rank)
     figures = measure(config, Ranks(rank, config.tp, Path(folder)), device, context)
     if rank == 0:
@@ -150,18 +151,20 @@ def main() -> None:
         sys.exit(str(error))
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = [
-            spawn.Process(target=_rank, args=(config, rank, folder, int(context), sender), daemon=True)
-            for rank in range(config.tp)
-        ]
+    folder = RunFolder()
+    ranks = [
+        spawn.Process(target=_rank, args=(config, rank, folder.path, os.getpid(), int(context), sender), daemon=True)
+        for rank in range(config.tp)
+    ]
+    try:
         for process in ranks:
             process.start()
         sender.close()  # so that the end of rank 0 ends the wait
-        try:
-            print(json.dumps(receiver.recv()))
-        except EOFError:
-            sys.exit("a rank ended before its steps were timed")
+        print(json.dumps(receiver.recv()))
+    except EOFError:
+        sys.exit("a rank ended before its steps were timed")
+    finally:
+        folder.remove()
 
 
 if __name__ == "__main__":

@@ -66,6 +66,15 @@ def swept(tmp_path):
     return Swept(tmp_path)
 
 
+def wait_for(found, otherwise):
+    """What `found` returns once it is not empty."""
+    deadline = time.monotonic() + 120
+    while not (result := found()):
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.05)
+    return result
+
+
 def gone(processes):
     deadline = time.monotonic() + 30
     while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in processes):
@@ -194,10 +203,7 @@ def test_other_code_is_never_taken_for_the_same(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_sweep_leaves_valid_results_and_no_process(swept, number):
     process = swept.start("sweep.concurrency=1,4", f"server.max_queue={IS_SLOW}", "sweep.stall_seconds=1000")
-    deadline = time.monotonic() + 120
-    while len(swept.rows() if swept.folder.exists() else []) < 1:
-        assert time.monotonic() < deadline, "no row was finished"
-        time.sleep(0.1)
+    wait_for(swept.rows, "no row was finished")
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
@@ -206,6 +212,25 @@ def test_an_interrupted_sweep_leaves_valid_results_and_no_process(swept, number)
     (row,) = swept.rows()
     assert (row["status"], row["reason"]) == ("partial", "1 of 2 repeats were measured")
     assert "1 user" in (swept.folder / "report.md").read_text()
+
+
+def test_a_sweep_that_is_killed_leaves_no_server(swept):
+    process = swept.start("sweep.concurrency=4", f"server.max_queue={IS_SLOW}", "sweep.stall_seconds=1000")
+    wait_for(swept.started, "no server was started")
+    process.kill()
+    process.communicate(timeout=60)
+    assert gone(swept.started())
+
+
+def test_a_sweep_that_is_killed_leaves_no_timing_of_steps(swept):
+    process = swept.start("sweep.steps=true", "sweep.concurrency=1", "buckets=small")
+    sweep = psutil.Process(process.pid)
+    (timing,) = wait_for(lambda: [one for one in sweep.children() if "sweep.steps" in one.cmdline()], "no timing began")
+    wait_for(timing.children, "no rank was started")
+    left = [one.pid for one in sweep.children(recursive=True)]
+    process.kill()
+    process.communicate(timeout=60)
+    assert gone(left)
 
 
 def test_a_dry_run_prints_the_matrix_and_starts_nothing(swept):
