@@ -12,7 +12,7 @@ from graphs.plan import SamplingParams
 
 ENDS = (RETURN, CALL, ENDOFTEXT)
 # What brings a text of JSON to its end soon, the best first.
-CLOSERS = [b'"', b"}", b"]", b",", b":", b"e", b"l", b"u", b"0", b"1", b"b"]
+CLOSERS = [b'"', b"}", b"]", b",", b":", b"e", b"l", b"u", b"0", b"1", b"b", b"f"]
 
 RECURSIVE: dict[str, Any] = {
     "$defs": {

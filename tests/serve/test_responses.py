@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types.responses import Response, ResponseItem, ResponseStreamEvent
-from pydantic import BaseModel, TypeAdapter
+from pydantic import TypeAdapter
 
 from serve.conversation import sealed
 from serve.harmony import Call, Function, Turn, any_call_header, call_header, render
@@ -763,14 +763,6 @@ def test_what_cannot_be_answered_is_refused_by_name(serve, body, param, says):
     assert live.engine.submitted == []
 
 
-def test_an_answer_in_the_form_of_a_schema_is_refused_by_name(serve):
-    class Answer(BaseModel):
-        degrees: int
-
-    with pytest.raises(openai.BadRequestError, match=r"text\.format"):
-        serve(FakeEngine([])).openai().responses.parse(model=MODEL, input=QUESTION, text_format=Answer)
-
-
 def test_what_has_no_effect_is_named(serve, harmony):
     live = serve(FakeEngine(harmony(ANSWER)))
     response = post(
@@ -792,7 +784,6 @@ def test_what_has_no_effect_is_named(serve, harmony):
         "text.verbosity",
         "tools.defer_loading",
         "tools.mcp",
-        "tools.strict",
         "truncation",
     ]
     told = response.json()
