@@ -5,22 +5,25 @@ Knows grammars and their forms; nothing of requests beyond the places that an er
 """
 
 import asyncio
+import hashlib
 import json
 import os
 import resource
+import signal
 import sys
-from asyncio.subprocess import PIPE, Process
+from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from engine.lifetime import dying_with_parent
+from engine.lifetime import PARENTS_SIGNALS, dying_with_parent
 from serve.grammar import Grammar
 from serve.protocol import ApiError, JsonObject
 
-COMPILE_SECONDS = 5.0  # of a grammar, the process's start included
+COMPILE_SECONDS = 5.0  # of a grammar
+START_SECONDS = 60.0  # of the process; on a busy machine it takes some
 MEMORY = 2 * 2**30  # bytes of address space
 KNOWN = 256  # grammars that are remembered as good
 ANSWER_BYTES = 2**20
@@ -51,29 +54,31 @@ class GrammarChecker:
     """Checks grammars, one after the other. The process starts with the first, and ends with this one."""
 
     def __init__(self) -> None:
-        self._good: OrderedDict[str, None] = OrderedDict()  # their texts, the latest last
+        self._good: OrderedDict[bytes, None] = OrderedDict()  # digests of their texts, the latest last
         self._process: Process | None = None
         self._turn = asyncio.Lock()
 
     async def check(self, grammar: Grammar) -> None:
         """Raises ApiError 400 with the place for a grammar that cannot be compiled, or not within the limits."""
-        if grammar.text not in self._good:
+        digest = hashlib.sha256(grammar.text.encode()).digest()
+        if digest not in self._good:
             places = [form.place for form in grammar.forms]
             async with self._turn:
                 problem = await self._ask(grammar)
             if problem.message:
                 place = problem.place or ", ".join(dict.fromkeys(places))
                 raise ApiError(400, f"{place}: {problem.message}", problem.place or places[0])
-        self._good[grammar.text] = None
-        self._good.move_to_end(grammar.text)
+        self._good[digest] = None
+        self._good.move_to_end(digest)
         if len(self._good) > KNOWN:
             self._good.popitem(last=False)
 
     async def _ask(self, grammar: Grammar) -> Problem:
         question = msgspec.json.encode([grammar.text, [(form.grammar, form.place) for form in grammar.forms]])
         try:
+            async with asyncio.timeout(START_SECONDS):
+                process = self._process or await self._start()
             async with asyncio.timeout(COMPILE_SECONDS):
-                process = self._process = self._process or await _started()
                 assert process.stdin is not None
                 assert process.stdout is not None
                 process.stdin.write(question + b"\n")
@@ -86,23 +91,35 @@ class GrammarChecker:
             self._end()
             raise
 
+    async def _start(self) -> Process:
+        code = _CHILD.format(path=[path or os.getcwd() for path in sys.path])
+        process = self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-c",
+            code,
+            stdin=PIPE,
+            stdout=PIPE,
+            stderr=DEVNULL,  # what a hostile grammar makes it say fills no log
+            limit=ANSWER_BYTES,
+            preexec_fn=dying_with_parent(),
+        )
+        assert process.stdout is not None
+        await process.stdout.readline()  # it is ready
+        return process
+
     def _end(self) -> None:
         process, self._process = self._process, None
         if process and process.returncode is None:
             process.kill()
 
 
-async def _started() -> Process:
-    code = _CHILD.format(path=[path or os.getcwd() for path in sys.path])
-    return await asyncio.create_subprocess_exec(
-        sys.executable, "-c", code, stdin=PIPE, stdout=PIPE, limit=ANSWER_BYTES, preexec_fn=dying_with_parent()
-    )
-
-
 def work() -> None:
-    """What the child runs: a line with a grammar, a line with a Problem."""
+    """What the child runs: an empty line, then for each line with a grammar one with a Problem."""
+    for number in PARENTS_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     bare, whole = (_Bytes(names).tokenizer() for names in (CONTROL_TOKENS[:1], CONTROL_TOKENS))
+    print(flush=True)
     for line in sys.stdin.buffer:
         text, forms = msgspec.json.decode(line, type=tuple[str, list[tuple[JsonObject, str]]])
         sys.stdout.buffer.write(msgspec.json.encode(_problem(bare, whole, text, forms)) + b"\n")

@@ -11,13 +11,14 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
-from llguidance.gbnf_to_lark import any_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from serve.harmony import FUNCTIONS
 from serve.protocol import ApiError, JsonObject, ResponseFormat, SamplingRequest, unsupported
 
 MAX_CHARACTERS = 512 * 1024  # of a grammar, schemas included
-MAX_USER_GRAMMAR = 64 * 1024  # characters of one in Lark's or another notation
+MAX_LARK = 64 * 1024  # characters of a client's own grammar
+MAX_GBNF = 8 * 1024  # of one in GBNF, which is converted here, in a time that grows with the square
 # Between JSON's tokens. Without a bound, a model that likes blanks never ends.
 _WHITESPACE = r"[ \t\n\r]{1,64}"
 _ANY_OBJECT: JsonObject = {"type": "object"}
@@ -152,12 +153,13 @@ def choice_form(choices: Sequence[str], place: str) -> Form:
 
 def user_form(grammar: str, place: str) -> Form:
     """A grammar in the notation of Lark, or of GBNF. Raises ApiError 400."""
-    if len(grammar) > MAX_USER_GRAMMAR:
-        raise ApiError(400, f"{place}: got {len(grammar)} characters, allowed: at most {MAX_USER_GRAMMAR}", place)
+    is_gbnf = "::=" in grammar
+    if len(grammar) > (most := MAX_GBNF if is_gbnf else MAX_LARK):
+        raise ApiError(400, f"{place}: got {len(grammar)} characters, allowed: at most {most}", place)
     if "%llguidance" in grammar:
         raise ApiError(400, f"{place}: %llguidance is not allowed in it", place)
     try:
-        return Form({"lark_grammar": any_to_lark(grammar)}, place)
+        return Form({"lark_grammar": gbnf_to_lark(grammar) if is_gbnf else grammar}, place)
     except Exception as error:  # the converter raises several kinds
         raise ApiError(400, f"{place}: {error}", place) from None
 
@@ -218,9 +220,8 @@ def demanded_grammar(functions: Sequence[Offer]) -> Grammar:
     forms = {f"arguments_{i}": function.arguments for i, function in enumerate(functions)}
     if len(functions) == 1:
         return _joined("start: @arguments_0 <|call|>", forms)
-    dot = "." if FUNCTIONS.endswith(".") else ""
-    calls = (
-        f"{json.dumps(dot + function.name)} {_CALL_TYPE} <|message|> @arguments_{i} <|call|>"
+    calls = (  # the header ends before the dot of FUNCTIONS
+        f"{json.dumps('.' + function.name)} {_CALL_TYPE} <|message|> @arguments_{i} <|call|>"
         for i, function in enumerate(functions)
     )
     return _joined("start: " + " | ".join(calls), forms)

@@ -246,6 +246,7 @@ COMPLETIONS = Route(
         {"prompt": [[1, 2], [3]], "max_tokens": 9, "ignore_eos": True, "return_token_ids": True, "echo": True},
         {"prompt": [5, 6], "max_tokens": 500, "skip_special_tokens": False, "ignore_eos": True, "min_tokens": 3},
         {"prompt": "a", "logit_bias": {"5": 1.5}, "seed": 7, "temperature": 0.5, "top_p": 0.9, "top_k": 5},
+        {"prompt": "a", "structured_outputs": {"regex": "[a-z]+"}, "response_format": {"type": "text"}},
     ],
     completion,
     lambda text: openai_stream(text, add_text),
@@ -256,6 +257,7 @@ CHAT = Route(
     [
         {"messages": USER},
         {"messages": USER, "tools": TOOLS, "ignore_eos": True},
+        {"messages": USER, "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": PLACE}}},
         {"messages": USER, "tools": TOOLS, "ignore_eos": True, "parallel_tool_calls": False, "n": 2},
         {"messages": HISTORY, "tools": TOOLS, "logprobs": True, "top_logprobs": 2, "ignore_eos": True, "stop": "te"},
         {"messages": HISTORY, "tools": TOOLS, "tool_choice": "required", "return_token_ids": True},

@@ -14,7 +14,7 @@ ANTHROPIC = ("/v1/messages", "/v1/messages/count_tokens")
 USER = [{"role": "user", "content": "Hello"}]
 FUNCTION = {"name": "f", "parameters": {"type": "object"}}
 BODIES = {
-    "/v1/completions": {"prompt": "Hello", "stop": ["x"], "logit_bias": {"5": 1.5}, "stream_options": None},
+    "/v1/completions": {"prompt": "Hello", "stop": ["x"], "logit_bias": {"5": 1.5}, "guided_json": {}},
     "/v1/chat/completions": {"messages": USER, "tools": [{"type": "function", "function": FUNCTION}], "n": 2},
     "/v1/messages": {"messages": USER, "max_tokens": 5, "system": [{"type": "text", "text": "x"}]},
     "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]},

@@ -228,6 +228,8 @@ def test_an_answer_that_was_cut_is_the_beginning_of_a_whole_one(live):
         ({"guided_grammar": 'start: "a" <[200007]>'}, "guided_grammar"),
         ({"guided_grammar": '%llguidance {"allow_invalid_utf8": true}\nstart: "a"'}, "guided_grammar"),
         ({"guided_grammar": "start: ("}, "guided_grammar"),
+        ({"guided_grammar": 'root ::= "a" | b'}, "guided_grammar"),
+        ({"guided_grammar": "root ::= " + '"a" ' * 2100}, "guided_grammar"),
         ({"guided_json": {"const": "x" * 600_000}}, "guided_json"),
         ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice"),
         ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
