@@ -273,6 +273,41 @@ def test_steps_are_planned_before_the_tokens_of_the_step_before_are_known():
     assert loop.launch() is None
 
 
+class Anything:
+    """A constraint that every token meets."""
+
+    error = ""
+
+    def accept(self, token: int) -> bool:
+        return False
+
+
+def test_requests_with_a_grammar_wait_for_their_tokens_and_for_each_other_while_others_run_ahead():
+    scheduler, flying = Scheduler(PagePool(16), Buckets.of([4], [256], 4), 1024), deque()
+
+    def add(id: int, constraint: Anything | None) -> None:
+        scheduler.add(submit(id, prompt=10, max_tokens=30), 0, constraint)
+
+    def turn() -> list[int] | str:
+        """Plans the next step, then collects the one before -> the requests with a row, by id."""
+        if scheduled := scheduler.schedule(0):
+            flying.append(scheduled)
+        if len(flying) > (scheduled is not None):
+            done = flying.popleft()
+            scheduler.update(done, [5] * len(done.rows), lambda *_: None, lambda *_: None)
+        if not scheduled:
+            return "nothing"
+        return [request.id for request in scheduled.rows] if scheduled.step.kind == "decode" else "prefill"
+
+    add(1, Anything())
+    add(2, Anything())
+    assert [turn() for _ in range(5)] == ["prefill", "nothing", [1, 2], "nothing", [1, 2]]
+    add(3, None)
+    assert [turn() for _ in range(6)] == ["prefill", [1, 2, 3], [3], [1, 2, 3], [3], [1, 2, 3]]
+    add(4, Anything())
+    assert [turn() for _ in range(5)] == ["prefill", [1, 2, 3], [3], [1, 2, 3, 4], [3]]
+
+
 def test_a_request_for_one_token_never_takes_a_decode_row():
     loop = Loop.of()
     loop.add(submit(1, prompt=10, max_tokens=1))
