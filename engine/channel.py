@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from conf.schema import ConfigError
 from kernels.ops import Ranks
 
 
@@ -21,12 +22,19 @@ class StepChannel:
     DEPTH = 4  # entries of the ring
 
     def __init__(self, ranks: Ranks, words: int, run_folder: Path) -> None:
-        """`words`: int32 words of the largest step's packed inputs. Every rank must call this: it is a barrier."""
+        """`words`: int32 words of the largest step's packed inputs. Every rank must call this: it is a barrier.
+
+        Raises ConfigError where the folder for temporary files has no room.
+        """
         path = run_folder / "steps"
         numbers = self.DEPTH + ranks.size
         width = words + 2  # the bucket's index and the number of words first
         if ranks.rank == 0:
-            path.write_bytes(bytes(8 * numbers + 4 * self.DEPTH * width))
+            data = bytes(8 * numbers + 4 * self.DEPTH * width)
+            try:
+                path.write_bytes(data)
+            except OSError as error:
+                raise ConfigError(f"TMPDIR: cannot write {len(data)} bytes in {path}: {error.strerror}") from error
         ranks.smallest(0)
         with path.open("r+b") as file:
             shared = mmap.mmap(file.fileno(), 0)

@@ -21,7 +21,7 @@ from engine.parallel import Ranks
 from engine.start import CANNOT_START, Engine, device_of, start
 
 IDLE_POLL = 1000  # milliseconds
-PEER_SECONDS = 2  # for the parent to notice that another rank has ended, and to end this one
+PEER_SECONDS = 10  # for the parent to notice that another rank has ended, and to end this one
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """Processes that do what would hold up the event loop: large requests are decoded, checked, rendered and encoded there.
 
 All of that keeps the interpreter's lock for as long as it takes, so that a thread would not help. Knows processes and
-pipes; of requests only where their code is, to have it imported before the first comes.
+pipes; of requests only what takes long to load, to have it before the first comes.
 """
 
 import asyncio
@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection, Pipe
 from typing import Any, NamedTuple, TypeVar, TypeVarTuple, cast
 
 from engine.lifetime import Child
+from engine.tokenizer import Tokenizer
 from serve.protocol import ApiError
 
 SMALL, LARGE = 2, 1  # processes for each of the two lines in which functions wait
@@ -159,6 +160,7 @@ def work(descriptor: int) -> None:
     """What a worker's process does: run what comes over the connection, until its other end is closed."""
     os.nice(NICENESS)
     importlib.import_module("serve.app")
+    Tokenizer()
     with suppress(EOFError), Connection(descriptor) as connection:
         while True:
             function, arguments = connection.recv()

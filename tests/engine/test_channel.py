@@ -1,11 +1,13 @@
 """Rank 0's steps reach the other ranks whole and in order, and rank 0 waits for the slowest."""
 
+import resource
 from dataclasses import dataclass
 from threading import Thread
 
 import numpy as np
 import pytest
 
+from conf.schema import ConfigError
 from engine.channel import StepChannel
 
 WORDS = 16
@@ -35,6 +37,16 @@ def received(channel):
     words = np.full(WORDS, -1, np.int32)
     bucket = channel.receive(words)
     return bucket, words[: np.argmax(np.append(words, -1) == -1)].tolist()
+
+
+def test_a_folder_without_room_is_named(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, hard))
+    try:
+        with pytest.raises(ConfigError, match=rf"^TMPDIR: cannot write \d+ bytes in {tmp_path}/steps: File too large$"):
+            StepChannel(Place(0, 2), 100_000, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_every_rank_gets_every_step_whole_and_in_order(channels):

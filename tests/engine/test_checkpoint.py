@@ -459,9 +459,13 @@ def changed(folder, **fields):
 HOSTILE = {
     "deep config": lambda folder: (folder / "config.json").write_text("[" * 100_000),
     "huge integer": lambda folder: changed(folder, rope_scaling=None, rope_theta=10**400),
-    "infinite": lambda folder: (folder / "config.json").write_text(
-        (folder / "config.json").read_text().replace('"rms_norm_eps"', '"rms_norm_eps": 1e400, "x"')
-    ),
+    **{
+        f"infinite {field}": lambda folder, field=field: (folder / "config.json").write_text(
+            (folder / "config.json").read_text().replace(f'"{field}"', f'"{field}": 1e400, "x"')
+        )
+        for field in ("rms_norm_eps", "rope_theta")
+    },
+    "config a pipe": lambda folder: ((folder / "config.json").unlink(), os.mkfifo(folder / "config.json")),
     "architectures": lambda folder: changed(folder, architectures=5),
     "layers": lambda folder: changed(folder, num_hidden_layers=3_000_000),
     "long value": lambda folder: changed(folder, layer_types=["x" * 1000] * 1000),
@@ -495,11 +499,20 @@ def test_a_sparse_header_is_refused_without_being_read(folder):
         load(folder, 0, 1, "cpu", torch.bfloat16)
 
 
-def test_an_index_of_another_form_is_no_obstacle(folder):
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ('{"weight_map": [1]}', "no such tensor"),
+        ("[1]", "model.safetensors.index.json: found list, expected a JSON object"),
+        ("[" * 100_000, "model.safetensors.index.json: found maximum recursion depth exceeded"),
+    ],
+    ids=["list of files", "list", "deep"],
+)
+def test_an_index_of_another_form_is_refused_where_a_tensor_is_missing(folder, index, message):
     (folder / "model.safetensors").unlink()
     save_file({"x": torch.zeros(1)}, folder / "other.safetensors")
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
-    with pytest.raises(CheckpointError, match="no such tensor"):
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError, match=message):
         load(folder, 0, 1, "cpu", torch.bfloat16)
 
 
