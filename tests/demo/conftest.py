@@ -1,3 +1,5 @@
-from tests.serve.conftest import serve
+"""The faked engine behind a real server, as in tests/serve."""
 
-__all__ = ["serve"]
+from tests.serve.conftest import serve, workers
+
+__all__ = ["serve", "workers"]

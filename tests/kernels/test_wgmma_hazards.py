@@ -89,6 +89,13 @@ def test_a_branch_around_the_wait_is_followed():
     assert hazards(LAST, WAIT, "BRA `(.L_x_1)", "MOV R4, R0", LAST, ".L_x_1:", "MOV R4, R0") == []
 
 
+def test_a_table_of_jumps_is_followed_to_all_its_targets():
+    table = 'BRX R6 -0x210 (*"BRANCH_TARGETS .L_x_1,.L_x_2"*)'
+    assert hazards(LAST, table, "MOV R4, R0", ".L_x_1:", WAIT, ".L_x_2:", "MOV R5, R0") == [("MOV R5, R0", (5,))]
+    with pytest.raises(ValueError, match="not in the listing"):
+        hazards(LAST, "BRX R6 -0x210", WAIT)
+
+
 def test_an_instruction_that_is_not_known_here_is_refused():
     with pytest.raises(ValueError, match="FROBNICATE"):
         hazards(LAST, "FROBNICATE R4, R0", WAIT)

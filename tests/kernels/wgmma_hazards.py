@@ -27,11 +27,10 @@ def _words(text: str) -> frozenset[str]:
 # Operations whose first operand is a register that they read, or no register at all.
 WITHOUT_DESTINATION = _words(
     """
-    ACQBULK ARRIVES BAR BRA BSSY BSYNC CALL CCTL CGAERRBAR DEPBAR DSETP ELECT ENDCOLLECTIVE ERRBAR EXIT FCHK FENCE FSETP
-    HSETP2 ISETP LDGDEPBAR LDGSTS MEMBAR NANOSLEEP NOP PLOP3 PREEXIT R2P R2UR RED REDUX RET S2UR ST STG STL STS STSM
-    SYNCS UBLKCP UCGABAR_ARV UCGABAR_WAIT UIADD3 UIMAD UISETP ULDC ULEA ULOP3 UMOV UPLOP3 UPRMT USEL USETMAXREG USHF
-    UTMALDG
-    VOTEU WARPGROUP WARPSYNC YIELD
+    ACQBULK ARRIVES BAR BRA BRX BSSY BSYNC CALL CCTL CGAERRBAR DEPBAR DSETP ELECT ENDCOLLECTIVE ERRBAR EXIT FCHK FENCE
+    FSETP HSETP2 ISETP LDGDEPBAR LDGSTS MEMBAR NANOSLEEP NOP PLOP3 PREEXIT R2P R2UR RED REDUX RET S2UR ST STG STL STS
+    STSM SYNCS UBLKCP UCGABAR_ARV UCGABAR_WAIT UIADD3 UIMAD UISETP ULDC ULEA ULOP3 UMOV UPLOP3 UPRMT USEL USETMAXREG
+    USHF UTMALDG VOTEU WARPGROUP WARPSYNC YIELD
     """
 )
 WITH_DESTINATION = _words(
@@ -133,12 +132,15 @@ def _check(instructions: list[Instruction], labels: dict[str, int]) -> Report:
 
 
 def _next_places(instruction: Instruction, place: int, labels: dict[str, int]) -> list[int]:
-    if instruction.operation in ("BRX", "JMP", "JMX"):
+    targets = [labels[label] for label in re.findall(r"\.L_x_\d+", instruction.operands)]
+    if instruction.operation in ("JMP", "JMX") or (instruction.operation == "BRX" and not targets):
         raise ValueError(f"{instruction}: a jump whose target is not in the listing")
     places = []
-    if instruction.operation in ("BRA", "CALL", "WARPSYNC"):  # the last: of a collective, which comes back by a jump
-        places += [labels[label] for label in re.findall(r"\.L_x_\d+", instruction.operands)]
-    ends = instruction.operation in ("EXIT", "RET", "BRA") and not instruction.guard and "P" not in instruction.operands
+    # A BRX lists its targets in a comment. A WARPSYNC's are those of a collective, which comes back by a jump.
+    if instruction.operation in ("BRA", "BRX", "CALL", "WARPSYNC"):
+        places += targets
+    unconditional = not instruction.guard and "P" not in instruction.operands
+    ends = instruction.operation in ("EXIT", "RET", "BRA", "BRX") and unconditional
     if not ends or ".ANY" in instruction.name or ".DIV" in instruction.name or ".CONV" in instruction.name:
         places.append(place + 1)
     return places

@@ -1,3 +1,5 @@
 """The faked engine behind a real server, as in tests/serve."""
 
-from tests.serve.conftest import serve  # noqa: F401
+from tests.serve.conftest import serve, workers
+
+__all__ = ["serve", "workers"]
