@@ -41,6 +41,10 @@ class Failed(NamedTuple):
     trace: str
 
 
+class EndedBefore(Exception):
+    """A worker has ended, but not by what it was to run."""
+
+
 class Worker:
     """A process that runs one function at a time."""
 
@@ -52,10 +56,14 @@ class Worker:
     def run(self, function: Callable[..., Result], arguments: tuple[object, ...]) -> Result:
         """`function(*arguments)`, waited for. Function, arguments and result are pickled.
 
-        Raises ApiError where the function does, EOFError or OSError when the process has ended, RuntimeError with the
-        traceback for any other exception of the function.
+        Raises ApiError where the function does, EndedBefore when the process has ended without having seen it, EOFError
+        or OSError when it has ended since, RuntimeError with the traceback for any other exception of the function.
         """
-        self._connection.send((function, arguments))
+        try:
+            self._connection.send((function, arguments))
+            self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise EndedBefore from error
         outcome = self._connection.recv()
         if isinstance(outcome, ApiError):
             raise outcome
@@ -143,17 +151,24 @@ class Workers:
         return ending
 
     def _run(self, function: Callable[..., Result], arguments: tuple[object, ...]) -> Result:
-        worker = self._take()
-        try:
-            result = worker.run(function, arguments)
-        except (EOFError, OSError) as error:
-            message = f"{self._bury(worker)} while it read the request"
-            raise ApiError(503, message, code="worker_ended", headers={"Retry-After": "1"}) from error
-        except BaseException:
+        ending = ""
+        for _ in range(self._processes + 1):  # all that are idle may have ended
+            worker = self._take()
+            try:
+                result = worker.run(function, arguments)
+            except EndedBefore:
+                ending = self._bury(worker)
+                continue
+            except (EOFError, OSError):
+                ending = self._bury(worker)
+                break
+            except BaseException:
+                self._idle.append(worker)
+                raise
             self._idle.append(worker)
-            raise
-        self._idle.append(worker)
-        return result
+            return result
+        message = f"{ending}; the request was not prepared"
+        raise ApiError(503, message, code="worker_ended", headers={"Retry-After": "1"})
 
 
 def work(descriptor: int) -> None:
@@ -164,6 +179,7 @@ def work(descriptor: int) -> None:
     with suppress(EOFError), Connection(descriptor) as connection:
         while True:
             function, arguments = connection.recv()
+            connection.send(None)  # it is taken
             try:
                 outcome: object = Returned(function(*arguments))
             except ApiError as error:

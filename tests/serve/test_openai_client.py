@@ -112,7 +112,8 @@ def test_reasoning_that_is_held_back_until_the_end_is_counted(serve, harmony):
     answer = live.chat().json()
     assert answer["choices"][0]["message"]["reasoning"] == " code"
     assert answer["usage"]["completion_tokens_details"]["reasoning_tokens"] == 1
-    message = live.http.post("/v1/messages", json={"messages": USER, "max_tokens": 9}).json()
+    shown = {"messages": USER, "max_tokens": 9, "thinking": {"type": "adaptive"}}
+    message = live.http.post("/v1/messages", json=shown).json()
     assert message["content"][0]["thinking"] == " code"
     assert message["usage"]["output_tokens_details"]["thinking_tokens"] == 1
 

@@ -39,7 +39,7 @@ def ends_first(text: str, stops: list[str]) -> str:
 def read(tokens: list[int], cuts: list[int], stops: list[str], finish: str = "length") -> list[str]:
     """The streamed texts of a completion whose tokens arrive in these pieces."""
     request = CompletionRequest(prompt="x", stop=stops)
-    choice = TextChoice(0, request, [1], StopStrings(stops), TOKENIZER)
+    choice = TextChoice(0, request, [1], "", StopStrings(stops), TOKENIZER)
     pieces, texts = cut(tokens, cuts), []
     for i, piece in enumerate(pieces):
         part = choice.feed(Delta(0, piece, finish if i == len(pieces) - 1 else None))
@@ -88,7 +88,7 @@ CHATTY = st.lists(
 @given(tokens=CHATTY.filter(bool), cuts=st.lists(st.integers(0, 40), max_size=8), stops=STOPS, stopped=st.booleans())
 def test_a_chat_says_the_same_however_its_tokens_arrive(tokens, cuts, stops, stopped):
     def reading(pieces: list[list[int]]) -> tuple:
-        choice = ChatChoice(0, ChatRequest(messages=[]), StopStrings(stops), TOKENIZER, [])
+        choice = ChatChoice(0, ChatRequest(messages=[]), (), StopStrings(stops), TOKENIZER, [])
         parts, last = [], "stop" if stopped else "length"
         for piece in pieces:
             parts.append(choice.feed(Delta(0, piece, last if piece is pieces[-1] else None)))
@@ -113,7 +113,7 @@ def test_no_piece_of_a_split_character_is_ever_sent():
 
 def test_the_stop_token_is_not_in_the_text_even_where_control_tokens_are():
     request = CompletionRequest(prompt="x", skip_special_tokens=False)
-    choice = TextChoice(0, request, [1], StopStrings([]), TOKENIZER)
+    choice = TextChoice(0, request, [1], "", StopStrings([]), TOKENIZER)
     part = choice.feed(Delta(0, [*TOKENIZER.encode("one"), 200007, *TOKENIZER.encode("two"), 200002], "stop"))
     assert part.text == "one<|end|>two"
 
@@ -121,7 +121,7 @@ def test_the_stop_token_is_not_in_the_text_even_where_control_tokens_are():
 def test_stop_strings_do_not_count_before_min_tokens():
     tokens = TOKENIZER.encode("one two three one two three")
     request = CompletionRequest(prompt="x", stop=" two", min_tokens=3)
-    choice = TextChoice(0, request, [1], StopStrings([" two"]), TOKENIZER)
+    choice = TextChoice(0, request, [1], "", StopStrings([" two"]), TOKENIZER)
     assert choice.feed(Delta(0, tokens, "length")).text == "one two three one"
     assert choice.completion_tokens == 5
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from serve.generation import INLINE_BYTES
+from engine.lifetime import Child
+from serve.generation import INLINE_BYTES, RETRY
 from serve.parsing import parse
 from serve.protocol import ApiError, ChatRequest
 from serve.workers import LARGE_BYTES, Workers
@@ -91,19 +92,32 @@ def test_a_body_is_refused_alike_wherever_it_is_read(live):
     assert small.json() == large.json()
 
 
-def test_a_worker_that_ends_costs_its_request_and_no_other(live, workers, caplog):
-    for number in (signal.SIGKILL, signal.SIGSEGV):
-        with ThreadPoolExecutor(1) as pool, stopped(workers):
-            answer = pool.submit(live.http.post, "/tokenize", json=LARGE["/tokenize"])
-            live.eventually(lambda: workers.outstanding == 1)
-            for pid in workers.pids:
-                os.kill(pid, number)
-                os.kill(pid, signal.SIGCONT)
-            refused = answer.result()
-        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "worker_ended")
-        assert number.name in refused.json()["error"]["message"]
-        assert int(refused.headers["retry-after"]) > 0
-        assert live.http.post("/tokenize", json=LARGE["/tokenize"]).status_code == 200
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_request_that_ends_its_worker_is_503_and_costs_no_other(live, workers, number):
+    with pytest.raises(ApiError, match=number.name) as refused:
+        asyncio.run(workers.run(1, signal.raise_signal, number))
+    assert (refused.value.status, refused.value.code, refused.value.headers) == (503, "worker_ended", RETRY)
+    assert live.http.post("/tokenize", json=LARGE["/tokenize"]).status_code == 200
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_worker_that_ends_before_it_has_a_request_costs_none(live, workers, number):
+    with ThreadPoolExecutor(1) as pool, stopped(workers):
+        answer = pool.submit(live.http.post, "/tokenize", json=LARGE["/tokenize"])
+        live.eventually(lambda: workers.outstanding == 1)
+        for pid in workers.pids:
+            os.kill(pid, number)
+            os.kill(pid, signal.SIGCONT)
+        assert answer.result().status_code == 200
+
+
+def test_where_workers_end_at_their_start_requests_are_refused(live, workers, monkeypatch):
+    monkeypatch.setattr("serve.workers.Child", lambda name, *_, files: Child(name, "os:abort", files=files))
+    for pid in workers.pids:
+        os.kill(pid, signal.SIGKILL)
+    refused = live.http.post("/tokenize", json=LARGE["/tokenize"])
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "worker_ended")
+    assert "SIGABRT" in refused.json()["error"]["message"]
 
 
 def test_a_client_that_goes_away_is_not_served(live, workers):
