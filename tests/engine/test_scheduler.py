@@ -770,7 +770,7 @@ def test_every_request_ends_with_the_tokens_it_gets_alone_and_leaves_nothing_beh
     for s in submits:
         deltas = [delta for delta in loop.deltas if delta.id == s.id]
         expected = [] if s.id in refused else alone(s)
-        if s.id in aborted and loop.answer(s.id) != expected:
+        if s.id in aborted and not (deltas and deltas[-1].finish_reason):
             assert loop.answer(s.id) == expected[: len(loop.answer(s.id))]
             assert loop.scores(s.id) == scores_alone(s)[: len(loop.scores(s.id))]
             continue
