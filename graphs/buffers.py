@@ -316,7 +316,7 @@ def _fill_sampling(state: SamplingState[HostArray], row: int, chunk: Chunk) -> N
     state.logprobs[row] = 0 if sampling.logprobs is None else 1 + sampling.logprobs
     # SamplingParams holds at most MAX_LOGIT_BIAS and MAX_STOP_TOKENS of these, whose sum is BIAS_ENTRIES.
     entries = [(token, value, np.iinfo(np.int32).max) for token, value in sampling.logit_bias.items()]
-    if sampling.min_tokens > 0:
+    if sampling.min_tokens > 0 and not sampling.grammar:  # else the masks see to it: they know what else may come
         first_stop = chunk.prompt_tokens + sampling.min_tokens
         entries += [(token, -np.inf, first_stop) for token in sampling.stop_token_ids]
     state.bias_ids[row] = state.bias_values[row] = state.bias_until[row] = 0

@@ -29,7 +29,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     max_tokens: int  # 0: nothing is drawn, the prompt alone is computed
     seed: int  # 0 <= seed < 2**63; the random numbers of a token depend on (seed, its position) and nothing else
-    min_tokens: int = 0  # until then no token of stop_token_ids can be drawn
+    min_tokens: int = 0  # until then no token of stop_token_ids can be drawn, unless the grammar allows no other
     temperature: float = 1.0  # 0, or less than graphs.buffers.LEAST_TEMPERATURE: greedy
     top_k: int = 0  # 0: off
     top_p: float = 1.0

@@ -161,9 +161,12 @@ def _error(tokenizer: LLTokenizer, form: JsonObject) -> str:
 
 
 def _compile_error(tokenizer: LLTokenizer, grammar: str) -> str:
-    """Why a grammar cannot be compiled; empty where it can."""
+    """Why a grammar cannot be compiled, or no text begins as it says; empty where there is nothing to say."""
     matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
-    return matcher.get_error() if matcher.is_error() else ""
+    if matcher.is_error():
+        return matcher.get_error()
+    matcher.compute_bitmask()
+    return "no text is valid" if matcher.is_error() else ""
 
 
 def _place(tokenizer: LLTokenizer, root: JsonObject, schema: JsonObject, error: str) -> str:

@@ -11,7 +11,7 @@ from conf.limits import ENDOFTEXT, RETURN, VOCABULARY
 from engine.llm import LLM
 from engine.tokenizer import Tokenizer
 from graphs.plan import SamplingParams
-from serve.grammar import json_form, regex_form, text_grammar
+from serve.grammar import choice_form, json_form, regex_form, text_grammar
 from tests.harness import TINY, InProcess, prompt_of
 
 SHAPE = replace(TINY, layers=2, hidden=32, intermediate=32, heads=2, kv_heads=2, vocab=VOCABULARY, windows=(128, None))
@@ -57,6 +57,14 @@ def check(tokens: list[int]) -> None:
 def test_an_answer_is_valid_with_every_option(engine, options):
     (tokens,) = engine.generate(prompt_of(9, 1000), **HELD | options)
     check(tokens)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_that_can_only_end_does_so_before_min_tokens(engine, temperature):
+    only = text_grammar(choice_form(["ab"], "")).text
+    (tokens,) = engine.generate([1, 2], **HELD | {"grammar": only, "min_tokens": 30, "temperature": temperature})
+    assert tokens[-1] in STOPS
+    assert Tokenizer().decode(tokens, skip_special=True) == "ab"
 
 
 def test_others_in_the_batch_draw_what_they_draw_alone_and_so_do_those_with_a_grammar(engine):
