@@ -7,7 +7,7 @@ RUNTIME := .$(if $(GPU),[hopper])
 SWEEP := .[sweep$(if $(GPU),$(comma)hopper)]
 TESTS := .[test$(if $(GPU),$(comma)hopper)]
 
-.PHONY: help install serve sweep test fuzz attack soak gpu-test gpu-bench lint format bench-host bench-http demo-train \
+.PHONY: help install serve sweep test fuzz fuzz-forms attack soak gpu-test gpu-bench lint format bench-host bench-http demo-train \
 	demo-eval clean
 
 help: ## what there is
@@ -41,6 +41,9 @@ test: $(BIN)/.tests ## everything that needs no GPU
 
 fuzz: $(BIN)/.tests ## 100,000 token streams and 20,000 request bodies through the server, the engine faked
 	$(BIN)/python -m tests.serve.fuzz $(ARGS)
+
+fuzz-forms: $(BIN)/.tests ## 10,000 answers held to random forms, written by random logits, at all endpoints
+	$(BIN)/python -m tests.serve.fuzz_forms $(ARGS)
 
 gpu-test: $(BIN)/.tests ## what needs an H100
 	$(BIN)/python -m pytest -m gpu $(ARGS)

@@ -105,8 +105,9 @@ class Walker:
     def __init__(self) -> None:
         self.compiler = Compiler()
         self._mask = np.zeros(-(-VOCABULARY // 32), np.int32)
-        tokenizer = Tokenizer()
-        self._closers = [tokenizer.encode(closer.decode())[0] for closer in CLOSERS]
+        self._tokenizer = Tokenizer()
+        self._closers = [self._tokenizer.encode(closer.decode())[0] for closer in CLOSERS]
+        self._bytes = [token for token in range(FIRST_SPECIAL) if len(self._tokenizer.token_bytes(token)) == 1]
 
     def answer(self, grammar: str, seed: int, most: int = 300, **sampling: Any) -> list[int]:
         """Tokens of an answer: the last one ends it. After `most`, tokens are chosen that bring it to an end."""
@@ -117,10 +118,25 @@ class Walker:
         while not (tokens and tokens[-1] in ENDS):
             assert len(tokens) < most + 3000, "it does not end"
             allowed = self.allowed(constraint)
-            tokens.append(self._draw(allowed, chance) if len(tokens) < most else self._close(allowed))
+            tokens.append(self._draw(allowed, chance) if len(tokens) < most else self._close(allowed, chance))
             constraint.accept(tokens[-1])
             assert not constraint.error, constraint.error
         return tokens
+
+    def rest(self, grammar: str, text: str) -> str:
+        """What completes the beginning of an answer, whatever the tokens that it was written in."""
+        constraint = Constraint(self.compiler.compile(grammar), SamplingParams(max_tokens=9999, seed=0))
+        for token in self._tokenizer.encode(text):
+            constraint.accept(token)
+            assert not constraint.error, f"{text!r} begins no answer: {constraint.error}"
+        tokens: list[int] = []
+        chance = random.Random(0)
+        while not (tokens and tokens[-1] in ENDS):
+            assert len(tokens) < 3000, "it does not end"
+            tokens.append(self._close(self.allowed(constraint), chance))
+            constraint.accept(tokens[-1])
+            assert not constraint.error, constraint.error
+        return self._tokenizer.decode(tokens, skip_special=True)
 
     def allowed(self, constraint: Constraint) -> "np.ndarray[Any, np.dtype[np.int64]]":
         """The ids of the tokens that may come next."""
@@ -137,7 +153,10 @@ class Walker:
         control = allowed[first:] if first == 0 or chance.random() < 0.2 else []
         return int(chance.choice(control if len(control) else allowed[:first] if first else allowed))
 
-    def _close(self, allowed: Any) -> int:
+    def _close(self, allowed: Any, chance: random.Random) -> int:
         if allowed[-1] >= FIRST_SPECIAL:
             return int(allowed[-1])
-        return next((token for token in self._closers if token in allowed), int(allowed[0]))
+        bytes_ = allowed[np.isin(allowed, self._bytes)]
+        if len(bytes_) and chance.random() < 0.3:  # an exponent, say, ends with none of the closers
+            return int(chance.choice(bytes_))
+        return next((token for token in self._closers if token in allowed), int(chance.choice(allowed)))

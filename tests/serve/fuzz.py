@@ -456,7 +456,7 @@ class Answer:
     text: str
 
 
-async def ask(app: FastAPI, path: str, content: bytes) -> Answer:
+async def ask(app: FastAPI, path: str, content: bytes, seconds: float = SECONDS) -> Answer:
     """The answer to a POST, as a server would send it. Raises AssertionError for what no server could send."""
     sent: list[Any] = []
     unread = [{"type": "http.request", "body": content, "more_body": False}]
@@ -471,9 +471,9 @@ async def ask(app: FastAPI, path: str, content: bytes) -> Answer:
 
     scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": path, "query_string": b"", "headers": []}
     start = time.monotonic()
-    async with asyncio.timeout(SECONDS):
+    async with asyncio.timeout(seconds):
         await app(scope, receive, send)
-    assert time.monotonic() - start < SECONDS, "it took too long"
+    assert time.monotonic() - start < seconds, "it took too long"
     first, *parts = sent
     assert [part.get("more_body", False) for part in parts] == [True] * (len(parts) - 1) + [False], "it has no end"
     for name, value in first["headers"]:
