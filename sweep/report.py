@@ -263,8 +263,9 @@ def _starts(rows: list[Row]) -> str | None:
 def _buckets(rows: list[Row], steps: dict[str, Any]) -> list[str]:
     """A table for each configuration: the step of each bucket alone, and how the loads used the bucket."""
     sections = [
-        "The step of each bucket alone, back to back, and its use by all loads together. “Saves” is how much "
-        "faster its step is than that of the next larger bucket; in brackets, the same times the number of its steps."
+        "The step of each bucket alone, the median of six, and its use by all loads together. “Saves” is how much "
+        "faster its step is than that of the next larger bucket; in brackets, the same times the number of its steps. "
+        "“Noise”: the ranges of the two steps overlap."
     ]
     names = _names(rows)
     for configuration, group in verdict.by_configuration([row for row in rows if row.get("buckets")]).items():
@@ -280,8 +281,7 @@ def _buckets(rows: list[Row], steps: dict[str, Any]) -> list[str]:
         for (kind, size), (taken, filled, padded) in sorted(used.items()):
             step = timed.get((kind, size), {})
             larger = min((key for key in timed if key[0] == kind and key[1] > size), default=None)
-            saved = timed[larger]["ms"] - step["ms"] if larger and step else None
-            saving = "-" if saved is None else f"{_number(saved)} ms ({_number(saved * taken / 1e3)} s)"
+            saving = _saving(step, timed[larger], taken) if larger and step else "-"
             read = step.get("bytes")
             lines.append(
                 [
@@ -304,3 +304,10 @@ def _buckets(rows: list[Row], steps: dict[str, Any]) -> list[str]:
             _table(["bucket", "ms", "tokens/s", "GB", "of floor", "steps", "rows used", "rows padded", "saves"], lines),
         ]
     return sections if len(sections) > 1 else []
+
+
+def _saving(step: dict[str, Any], larger: dict[str, Any], taken: int) -> str:
+    if step["ms_range"][1] >= larger["ms_range"][0]:
+        return "noise"
+    saved = larger["ms"] - step["ms"]
+    return f"{_number(saved)} ms ({_number(saved * taken / 1e3)} s)"

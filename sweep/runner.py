@@ -258,9 +258,11 @@ class Sweep:
         known = self._store.noted("steps.json") or {}
         timing = known.get(cell.identity)
         same = {"commit": self._environment["commit"], "device": self._environment["device"]}
+        same |= {"workload": cell.about["workload"]}
         if timing and not options.fresh and same["commit"] and same.items() <= timing.items():
             return
-        command = [sys.executable, "-m", "sweep.steps", str(options.steps_context), *cell.overrides]
+        lengths = map(str, Workload(options, cell.config).lengths())
+        command = [sys.executable, "-m", "sweep.steps", *lengths, *cell.overrides]
         try:
             done = subprocess.run(
                 command,

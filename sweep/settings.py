@@ -54,7 +54,6 @@ class SweepConfig:
     gate_tokens: int = 16
     gate_tie: float = 0.125  # two tokens tie if their log probabilities differ by at most this: a step of bfloat16
     steps: bool = True  # time the step of every bucket, in a separate process before the server starts
-    steps_context: int = 1024  # context of each row of a timed decode step, unless max_context is less
     dry_run: bool = False  # print what would run, how long it would take and what does not fit
     fresh: bool = False  # measure again even what has been measured at this commit
     compare: str | None = None  # folder of an earlier sweep to compare with
@@ -99,7 +98,6 @@ def load(composed: Any) -> SweepConfig:
         "start_seconds",
         "stall_seconds",
         "gate_tokens",
-        "steps_context",
     ):
         require(getattr(settings, key) > 0, key, "more than 0")
     for key in ("prompt_sigma", "output_sigma", "warmup", "gate_tie", "worth"):

@@ -1,5 +1,5 @@
-"""Every bucket's decode or prefill step on its own, without HTTP: `python -m sweep.steps CONTEXT OVERRIDES…` prints one
-line of JSON.
+"""Every bucket's decode or prefill step on its own, without HTTP: `python -m sweep.steps PROMPT CONTEXT OVERRIDES…`
+prints one line of JSON. Prefill steps hold prompts of PROMPT tokens, decode steps rows at CONTEXT.
 
 On a GPU a decode step is compared with its floor: the bytes a rank must read once, over the read bandwidth measured in
 the same run. Of the experts' weights only those count that the rows of the timed step chose. Every rank times the same
@@ -30,6 +30,8 @@ from graphs.buckets import Bucket
 from graphs.buffers import DecodeInputs, Staging
 from graphs.plan import full_step
 from kernels.ops import TokenPlaces
+
+SAMPLES = 6  # of each step: their range holds the median in 97 % of cases, 1 - 2 / 2**6
 
 
 def decode_bytes(shape: Architecture, rows: int, context: int, experts: float, tp: int) -> float:
@@ -94,57 +96,69 @@ def synchronize(built: Engine) -> None:
         torch.cuda.synchronize()
 
 
-def measure(config: Config, ranks: Ranks, device: torch.device, context: int) -> dict[str, Any]:
-    """{"read_bandwidth": bytes a second or None, "steps": [one row a bucket]}."""
+def measure(config: Config, ranks: Ranks, device: torch.device, prompt: int, context: int) -> dict[str, Any]:
+    """{"read_bandwidth": bytes a second or None, "steps": [one row a bucket]}.
+
+    The buckets take turns, forth and back, so that a machine that slows down favours none. `ms` is the median of
+    SAMPLES, `ms_range` their range.
+    """
     torch.manual_seed(0)  # the same on all ranks
-    rate, effort = None, (1, 3)
+    rate, launches = None, {"decode": 1, "prefill": 1}
     if device.type == "cuda":
         from sweep.bandwidth import read_bandwidth  # imported here: torch for CPUs comes without triton
 
-        rate, effort = read_bandwidth(), (20, 5)
+        rate, launches = read_bandwidth(), {"decode": 20, "prefill": 2}
         torch.cuda.empty_cache()
     built = start(config, ranks, device)
-    shape, pages = built.model.architecture, built.ready.pages - 1
     built.buffers.keys.normal_()
     built.buffers.values.normal_()
-    step_ms(built, built.buffers.buckets.decode[0], 1, 2, 1)  # warm
-    rows = []
     buckets = built.buffers.buckets
-    for bucket in buckets.decode + buckets.prefill:  # no load of a sweep asks for log probabilities of its prompts
-        row: dict[str, Any] = {"kind": bucket.kind, "size": bucket.tokens}
-        rows.append(row)
+    step_ms(built, buckets.decode[0], 1, 2, 1)  # warm
+    timed = buckets.decode + buckets.prefill  # no load of a sweep asks for log probabilities of its prompts
+    lengths = {bucket: _length(built, bucket, prompt, context) for bucket in timed}
+    samples: dict[Bucket, list[tuple[float, float]]] = {bucket: [] for bucket in timed}
+    for number in range(SAMPLES):
+        for bucket in timed[:: -1 if number % 2 else 1]:
+            samples[bucket].append(step_ms(built, bucket, lengths[bucket], launches[bucket.kind], 1))
+    rows = []
+    for bucket, taken in samples.items():
+        times, experts = [ms for ms, _ in taken], statistics.mean(chosen for _, chosen in taken)
+        ms = statistics.median(times)
+        row: dict[str, Any] = {"kind": bucket.kind, "size": bucket.tokens, "context": lengths[bucket], "ms": ms}
+        row |= {"ms_range": [min(times), max(times)], "tokens_per_s": 1e3 * bucket.tokens / ms}
         if bucket.kind == "decode":
-            length = min(context, built.ready.max_context, pages // bucket.tokens * PAGE_TOKENS)
-            ms, experts = step_ms(built, bucket, length, *effort)
-            size = decode_bytes(shape, bucket.tokens, length, experts, ranks.size)
+            shape = built.model.architecture
+            size = decode_bytes(shape, bucket.tokens, lengths[bucket], experts, ranks.size)
             row |= {
-                "context": length,
-                "ms": ms,
                 "bytes": size,
                 "experts_per_layer": experts / shape.layers,
                 "share_of_floor": size / rate / (ms / 1e3) if rate else None,
             }
-        else:
-            prompts = max(1, bucket.tokens // context)
-            length = bucket.tokens // min(prompts, bucket.sequences, built.buffers.buckets.max_rows)
-            length = min(length, built.ready.max_context)
-            ms, _ = step_ms(built, bucket, length, max(1, effort[0] // 10), effort[1])
-            row |= {"context": length, "ms": ms}
-        row["tokens_per_s"] = 1e3 * bucket.tokens / ms
+        rows.append(row)
     return {"read_bandwidth": rate, "steps": rows}
 
 
-def _rank(config: Config, rank: int, folder: str, parent: int, context: int, out: Any) -> None:
+def _length(built: Engine, bucket: Bucket, prompt: int, context: int) -> int:
+    """The position of a decode step's rows, or the length of a prefill step's prompts, that the bucket and the pages
+    hold."""
+    if bucket.kind == "decode":
+        return min(context, built.ready.max_context, (built.ready.pages - 1) // bucket.tokens * PAGE_TOKENS)
+    prompts = min(max(1, bucket.tokens // prompt), bucket.sequences, built.buffers.buckets.max_rows)
+    return min(bucket.tokens // prompts, built.ready.max_context)
+
+
+def _rank(config: Config, rank: int, folder: str, parent: int, lengths: tuple[int, int], out: Any) -> None:
     die_with(parent, ctypes.CDLL(None).prctl)  # an interrupted sweep leaves nothing behind
     device = device_of(config, rank)
-    figures = measure(config, Ranks(rank, config.tp, Path(folder)), device, context)
+    figures = measure(config, Ranks(rank, config.tp, Path(folder)), device, *lengths)
     if rank == 0:
         out.send(figures)
 
 
 def main() -> None:
     """Time the steps on `tp` ranks and print rank 0's figures."""
-    context, *overrides = sys.argv[1:]
+    prompt, context, *overrides = sys.argv[1:]
+    lengths = int(prompt), int(context)
     try:
         config = with_demo_folder(compose(overrides))
     except ConfigError as error:
@@ -153,7 +167,7 @@ def main() -> None:
     receiver, sender = spawn.Pipe(duplex=False)
     folder = RunFolder()
     ranks = [
-        spawn.Process(target=_rank, args=(config, rank, folder.path, os.getpid(), int(context), sender), daemon=True)
+        spawn.Process(target=_rank, args=(config, rank, folder.path, os.getpid(), lengths, sender), daemon=True)
         for rank in range(config.tp)
     ]
     try:

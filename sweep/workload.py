@@ -4,6 +4,7 @@ Knows token ids and numbers, not how requests are sent.
 """
 
 import json
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 
 from conf.limits import FIRST_SPECIAL
 from conf.schema import Config, ConfigError, Weights
+from engine.tokenizer import Tokenizer
 from sweep.settings import SweepConfig
 from sweep.store import key_of
 
@@ -63,6 +65,14 @@ class Workload:
                 prompt, output = line["prompt"], line.get("output_tokens", output)
             requests.append(Request(prompt, output, seed))
         return requests
+
+    def lengths(self) -> tuple[int, int]:
+        """The tokens of a prompt, and those that a row holds halfway through its answer: medians of 100 requests."""
+        requests = self.requests(100)
+        tokenizer = Tokenizer()
+        prompts = [tokenizer.encode(one.prompt) if isinstance(one.prompt, str) else one.prompt for one in requests]
+        prompt = round(statistics.median(map(len, prompts)))
+        return prompt, prompt + round(statistics.median(one.output_tokens for one in requests)) // 2
 
     def arrivals(self, rate: float, *stream: int) -> list[float]:
         """When an open loop sends, in seconds from the start: a Poisson process over `sweep.seconds`."""

@@ -379,6 +379,13 @@ def test_prompts_from_a_file(tmp_path):
         Workload(SweepConfig(prompts=str(file)), config())
 
 
+def test_steps_are_timed_at_the_lengths_of_the_loads(tmp_path):
+    assert Workload(SweepConfig(prompt_tokens=100, output_tokens=40), config()).lengths() == (100, 120)
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "The capital of France", "output_tokens": 10}\n')
+    assert Workload(SweepConfig(prompts=str(file)), config()).lengths() == (4, 9)
+
+
 def test_lengths_that_the_context_cannot_hold_are_refused():
     with pytest.raises(ConfigError, match=r"got 2049, allowed: at most buckets\.max_context = 2048"):
         Workload(SweepConfig(prompt_tokens=2000, output_tokens=49), config())

@@ -36,7 +36,7 @@ def test_every_bucket_is_timed_at_a_context_that_its_shape_holds(tp):
         "buckets.pages=6",
     ]
     done = subprocess.run(
-        [sys.executable, "-m", "sweep.steps", "100", *TINY, *buckets, f"tp={tp}"],
+        [sys.executable, "-m", "sweep.steps", "60", "100", *TINY, *buckets, f"tp={tp}"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -51,14 +51,16 @@ def test_every_bucket_is_timed_at_a_context_that_its_shape_holds(tp):
         ("prefill", 64, 64),
         ("prefill", 256, 128),
     ]
-    assert all(step["ms"] > 0 for step in found["steps"])
+    for step in found["steps"]:
+        low, high = step["ms_range"]
+        assert 0 < low <= step["ms"] <= high
     assert found["steps"][1]["experts_per_layer"] <= 4
 
 
 def test_the_demo_models_steps_are_timed_too():
     small = ["buckets.decode_rows=[1]", "buckets.prefill_tokens=[64]", "buckets.pages=4", "kernels.device=cpu"]
     done = subprocess.run(
-        [sys.executable, "-m", "sweep.steps", "32", *small], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "sweep.steps", "32", "40", *small], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert [step["kind"] for step in json.loads(done.stdout.splitlines()[-1])["steps"]] == ["decode", "prefill"]
@@ -66,7 +68,7 @@ def test_the_demo_models_steps_are_timed_too():
 
 def test_what_cannot_start_says_why():
     done = subprocess.run(
-        [sys.executable, "-m", "sweep.steps", "64", "model=gpt-oss-20b", "model.path=/nowhere"],
+        [sys.executable, "-m", "sweep.steps", "64", "64", "model=gpt-oss-20b", "model.path=/nowhere"],
         cwd=ROOT,
         capture_output=True,
         text=True,

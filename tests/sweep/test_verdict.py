@@ -271,6 +271,11 @@ def test_a_folder_without_a_sweep_or_of_an_older_one_is_refused(tmp_path):
         compare.earlier(str(tmp_path))
 
 
+def step(rows, ms, ends, share):
+    figures = {"ms": ms, "ms_range": ends, "tokens_per_s": 1e3 * rows / ms, "bytes": 1e9, "share_of_floor": share}
+    return {"kind": "decode", "size": rows} | figures
+
+
 def test_the_report_tells_every_row_and_its_page_needs_no_other_file(tmp_path):
     (tmp_path / "pareto.png").write_bytes(b"picture")
     failed = row("tp=4", status="failed", reason="no GPU") | {"figures": {}}
@@ -279,13 +284,12 @@ def test_the_report_tells_every_row_and_its_page_needs_no_other_file(tmp_path):
     steps = {
         "buckets=latency": {
             "read_bandwidth": 2e12,
-            "steps": [
-                {"kind": "decode", "size": 1, "ms": 1.0, "bytes": 1e9, "tokens_per_s": 1000, "share_of_floor": 0.5},
-                {"kind": "decode", "size": 4, "ms": 3.0, "bytes": 1e9, "tokens_per_s": 1333, "share_of_floor": 0.17},
-            ],
+            "steps": [step(1, 1.0, (0.9, 1.1), 0.5), step(2, 3.0, (2.0, 3.3), 0.17), step(4, 3.2, (3.1, 3.3), 0.16)],
         }
     }
-    used = [{"kind": "decode", "size": 1, "steps": 500, "rows_used": 500, "rows_padded": 0}]
+    used = [
+        {"kind": "decode", "size": size, "steps": 500, "rows_used": 500 * size, "rows_padded": 0} for size in (1, 2)
+    ]
     rows = [ROWS[0] | {"buckets": used}, failed, broke]
     page = markdown(
         rows,
@@ -301,6 +305,7 @@ def test_the_report_tells_every_row_and_its_page_needs_no_other_file(tmp_path):
     assert "- tp=4, 1 users: failed, no GPU" in page
     assert "- tp=2, 1 users: limits, errors 1.0% > 0.0%; HTTP 500" in page
     assert "| decode 1 | 1.00 | 1,000 | 1.00 | 50% | 500 | 100% | 0 | 2.00 ms (1.00 s) |" in page
+    assert "| decode 2 | 3.00 | 667 | 1.00 | 17% | 500 | 100% | 0 | noise |" in page
     shown = html(page, tmp_path, "x")
     assert 'src="data:image/png;base64,cGljdHVyZQ=="' in shown
     assert "<table>" in shown
