@@ -7,8 +7,8 @@ RUNTIME := .$(if $(GPU),[hopper])
 SWEEP := .[sweep$(if $(GPU),$(comma)hopper)]
 TESTS := .[test$(if $(GPU),$(comma)hopper)]
 
-.PHONY: help install serve sweep test fuzz fuzz-forms attack soak gpu-test gpu-bench lint format bench-host bench-http demo-train \
-	demo-eval clean
+.PHONY: help install serve sweep test fuzz fuzz-forms attack soak gpu-test gpu-bench lint format bench-host bench-http \
+	demo-train demo-eval clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 14

@@ -42,7 +42,7 @@ class Failed(NamedTuple):
 
 
 class EndedBefore(Exception):
-    """A worker has ended, but not by what it was to run."""
+    """A worker ended before it took the function that it was to run."""
 
 
 class Worker:
@@ -56,8 +56,8 @@ class Worker:
     def run(self, function: Callable[..., Result], arguments: tuple[object, ...]) -> Result:
         """`function(*arguments)`, waited for. Function, arguments and result are pickled.
 
-        Raises ApiError where the function does, EndedBefore when the process has ended without having seen it, EOFError
-        or OSError when it has ended since, RuntimeError with the traceback for any other exception of the function.
+        Raises ApiError where the function does, EndedBefore when the process ended before it took it, EOFError or OSError
+        when it ended later, RuntimeError with the traceback for any other exception of the function.
         """
         try:
             self._connection.send((function, arguments))
@@ -179,7 +179,7 @@ def work(descriptor: int) -> None:
     with suppress(EOFError), Connection(descriptor) as connection:
         while True:
             function, arguments = connection.recv()
-            connection.send(None)  # it is taken
+            connection.send(None)  # it is taken: `EndedBefore` is over
             try:
                 outcome: object = Returned(function(*arguments))
             except ApiError as error:
