@@ -56,8 +56,8 @@ class Worker:
     def run(self, function: Callable[..., Result], arguments: tuple[object, ...]) -> Result:
         """`function(*arguments)`, waited for. Function, arguments and result are pickled.
 
-        Raises ApiError where the function does, EndedBefore when the process ended before it took it, EOFError or OSError
-        when it ended later, RuntimeError with the traceback for any other exception of the function.
+        Raises ApiError where the function does, EndedBefore when the process ended before it took it, EOFError or
+        OSError when it ended later, RuntimeError with the traceback for any other exception of the function.
         """
         try:
             self._connection.send((function, arguments))

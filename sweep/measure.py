@@ -164,7 +164,11 @@ def pooled(name: str, percentiles: tuple[int, ...], repeats: list[np.ndarray]) -
     for key, p in zip(names[1:], percentiles, strict=True):
         if name != "itl" and len(repeats) > 1:  # the tokens of a request are not independent: only repeats tell there
             low, high = _by_order(np.sort(pool), p / 100)
-            intervals[key] = min(low, intervals[key][0]), max(high, intervals[key][1])
+            low, high = min(low, intervals[key][0]), max(high, intervals[key][1])
+            # That the whole of every repeat lies above the quantile is improbable, for a p99 with two of them already.
+            if (1 - p / 100) ** len(repeats) < 0.025:
+                low = max(low, float(pool.min()))
+            intervals[key] = low, high
         if len(pool) * (100 - p) < 100:
             values[key] = math.nan
     return values, intervals

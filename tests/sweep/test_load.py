@@ -253,6 +253,12 @@ def test_of_too_few_requests_a_p99_has_no_upper_end():
     assert math.isinf(high)
 
 
+def test_repeats_that_differ_much_leave_no_doubt_of_a_limit_that_all_requests_break():
+    _, intervals = measure.figures([repeat_of([1.0] * 50), repeat_of([1.0] * 49 + [40.0])], Limits(), 1)
+    assert intervals["ttft_p99_ms"][0] == pytest.approx(1000)
+    assert intervals["ttft_mean_ms"][0] == 0  # of a mean two repeats tell nothing
+
+
 def test_what_ends_after_the_full_load_counts_in_no_rate():
     records = [load.Record(0.0, 0.0, [1.0, last], [1, 1]) for last in (2.0, 9.0)]
     values = measure.figures([load.Run(records, 0.0, 2.0)], Limits(), 1)[0]
