@@ -25,6 +25,7 @@ def run(ranks, device, shape, requests, options):
     engine = InProcess(shape, dtype=torch.bfloat16, device=device, ops=hopper, poison=False, ranks=ranks, **options)
     engine.buffers.keys.zero_()
     engine.buffers.values.zero_()
+    torch.cuda.synchronize()  # graphs run on a stream of their own: the first step must not write before this
     for length in options["prefill_tokens"]:  # through every prefill bucket
         engine.generate(prompt_of(length, shape.vocab, seed=99), max_tokens=3)
     for length in options["prompt_logprobs"]:
